@@ -1,0 +1,277 @@
+"""What a training run is made of, and the presets.
+
+A preset is a function that returns a whole :class:`TrainConfig`; the command line may override its leaves.
+The networks' own sizes live beside the networks, in ``lion_triton.models``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import dacite
+import tyro
+
+from lion_triton.models.attention import AttentionKind
+from lion_triton.models.lion import DiffusionConfig, LIONConfig
+from lion_triton.models.plan import SetAbstractionGeometry
+from lion_triton.models.priors import PointPriorConfig, ShapePriorConfig, TransformerConfig
+from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel, published_unet
+from lion_triton.models.vae import VAEConfig, published_vae
+from lion_triton.objectives import ReconstructionWeights
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the clouds come from and how they are fed.
+
+    Attributes:
+        source: ``procedural`` (the embedded furniture), or a folder ``<category>/{train,val,test}/<id>.npy``.
+        categories: names of the categories to use; empty for all.
+        num_shapes: training shapes of the procedural source.
+        num_points: points per cloud in training.
+        draw_from: draw them from the first so many points of a cloud only (LION: 10,000 of 15,000).
+        normalization: ``global`` (one mean and std for the whole set), or per shape ``box`` or ``sphere``.
+        workers: processes that read clouds.
+    """
+
+    source: str = "procedural"
+    categories: tuple[str, ...] = ()
+    num_shapes: int = 2000
+    num_points: int = 2048
+    draw_from: int | None = None
+    normalization: Literal["global", "box", "sphere"] = "global"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.objectives``.
+
+    The KL coefficient rises linearly from ``kl_start`` to ``kl_end`` over the first ``kl_anneal`` of the steps.
+    ``learning_rate_decay``: cosine to zero over the stage, or constant.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    learning_rate_decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float | None = None
+    reconstruction: ReconstructionWeights = field(default_factory=ReconstructionWeights)
+    lambda_z: float = 1 / 32
+    lambda_h: float = 1 / 32
+    kl_start: float = 1e-7
+    kl_end: float = 0.5
+    kl_anneal: float = 0.5
+
+
+@dataclass(frozen=True)
+class PriorTraining:
+    """Stage 2: both priors together on the frozen VAE's latents.
+
+    ``standardize`` scales the latents to unit variance first; the published priors take them as they are.
+    ``cached_draws`` > 0 encodes so many random draws of points of every shape once and trains on these; 0 encodes
+    anew in every step, as published.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 160
+    learning_rate: float = 2e-4
+    learning_rate_decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.9999
+    standardize: bool = False
+    cached_draws: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``."""
+
+    sampler: Literal["ddpm", "ddim", "ode"] = "ddpm"
+    steps: int | None = None
+    eta: float = 0.0
+    clip_x0: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run.
+
+    Attributes:
+        seed: decides initial weights, batches, noise and times.
+        mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
+        compile: torch.compile the denoisers and the VAE on a GPU.
+        log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
+        evaluate_shapes: clouds in the final figures (generated, and held-out).
+    """
+
+    preset: tyro.conf.Suppress[str]
+    data: DataConfig
+    model: tyro.conf.Suppress[LIONConfig]  # presets decide the networks, not the command line
+    vae: VAETraining
+    priors: PriorTraining
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    compile: bool = True
+    log_every: int = 50
+    picture_every: int = 5_000
+    checkpoint_every: int = 5_000
+    evaluate_shapes: int = 200
+
+
+def quickstart() -> TrainConfig:
+    """A small LION on the embedded furniture: minutes on two CPU cores."""
+    small = SetAbstractionGeometry(centers=128, radius=0.5, neighbors=8)
+    vae_unet = UNetConfig(
+        down=(DownLevel(Convolutions(1, 32, 8), small, (32, 64)),),
+        up=(UpLevel((64, 64), Convolutions(1, 64, 8)),),
+        middle_heads=4,
+        head_width=64,
+        dropout=0.0,
+    )
+    prior_unet = UNetConfig(
+        down=(DownLevel(Convolutions(1, 64, 8), small, (64, 128)),),
+        up=(UpLevel((128, 64), Convolutions(2, 64, 8)),),
+        middle_heads=4,
+        head_width=128,
+        dropout=0.0,
+        time_in_style=True,
+    )
+    classes = 5
+    return TrainConfig(
+        preset="quickstart",
+        data=DataConfig(num_points=512, num_shapes=2000),
+        model=LIONConfig(
+            vae=VAEConfig(
+                shape_encoder=(DownLevel(Convolutions(1, 32, 8), small, (64, 128)),),
+                point_encoder=vae_unet,
+                decoder=vae_unet,
+                shape_dim=32,
+                decoder_scale=0.1,
+            ),
+            shape_prior=ShapePriorConfig(width=256, blocks=3, dropout=0.0, time_dim=64, num_classes=classes),
+            point_prior=PointPriorConfig(prior_unet, num_classes=classes, class_dim=16),
+            diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
+        ),
+        vae=VAETraining(
+            steps=350,
+            learning_rate=2e-3,
+            learning_rate_decay="cosine",
+            lambda_z=0.01,
+            lambda_h=0.2,
+            kl_end=1.0,
+        ),
+        priors=PriorTraining(
+            steps=1200,
+            batch_size=32,
+            learning_rate=2e-3,
+            learning_rate_decay="cosine",
+            max_grad_norm=1.0,
+            ema_decay=0.995,
+            standardize=True,
+            cached_draws=4,
+        ),
+        sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
+        log_every=10,
+        picture_every=500,
+        checkpoint_every=250,
+    )
+
+
+def lion() -> TrainConfig:
+    """The published single-category model and recipe, at the published ratio of reconstruction and KL."""
+    return TrainConfig(
+        preset="lion",
+        data=DataConfig(source="ShapeNetCore.v2.PC15k", categories=("chair",), draw_from=10_000, workers=8),
+        model=LIONConfig(),
+        # 8000 epochs of batch 128 and 24,000 of batch 160 over the 4612 training chairs.
+        vae=VAETraining(steps=290_000, batch_size=128),
+        priors=PriorTraining(steps=690_000),
+    )
+
+
+def lion_all() -> TrainConfig:
+    """The published recipe over all categories: clouds normalised by their boxes, class-conditional priors."""
+    base = lion()
+    classes = 55
+    return replace(
+        base,
+        preset="lion_all",
+        data=replace(base.data, categories=(), normalization="box"),
+        model=LIONConfig(
+            shape_prior=ShapePriorConfig(num_classes=classes),
+            point_prior=PointPriorConfig(published_unet(deep_width=128), num_classes=classes),
+        ),
+    )
+
+
+def furniture() -> TrainConfig:
+    """Real meshes made ready by ``lion_triton.prepare``: the published networks, hours on one GPU."""
+    base = lion()
+    return replace(
+        base,
+        preset="furniture",
+        data=DataConfig(source="data/furniture", normalization="box", workers=8),
+        model=LIONConfig(
+            vae=published_vae(),
+            shape_prior=ShapePriorConfig(width=1024),
+            diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
+        ),
+        vae=replace(base.vae, steps=20_000, batch_size=32, lambda_z=0.01, lambda_h=0.02, kl_end=1.0),
+        priors=replace(base.priors, steps=60_000, batch_size=32, ema_decay=0.999, standardize=True),
+        sampling=SamplingConfig(sampler="ddim", steps=100),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "quickstart": quickstart,
+    "furniture": furniture,
+    "lion": lion,
+    "lion_all": lion_all,
+}
+
+
+def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser: str | None) -> TrainConfig:
+    """The same run with another kind of attention in every U-Net, or another network as point denoiser."""
+    model = config.model
+    prior = model.point_prior
+    if denoiser == "transformer" and not isinstance(prior.network, TransformerConfig):
+        # Comparable in cost to the U-Net it replaces: small where that is small.
+        small = prior.network.head_width < 128 or model.vae.shape_dim < 128
+        prior = replace(
+            prior, network=TransformerConfig(128, 3, 4) if small else TransformerConfig(384, 12, 6)
+        )
+    if attention is not None:
+        if isinstance(prior.network, UNetConfig):
+            prior = replace(prior, network=replace(prior.network, attention=attention))
+        vae = model.vae
+        model = replace(
+            model,
+            vae=replace(
+                vae,
+                point_encoder=replace(vae.point_encoder, attention=attention),
+                decoder=replace(vae.decoder, attention=attention),
+            ),
+        )
+    return replace(config, model=replace(model, point_prior=prior))
+
+
+def from_json(data: dict[str, Any]) -> TrainConfig:
+    """Rebuild a config from ``dataclasses.asdict`` after a trip through JSON."""
+    return dacite.from_dict(TrainConfig, data, dacite.Config(cast=[tuple], strict=True))
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Where two configs differ, one line each: ``vae.steps: 350, was 400``."""
+    if type(a) is type(b) and is_dataclass(a):
+        return [
+            line
+            for f in fields(a)
+            for line in differences(getattr(a, f.name), getattr(b, f.name), f"{prefix}{f.name}.")
+        ]
+    return [] if a == b else [f"{prefix.rstrip('.')}: {a}, was {b}"]

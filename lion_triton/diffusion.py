@@ -1,0 +1,399 @@
+"""Gaussian diffusion: schedules, losses, samplers and the variational bound.
+
+``abar_t = prod_{s<=t} (1 - beta_s)``, ``alpha_t = sqrt(abar_t)``, ``sigma_t = sqrt(1 - abar_t)``,
+``x_t = alpha_t x_0 + sigma_t eps``; t is in 1..T, never 0..T-1. ``rho_t^2`` is the variance of the reverse
+step: ``beta_t`` ("fixed_large") or the posterior's ``beta~_t`` ("fixed_small").
+
+A ``key`` is an int64 tensor (2,), (seed, offset): one key, one noise, bit for bit. Samplers give step i,
+counted from 1, the key (seed, offset + i), so that ``key`` itself stays free for x_T.
+
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song, Meng & Ermon 2021, 2010.02502), IDDPM (Nichol
+& Dhariwal 2021, 2102.09672), v (Salimans & Ho 2022, 2202.00512), SDE (Song et al. 2021, 2011.13456).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from lion_triton.kernels.diffusion import ancestral_step, noise_mse, posterior_q_sample, q_sample
+
+ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
+Variance = Literal["fixed_large", "fixed_small"]
+Prediction = Literal["eps", "v"]
+WeightKind = Literal["uniform", "variational"]
+Spacing = Literal["uniform", "quadratic"]
+
+Data = Float[Tensor, "B ..."]
+PerCloud = Float[Tensor, " B"]
+Times = Int64[Tensor, " B"]
+Key = Int64[Tensor, " 2"]
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> like x_t
+Callback = Callable[[int, int, Tensor], None]  # (step from 1, t that it left, the sample it made)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _over(scalars: Tensor, x: Tensor) -> Tensor:
+    """``scalars`` (B,) shaped to broadcast over ``x`` (B, ...)."""
+    return scalars.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _transitions(log_abar_t: Tensor, log_abar_s: Tensor) -> tuple[Tensor, Tensor]:
+    """``beta`` and ``beta~`` of the transitions s -> t, s < t: DDPM eq. 7, for any pair IDDPM section 4."""
+    beta = -torch.expm1(log_abar_t - log_abar_s)
+    return beta, beta * torch.expm1(log_abar_s) / torch.expm1(log_abar_t)
+
+
+class Schedule(nn.Module):
+    """The variance schedule ``beta_1 .. beta_T`` and what follows from it.
+
+    ``linear``: ``beta_start`` to ``beta_end`` (DDPM section 4). ``warmup_constant``: linear over the first
+    tenth of the steps, then ``beta_end`` (PVD's airplane recipe). ``cosine``: IDDPM eq. 17, betas clipped at
+    0.999, ``beta_start`` and ``beta_end`` unused. Raises ``ValueError`` for T < 1 or betas outside (0, 1).
+
+    Buffers, rounded once from float64 to float32 and not saved: ``betas``, ``alphas_cumprod``,
+    ``posterior_variance`` (0 at t = 1), each (T,) with t at index t - 1. Never cast them to half precision.
+
+    Methods take ``t`` (B,) int64 in 1..T on the buffers' device and return float32 (B,). They do not check
+    ``t``, which would stall a GPU, but t = 0 gives NaN.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    _table: Tensor
+
+    def __init__(
+        self,
+        kind: ScheduleKind = "linear",
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+    ) -> None:
+        super().__init__()
+        _check_choice("kind", kind, ScheduleKind)
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
+        for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name}: expected a number in (0, 1), got {value}")
+        self.kind, self.beta_start, self.beta_end = kind, beta_start, beta_end
+        self.num_train_timesteps = T = num_train_timesteps
+
+        if kind == "cosine":
+            f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        else:
+            warmup = T if kind == "linear" else T // 10
+            betas = np.concatenate([np.linspace(beta_start, beta_end, warmup), np.full(T - warmup, beta_end)])
+
+        # Index t, abar_0 = 1; float64 on the CPU wherever the module is. Samplers start from it, because
+        # 1 - abar and ratios of neighbouring abar in float32 would lose most digits of beta.
+        self.log_abar = torch.from_numpy(np.concatenate([[0.0], np.cumsum(np.log1p(-betas))]))
+        log_t, log_s = self.log_abar[1:], self.log_abar[:-1]
+        beta, beta_tilde = _transitions(log_t, log_s)
+        # No model can have variance 0: t = 1 takes that of t = 2, as DDPM's own code does.
+        small = beta_tilde.clone()
+        small[0] = beta_tilde[1] if T > 1 else beta[0]
+        sigma2 = -torch.expm1(log_t)
+        rows = {
+            "alpha": (log_t / 2).exp(),
+            "sigma": sigma2.sqrt(),
+            "fixed_large": beta,
+            "fixed_small": small,
+            "weight_fixed_large": beta / (2 * (1 - beta) * sigma2),
+            "weight_fixed_small": beta**2 / (2 * small * (1 - beta) * sigma2),
+            "posterior_x_0": (log_s / 2).exp() * beta / sigma2,
+            "posterior_x_t": (1 - beta).sqrt() * -torch.expm1(log_s) / sigma2,
+            "posterior_variance": beta_tilde,
+        }
+        self._row = {name: i for i, name in enumerate(rows)}
+        table = nn.functional.pad(torch.stack(list(rows.values())), (1, 0), value=math.nan)
+        self.register_buffer("betas", beta.float(), persistent=False)
+        self.register_buffer("alphas_cumprod", log_t.exp().float(), persistent=False)
+        self.register_buffer("posterior_variance", beta_tilde.float(), persistent=False)
+        self.register_buffer("_table", table.float(), persistent=False)
+
+    def _lookup(self, name: str, t: Tensor) -> Tensor:
+        return self._table[self._row[name]][t]
+
+    def alpha(self, t: Times) -> PerCloud:
+        """``sqrt(abar_t)``, the factor of x_0 (DDPM eq. 4)."""
+        return self._lookup("alpha", t)
+
+    def sigma(self, t: Times) -> PerCloud:
+        """``sqrt(1 - abar_t)``, the factor of the noise (DDPM eq. 4)."""
+        return self._lookup("sigma", t)
+
+    def weight(self, t: Times, kind: WeightKind = "uniform", variance: Variance = "fixed_large") -> PerCloud:
+        """Weight of the squared error of eps: 1, or beta_t^2 / (2 rho_t^2 (1 - beta_t) (1 - abar_t)).
+
+        The latter (DDPM eq. 12) times the error summed over elements is the t-th term of the bound in nats,
+        up to a constant. ``fixed_small`` at t = 1, where ``beta~`` is 0, takes ``rho_1^2 = beta~_2``.
+        """
+        _check_choice("kind", kind, WeightKind)
+        _check_choice("variance", variance, Variance)
+        return torch.ones_like(t).float() if kind == "uniform" else self._lookup(f"weight_{variance}", t)
+
+    def predict_x0(self, x_t: Data, eps: Data, t: Times) -> Data:
+        """``(x_t - sigma_t eps) / alpha_t`` (DDPM eq. 15)."""
+        return (x_t - _over(self.sigma(t), x_t) * eps) / _over(self.alpha(t), x_t)
+
+    def posterior(self, x_0: Data, x_t: Data, t: Times) -> tuple[Data, PerCloud]:
+        """Mean (B, ...) and variance (B,) of ``q(x_{t-1} | x_t, x_0)`` (DDPM eq. 6 and 7)."""
+        coef_0, coef_t = self._lookup("posterior_x_0", t), self._lookup("posterior_x_t", t)
+        return _over(coef_0, x_0) * x_0 + _over(coef_t, x_t) * x_t, self._lookup("posterior_variance", t)
+
+
+def to_eps(prediction: Data, x_t: Data, t: Times, schedule: Schedule, kind: Prediction = "eps") -> Data:
+    """The eps that a network's output stands for.
+
+    ``v = alpha_t eps - sigma_t x_0`` gives ``eps = alpha_t v + sigma_t x_t`` (v, appendix D), in float32
+    (float64 if an input is) whatever the network's dtype. ``eps`` is returned untouched.
+    """
+    _check_choice("kind", kind, Prediction)
+    if kind == "eps":
+        return prediction
+    alpha, sigma = _over(schedule.alpha(t), x_t), _over(schedule.sigma(t), x_t)
+    return alpha * _at_least_float32(prediction) + sigma * _at_least_float32(x_t)
+
+
+def loss_weight(t: Times, schedule: Schedule, prediction: Prediction, kind: WeightKind) -> PerCloud:
+    """Weight of the squared error **of eps**: uniform in what the network predicts, or that of the bound.
+
+    Two v differ by 1 / alpha_t times the difference of their eps, so 1 / alpha_t^2 makes it the error of v.
+    """
+    _check_choice("prediction", prediction, Prediction)
+    return schedule.alpha(t) ** -2 if (prediction, kind) == ("v", "uniform") else schedule.weight(t, kind)
+
+
+def diffusion_loss(
+    model: Model,
+    x_0: Data | tuple[Data, Data],
+    t: Times,
+    schedule: Schedule,
+    key: Key,
+    prediction: Prediction = "eps",
+    weight_kind: WeightKind = "uniform",
+) -> PerCloud:
+    """Weighted squared error, mean over each cloud's elements (DDPM eq. 12 and 14; ``loss_weight``).
+
+    ``x_0``: data, or ``(mu, log_sigma)`` of the Gaussian to draw x_0 from. ``model(x_t, t)`` returns what
+    ``prediction`` says. The noise is a function of ``key`` and never stored: the loss makes it again.
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if isinstance(x_0, tuple):
+        x_t = posterior_q_sample(*x_0, alpha, sigma, key)
+    else:
+        x_t = q_sample(x_0, alpha, sigma, key)
+    eps = to_eps(model(x_t, t), x_t, t, schedule, prediction)
+    return noise_mse(eps, key, loss_weight(t, schedule, prediction, weight_kind))
+
+
+def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform") -> Int64[Tensor, " steps"]:
+    """``steps`` strictly decreasing times from T to 1, both visited; ``steps`` = 1 gives T alone.
+
+    ``uniform``: equally spaced. ``quadratic``: t - 1 grows with the square of the rank, but by at least one
+    (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
+    """
+    _check_choice("spacing", spacing, Spacing)
+    if not 1 <= steps <= num_train_timesteps:
+        raise ValueError(f"steps: expected 1 to {num_train_timesteps} (the training steps), got {steps}")
+    if steps == 1:
+        return torch.tensor([num_train_timesteps])
+    rank = np.arange(steps)
+    curve = 1 + (num_train_timesteps - 1) * (rank / (steps - 1)) ** (1 if spacing == "uniform" else 2)
+    # The curve is convex: where it is above the line rank + 1 it climbs by more than 1, so nothing repeats.
+    times = np.maximum(np.floor(curve + 0.5).astype(np.int64), rank + 1)
+    return torch.from_numpy(times[::-1].copy())
+
+
+def _step_keys(key: Tensor, steps: int) -> Tensor:
+    """Keys (steps, 2) with offsets +1 .. +steps, made on the key's device."""
+    offsets = torch.arange(1, steps + 1, device=key.device)
+    return key + torch.stack([torch.zeros_like(offsets), offsets], 1)
+
+
+@torch.no_grad()
+def _sample(
+    eps_model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    key: Tensor,
+    ts: Tensor,
+    eta: float,
+    variance: Variance,
+    clip: float | None,
+    callback: Callback | None,
+) -> Tensor:
+    """DDIM eq. 12 over the times ``ts``, noise scale eq. 16; at eta = 1 its mean is DDPM's (eq. 7 and 11)."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a positive number or None, got {clip}")
+    log_t = schedule.log_abar[ts]
+    log_s = torch.cat([log_t[1:], torch.zeros_like(log_t[:1])])
+    beta, beta_tilde = _transitions(log_t, log_s)
+    sigma = (-torch.expm1(log_t)).sqrt()
+    coef_x = ((log_s - log_t) / 2).exp()
+    coef_eps = coef_x * sigma - (-torch.expm1(log_s) - eta**2 * beta_tilde).sqrt()
+    rho = beta.sqrt() if variance == "fixed_large" else eta * beta_tilde.sqrt()
+    rho[-1] = 0  # the last step is noise-free
+
+    # All that the steps need is on the device before the first one, so the loop never waits for it.
+    x = _at_least_float32(x)
+    rows = torch.stack([coef_x, coef_eps, rho, (log_t / 2).exp(), sigma], 1).to(x.dtype).to(x.device)
+    rows = rows[..., None].expand(-1, -1, x.shape[0]).contiguous()
+    times = ts.to(x.device)[:, None].expand(-1, x.shape[0]).contiguous()
+    for i, (t, step_key) in enumerate(zip(ts.tolist(), _step_keys(key, len(ts)), strict=True)):
+        eps = eps_model(x, times[i]).to(x.dtype)
+        if clip is not None:
+            alpha_t, sigma_t = _over(rows[i, 3], x), _over(rows[i, 4], x)
+            x_0 = ((x - sigma_t * eps) / alpha_t).clamp(-clip, clip)
+            eps = (x - alpha_t * x_0) / sigma_t
+        x = ancestral_step(x, eps, rows[i, 0], rows[i, 1], rows[i, 2], step_key)
+        if callback is not None:
+            callback(i + 1, t, x)
+    return x
+
+
+def ddpm(
+    eps_model: Model,
+    x_T: Data,
+    schedule: Schedule,
+    key: Key,
+    *,
+    steps: int | None = None,
+    variance: Variance = "fixed_large",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> Data:
+    """Ancestral sampling (DDPM algorithm 2); fewer ``steps`` than T respace the chain (IDDPM section 4).
+
+    ``eps_model(x_t, t)`` takes t (B,) int64 in 1..T. ``clip`` clamps the predicted x_0 to [-clip, clip] and
+    replaces eps by what it implies. Float32 (float64 if x_T is), no gradient, no noise in the last step.
+    """
+    _check_choice("variance", variance, Variance)
+    ts = timesteps(schedule.num_train_timesteps, schedule.num_train_timesteps if steps is None else steps)
+    return _sample(eps_model, x_T, schedule, key, ts, 1.0, variance, clip, callback)
+
+
+def ddim(
+    eps_model: Model,
+    x_T: Data,
+    schedule: Schedule,
+    key: Key,
+    *,
+    steps: int = 50,
+    eta: float = 0.0,
+    spacing: Spacing = "uniform",
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> Data:
+    """DDIM sampling (DDIM eq. 12 and 16): ``eta`` 0 is deterministic, 1 is ``ddpm`` with "fixed_small".
+
+    Times from ``timesteps``; all else as in ``ddpm``.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    ts = timesteps(schedule.num_train_timesteps, steps, spacing)
+    return _sample(eps_model, x_T, schedule, key, ts, eta, "fixed_small", clip, callback)
+
+
+@torch.no_grad()
+def probability_flow(eps_model: Model, x_T: Data, schedule: Schedule, *, tolerance: float = 1e-5) -> Data:
+    """Solve the VP-SDE's probability-flow ODE (SDE eq. 11 and 13) from s = 1 to 1e-5 by SciPy's RK45.
+
+    ``dx/ds = -beta(s)/2 (x - eps / std(s))``, ``beta(s) = T (beta_start + s (beta_end - beta_start))``, by
+    default 0.1 to 20, ``std(s)^2 = 1 - exp(-integral of beta)``. ``eps_model(x, t)`` must take a **real** t =
+    T s, float32 (B,). Linear schedules only (``ValueError``). ``tolerance`` is both rtol and atol; the state
+    is float64 on the CPU with one error norm for the whole batch, so clouds share their steps.
+    """
+    if schedule.kind != "linear":
+        raise ValueError(f"schedule: expected kind linear, got {schedule.kind}")
+    T, dtype = schedule.num_train_timesteps, _at_least_float32(x_T).dtype
+    low, slope = T * schedule.beta_start, T * (schedule.beta_end - schedule.beta_start)
+
+    def derivative(s: float, flat: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(flat).reshape(x_T.shape)
+        t = torch.full(x_T.shape[:1], T * s, dtype=torch.float32, device=x_T.device)
+        eps = eps_model(x.to(dtype).to(x_T.device), t).cpu().double()
+        std = math.sqrt(-math.expm1(-(low * s + slope * s * s / 2)))
+        return (-0.5 * (low + slope * s) * (x - eps / std)).flatten().numpy()
+
+    start = x_T.cpu().double().flatten().numpy()
+    end = solve_ivp(derivative, (1.0, 1e-5), start, "RK45", [1e-5], rtol=tolerance, atol=tolerance)
+    if not end.success:
+        raise RuntimeError(f"probability_flow: {end.message}")
+    return torch.from_numpy(end.y[:, -1]).reshape(x_T.shape).to(dtype).to(x_T.device)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Parts of an upper bound on ``-log p(x_0)`` in nats per cloud, each (B,) (DDPM eq. 5)."""
+
+    prior: Tensor  # L_T = KL(q(x_T | x_0) || N(0, I))
+    diffusion: Tensor  # sum over t > 1 of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+    reconstruction: Tensor  # L_0 = -log p(x_0 | x_1) of a Gaussian density, so it can be negative
+
+    @property
+    def total(self) -> Tensor:
+        return self.prior + self.diffusion + self.reconstruction
+
+
+@torch.no_grad()
+def variational_bound(
+    eps_model: Model,
+    x_0: Data,
+    schedule: Schedule,
+    key: Key,
+    *,
+    variance: Variance = "fixed_large",
+    timesteps: Int64[Tensor, " S"] | None = None,
+) -> Bound:
+    """The bound for reverse steps of fixed variance ``rho_t^2`` (DDPM eq. 5 to 8; see ``Schedule.weight``).
+
+    One noise per t, that of (seed, offset + t). ``timesteps`` None sums all t in 2..T: T calls of the
+    network. Times drawn uniformly from 2..T give an unbiased estimate, T - 1 times the mean of their terms;
+    other times raise ``ValueError``.
+    """
+    _check_choice("variance", variance, Variance)
+    T = schedule.num_train_timesteps
+    chosen = list(range(2, T + 1)) if timesteps is None else timesteps.tolist()
+    if timesteps is not None and not (chosen and min(chosen) >= 2 and max(chosen) <= T):
+        raise ValueError(f"timesteps: expected one or more times in 2..{T}, got {chosen}")
+    x_0, keys, log_abar = _at_least_float32(x_0), _step_keys(key, T), schedule.log_abar
+    dims = x_0[0].numel()
+
+    def mean_term(t: int) -> Tensor:
+        # Both Gaussians' means are affine in eps, which leaves w(t) ||eps - eps_theta||^2, at t = 1 too.
+        times = torch.full(x_0.shape[:1], t, device=x_0.device)
+        x_t = q_sample(x_0, schedule.alpha(times), schedule.sigma(times), keys[t - 1])
+        weight = schedule.weight(times, "variational", variance)
+        return dims * noise_mse(eps_model(x_t, times), keys[t - 1], weight)
+
+    beta, beta_tilde = _transitions(log_abar[2:], log_abar[1:-1])
+    ratio = beta_tilde / (beta if variance == "fixed_large" else beta_tilde)
+    mismatch = ((ratio - 1 - ratio.log()) * dims / 2).tolist()
+    terms = [mean_term(t) + mismatch[t - 2] for t in chosen]
+    rho_1 = schedule._lookup(variance, torch.ones_like(key[:1]))
+    reconstruction = mean_term(1) + dims / 2 * torch.log(2 * math.pi * rho_1)
+    diffusion = (T - 1) * torch.stack(terms).mean(0) if terms else torch.zeros_like(reconstruction)
+    abar_T = log_abar[-1].exp()  # float64, because abar_T and log sigma_T^2 all but cancel
+    constant = -(abar_T + torch.log1p(-abar_T)).item() * dims / 2
+    prior = abar_T.item() / 2 * (x_0**2).flatten(1).sum(1) + constant
+    return Bound(prior, diffusion, reconstruction)

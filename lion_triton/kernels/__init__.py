@@ -1,0 +1,46 @@
+"""Point-cloud and diffusion ops, channels last, each with a plain PyTorch reference that is its specification.
+
+Every op takes ``impl=``: ``"auto"`` (Triton on a GPU, the reference elsewhere), ``"triton"`` or ``"reference"``.
+"""
+
+from lion_triton.kernels.adagn import adagn
+from lion_triton.kernels.diffusion import ancestral_step, gaussian_kl, noise_mse, posterior_q_sample, q_sample
+from lion_triton.kernels.emd import approx_emd, exact_emd
+from lion_triton.kernels.neighbors import (
+    ball_query,
+    chamfer_distance,
+    group,
+    nearest_neighbor,
+    three_interpolate,
+    three_nn,
+)
+from lion_triton.kernels.noise import normal_noise
+from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
+from lion_triton.kernels.sampling import furthest_point_sample
+from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, plan_voxels, trilinear_devoxelize, voxel_coords
+
+__all__ = [
+    "VoxelPlan",
+    "adagn",
+    "ancestral_step",
+    "approx_emd",
+    "avg_voxelize",
+    "ball_query",
+    "chamfer_distance",
+    "exact_emd",
+    "furthest_point_sample",
+    "gaussian_kl",
+    "group",
+    "nearest_neighbor",
+    "noise_mse",
+    "normal_noise",
+    "pairwise_chamfer",
+    "pairwise_emd",
+    "plan_voxels",
+    "posterior_q_sample",
+    "q_sample",
+    "three_interpolate",
+    "three_nn",
+    "trilinear_devoxelize",
+    "voxel_coords",
+]

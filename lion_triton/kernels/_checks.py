@@ -1,0 +1,60 @@
+"""Argument checks and dispatch shared by every op of this package."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "reference"]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` has a floating dtype that the ops take."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_points(name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is a floating, non-empty cloud batch (B, N, 3)."""
+    check_float(name, x)
+    if x.ndim != 3 or x.shape[-1] != 3 or x.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape (B, N, 3) with N >= 1, got {tuple(x.shape)}")
+
+
+def check_same(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` unless all tensors share one device and one batch size (dimension 0)."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if a.device != b.device:
+            raise ValueError(f"{name}: expected the device of {first} ({a.device}), got {b.device}")
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
+
+
+def interpreting() -> bool:
+    """True when Triton's interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(impl: Impl, x: Tensor) -> bool:
+    """Decide which implementation runs.
+
+    ``auto`` is Triton on a GPU and the reference elsewhere. An explicit ``triton`` never falls back: it
+    needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU tensor.
+    """
+    if impl == "reference":
+        return False
+    if impl == "auto":
+        return x.is_cuda
+    if impl != "triton":
+        raise ValueError(f'impl: expected "auto", "triton" or "reference", got {impl!r}')
+    if not x.is_cuda and not interpreting():
+        raise ValueError(f'impl="triton" needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}')
+    return True

@@ -1,0 +1,29 @@
+"""Triton where it is installed. It ships for Linux only, and every op has a reference that does without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class _Missing:
+    """Stands for Triton where it is missing: kernels can still be defined, and raise when launched."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # or inspect.unwrap would follow __wrapped__ for ever
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise RuntimeError('impl="triton" needs Triton, which is not installed: use impl="reference"')
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Missing()
+
+__all__ = ["tl", "triton"]

@@ -1,0 +1,217 @@
+"""LION as a whole: the VAE, the two priors, and how they sample.
+
+Shapes: B clouds, N points, Z shape-latent channels, H latent-point channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lion_triton import diffusion
+from lion_triton.diffusion import Schedule
+from lion_triton.kernels import normal_noise
+from lion_triton.models.priors import (
+    PointPrior,
+    PointPriorConfig,
+    ShapePrior,
+    ShapePriorConfig,
+    published_point_prior,
+)
+from lion_triton.models.vae import VAE, VAEConfig, published_vae
+
+Sampler = Literal["ddpm", "ddim", "ode"]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process of both priors and what their denoisers predict."""
+
+    schedule: Literal["linear", "warmup_constant", "cosine"] = "linear"
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction: Literal["eps", "v"] = "eps"
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    weight: Literal["uniform", "variational"] = "uniform"
+
+
+@dataclass(frozen=True)
+class LIONConfig:
+    """Architecture of a LION; the defaults are the published one."""
+
+    vae: VAEConfig = field(default_factory=published_vae)
+    shape_prior: ShapePriorConfig = field(default_factory=ShapePriorConfig)
+    point_prior: PointPriorConfig = field(default_factory=published_point_prior)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+class Latents(NamedTuple):
+    """A cloud's latents, in the order that ``decode`` takes them."""
+
+    h: Float[Tensor, "B N H"]
+    z: Float[Tensor, "B Z"]
+
+
+class LION(nn.Module):
+    """VAE and priors with one forward process.
+
+    The priors work on standardised latents, ``(latent - mean) / std``; the statistics are buffers, set once
+    by :meth:`set_latent_statistics` before the priors are trained, and the identity in the published model.
+    """
+
+    def __init__(self, config: LIONConfig | None = None) -> None:
+        super().__init__()
+        config = config or LIONConfig()
+        self.config = config
+        shape_dim, point_dim = config.vae.shape_dim, config.vae.point_dim
+        self.vae = VAE(config.vae)
+        self.shape_prior = ShapePrior(config.shape_prior, shape_dim)
+        self.point_prior = PointPrior(config.point_prior, point_dim, shape_dim)
+        d = config.diffusion
+        self.schedule = Schedule(d.schedule, d.num_train_timesteps, d.beta_start, d.beta_end)
+        self.z_mean: Tensor
+        self.z_std: Tensor
+        self.h_mean: Tensor
+        self.h_std: Tensor
+        for name, size in (("z", shape_dim), ("h", point_dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
+        """Standardise by these latents: z per channel, h by one mean and std for xyz and one per feature."""
+        z, h = z.double(), h.double().flatten(0, 1)
+        self.z_mean.copy_(z.mean(0))
+        self.z_std.copy_(z.std(0).clamp_min(1e-3))
+        self.h_mean.copy_(h.mean(0))
+        std = h.std(0)
+        std[:3] = (h[:, :3] - h[:, :3].mean(0)).square().mean().sqrt()  # one scale: keep the geometry
+        self.h_std.copy_(std.clamp_min(1e-3))
+
+    @torch.no_grad()
+    def encode(
+        self, points: Float[Tensor, "B N 3"], *, generator: torch.Generator | None = None, mean: bool = False
+    ) -> Latents:
+        """Sample ``(h0, z0)`` from the posteriors, or take the means."""
+        plan = self.vae.plan(points)
+        mu, log_sigma = self.vae.encode_shape(points, plan)
+        z = mu if mean else mu + log_sigma.exp() * normal_noise(mu.shape, new_key(mu.device, generator))
+        mu, log_sigma = self.vae.encode_points(points, z, plan)
+        h = mu if mean else mu + log_sigma.exp() * normal_noise(mu.shape, new_key(mu.device, generator))
+        return Latents(h, z)
+
+    @torch.no_grad()
+    def decode(self, h: Float[Tensor, "B N H"], z: Float[Tensor, "B Z"]) -> Float[Tensor, "B N 3"]:
+        """The cloud of these latents, in the model's (normalised) units."""
+        return self.vae.decode(h, z)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        steps: int | None = None,
+        sampler: Sampler = "ddpm",
+        eta: float = 0.0,
+        num_points: int = 2048,
+        generator: torch.Generator | None = None,
+        labels: Int[Tensor, " B"] | None = None,
+        clip: Float[Tensor, "B 512"] | None = None,
+        clip_x0: float | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "B P 3"]:
+        """Generate clouds.
+
+        Args:
+            num_samples: B, at least 1.
+            steps: network evaluations per prior; None: all training timesteps (ddpm), 50 (ddim).
+                The ODE solver chooses its own steps and takes none.
+            sampler: "ddpm" (ancestral), "ddim", or "ode" (probability flow).
+            eta: DDIM's stochasticity, 0 (deterministic) to 1.
+            num_points: P; may differ from training.
+            generator: source of the randomness, on the CPU; the same generator state gives the same clouds.
+            labels: class of each cloud, for class-conditional models.
+            clip: CLIP embedding of each cloud, for CLIP-conditional models.
+            clip_x0: clamp the predicted (standardised) latent to +- this in every step.
+            callback: called with (steps done, steps in all) over both priors.
+
+        Returns:
+            Clouds in the model's (normalised) units, float32.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        if num_points < 1:
+            raise ValueError(f"num_points: expected at least 1, got {num_points}")
+        device = self.z_mean.device
+        shape = (num_samples, self.config.vae.shape_dim)
+
+        def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
+            return self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
+
+        run = _Run(self, sampler, steps, eta, clip_x0, callback, generator)
+        z = run(denoise_shape, normal_noise(shape, new_key(device, generator)), 0)
+
+        def denoise_points(h_t: Tensor, t: Tensor) -> Tensor:
+            return self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
+
+        shape = (num_samples, num_points, self.config.vae.point_dim)
+        h = run(denoise_points, normal_noise(shape, new_key(device, generator)), 1)
+        return self.decode(h * self.h_std + self.h_mean, z * self.z_std + self.z_mean)
+
+    def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One sampler with its settings, applied to the shape prior (part 0), then to the point prior (part 1)."""
+
+    lion: LION
+    sampler: Sampler
+    steps: int | None
+    eta: float
+    clip_x0: float | None
+    callback: Callable[[int, int], None] | None
+    generator: torch.Generator | None
+
+    def __call__(self, eps_model: Callable[[Tensor, Tensor], Tensor], x: Tensor, part: int) -> Tensor:
+        schedule = self.lion.schedule
+        if self.sampler == "ode":
+            return diffusion.probability_flow(eps_model, x)
+        steps = self.steps
+        if steps is None:
+            steps = schedule.num_train_timesteps if self.sampler == "ddpm" else 50
+        key = new_key(x.device, self.generator)
+
+        def report(step: int, *_: object) -> None:
+            if self.callback is not None:
+                self.callback(part * steps + step + 1, 2 * steps)
+
+        if self.sampler == "ddpm":
+            variance = self.lion.config.diffusion.variance
+            return diffusion.ddpm(
+                eps_model,
+                x,
+                schedule,
+                key,
+                steps=steps,
+                variance=variance,
+                clip=self.clip_x0,
+                callback=report,
+            )
+        if self.sampler == "ddim":
+            return diffusion.ddim(
+                eps_model, x, schedule, key, steps=steps, eta=self.eta, clip=self.clip_x0, callback=report
+            )
+        raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {self.sampler!r}')
+
+
+def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int[Tensor, " 2"]:
+    """A fresh noise key (seed, 0) on ``device``, drawn from a CPU generator (None: PyTorch's default)."""
+    seed = torch.randint(2**62, (1,), generator=generator)
+    return torch.cat([seed, torch.zeros_like(seed)]).to(device)

@@ -1,0 +1,150 @@
+"""What the two stages of training minimise.
+
+Stage 1 maximises the ELBO of the hierarchical VAE, stated per cloud (a sum over its N points), so that the
+weights mean the same at every batch size:
+
+    loss = reconstruction + c (lambda_z KL(q(z0|x) || N) + lambda_h KL(q(h0|x,z0) || N)),  c annealed from ~0 to 1
+
+The published recipe sums the reconstruction over the whole batch but averages the KLs over it; at its batch
+of 32 that is lambda_z = lambda_h = 1/32 here, with c up to 0.5. Stage 2 minimises the denoising error of both
+priors on latents drawn from the frozen posteriors (Zeng et al. 2022, section 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lion_triton.diffusion import diffusion_loss
+from lion_triton.kernels import approx_emd, chamfer_distance, gaussian_kl, normal_noise
+from lion_triton.models.lion import LION
+from lion_triton.models.vae import VAE
+
+
+@dataclass(frozen=True)
+class ReconstructionWeights:
+    """Weights of the reconstruction terms; each is a sum over the cloud's points (L1, L2: and coordinates)."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    chamfer: float = 0.0
+    emd: float = 0.0
+
+    def __call__(self, x: Float[Tensor, "B N 3"], target: Float[Tensor, "B N 3"]) -> Float[Tensor, " B"]:
+        """The weighted sum, per cloud."""
+        terms = []
+        if self.l1:
+            terms.append(self.l1 * (x - target).abs().flatten(1).sum(1))
+        if self.l2:
+            terms.append(self.l2 * (x - target).square().flatten(1).sum(1))
+        if self.chamfer:
+            terms.append(self.chamfer * chamfer_distance(x, target) * x.shape[1])
+        if self.emd:
+            terms.append(self.emd * approx_emd(x, target) * x.shape[1])
+        if not terms:
+            raise ValueError("reconstruction: expected at least one weight above 0, all are 0")
+        return torch.stack(terms).sum(0)
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """The ELBO's terms, each the mean over the batch of a value per cloud; KLs in nats, not yet weighted."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl_z: Tensor
+    kl_h_xyz: Tensor
+    kl_h_feature: Tensor
+
+
+def vae_loss(
+    vae: VAE,
+    points: Float[Tensor, "B N 3"],
+    key: Int[Tensor, " 2"],
+    *,
+    kl_coefficient: float,
+    lambda_z: float,
+    lambda_h: float,
+    reconstruction: ReconstructionWeights,
+) -> VAELoss:
+    """Negative ELBO of one batch, with the noise of both posteriors drawn from ``key``."""
+    plan = vae.plan(points)
+    z_mu, z_log_sigma = vae.encode_shape(points, plan)
+    z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
+    h_mu, h_log_sigma = vae.encode_points(points, z, plan)
+    next_key = key + torch.tensor([0, 1], device=key.device)
+    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key)
+
+    error = reconstruction(vae.decode(h, z), points).mean()
+    kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
+    kl_h_xyz = gaussian_kl(h_mu[..., :3], h_log_sigma[..., :3]).mean()
+    kl_h_feature = gaussian_kl(h_mu[..., 3:], h_log_sigma[..., 3:]).mean()
+    kl = lambda_z * kl_z + lambda_h * (kl_h_xyz + kl_h_feature)
+    return VAELoss(error + kl_coefficient * kl, error, kl_z, kl_h_xyz, kl_h_feature)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z0|x) and, at one sample of z0, q(h0|x,z0): what stage 2 needs of a batch of clouds."""
+
+    z_mu: Float[Tensor, "B Z"]
+    z_log_sigma: Float[Tensor, "B Z"]
+    z: Float[Tensor, "B Z"]
+    h_mu: Float[Tensor, "B N H"]
+    h_log_sigma: Float[Tensor, "B N H"]
+
+
+@torch.no_grad()
+def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
+    """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
+    plan = vae.plan(points)
+    z_mu, z_log_sigma = vae.encode_shape(points, plan)
+    z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
+    return Posterior(z_mu, z_log_sigma, z, *vae.encode_points(points, z, plan))
+
+
+@dataclass(frozen=True)
+class PriorLoss:
+    """Denoising errors, each the mean over the batch; ``loss`` is their sum."""
+
+    loss: Tensor
+    shape: Tensor
+    point: Tensor
+
+
+def prior_loss(
+    lion: LION,
+    latents: Posterior,
+    key: Int[Tensor, " 2"],
+    labels: Int[Tensor, " B"] | None = None,
+    clip: Float[Tensor, "B 512"] | None = None,
+) -> PriorLoss:
+    """Weighted eps-MSE of both priors on latents drawn from the posterior, at independent uniform times."""
+    config, schedule = lion.config.diffusion, lion.schedule
+    batch, device = latents.z.shape[0], latents.z.device
+    keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
+    # Uniform times from the same counter-based source: nothing but the key decides what a step sees.
+    uniform = torch.special.ndtr(normal_noise((2, batch), keys[0]))
+    t_shape, t_point = (uniform * schedule.num_train_timesteps).long().clamp_max(
+        schedule.num_train_timesteps - 1
+    ) + 1
+
+    z = (latents.z - lion.z_mean) / lion.z_std
+    h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
+    h_log_sigma = latents.h_log_sigma - lion.h_std.log()
+    common = (config.prediction, config.weight)
+    shape = diffusion_loss(
+        lambda z_t, t: lion.shape_prior(z_t, t, clip, labels), z, t_shape, schedule, keys[1], *common
+    ).mean()
+    point = diffusion_loss(
+        lambda h_t, t: lion.point_prior(h_t, t, z, clip, labels),
+        (h_mu, h_log_sigma),
+        t_point,
+        schedule,
+        keys[2],
+        *common,
+    ).mean()
+    return PriorLoss(shape + point, shape, point)

@@ -1,0 +1,211 @@
+"""Pictures of point clouds: a table of shaded balls on white paper, as a PNG file.
+
+Every point becomes a ball, seen by an orthographic camera from the upper right front (y is up, +z is the
+front). Balls are painted from far to near. Three things shade a ball: its roundness, the slope of the surface
+around it (a plane through the nearest points), and how much of the sky the other points leave open.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+Array: TypeAlias = np.ndarray
+Clouds: TypeAlias = Float[Array, "K N 3"] | Float[Tensor, "K N 3"]
+
+CELL, LABEL, TITLE = 240, 40, 36  # pixels: a cloud's square, the strip for row labels, the strip for titles
+SUPERSAMPLE = 2
+INK = "#3b4252"
+LOW, HIGH = np.array((0.46, 0.45, 0.82)), np.array((0.98, 0.72, 0.64))  # of the lowest and highest point
+
+
+def _unit(x: float, y: float, z: float) -> Float[Array, " 3"]:
+    return np.array((x, y, z)) / math.sqrt(x * x + y * y + z * z)
+
+
+TOWARDS = _unit(0.55, 0.42, 0.80)  # the camera
+RIGHT = _unit(TOWARDS[2], 0.0, -TOWARDS[0])
+VIEW = np.stack((RIGHT, np.cross(TOWARDS, RIGHT), TOWARDS))  # rows: right, up, towards
+LIGHT = _unit(-0.35, 0.80, 0.50)  # in the camera's frame
+
+
+def draw_grid(
+    rows: Sequence[tuple[str, Clouds]], path: str | os.PathLike[str], *, titles: Sequence[str] | None = None
+) -> None:
+    """Draw rows of clouds, each with its label at the left, to the PNG file ``path``.
+
+    Args:
+        rows: ``(label, clouds (K, N, 3))`` per row, y up; K and N may differ from row to row. Each cloud is
+            centred; one scale per row fits its largest cloud, so that sizes within a row compare.
+        path: written whole or not at all; its folder is made if missing.
+        titles: one title per column, drawn above the first row.
+
+    Raises ``ValueError`` for no rows, another shape, a coordinate that is not finite, or a wrong number of
+    titles.
+    """
+    if not rows:
+        raise ValueError("rows: expected at least one row, got none")
+    table = [_as_array(f"rows[{i}] ({label!r})", clouds) for i, (label, clouds) in enumerate(rows)]
+    columns = max(len(clouds) for clouds in table)
+    if titles is not None and len(titles) != columns:
+        raise ValueError(f"titles: expected one per column ({columns}), got {len(titles)}")
+    cells = [[_render(cloud, scale) for cloud in clouds] for clouds in table for scale in (_scale(clouds),)]
+    _write(cells, path, [label for label, _ in rows], titles or ())
+
+
+def grid(clouds: Clouds, path: str | os.PathLike[str], columns: int = 8) -> None:
+    """Draw many clouds (K, N, 3) at one scale, ``columns`` to a row, to the PNG file ``path``.
+
+    Everything else is as in ``draw_grid``.
+    """
+    if columns < 1:
+        raise ValueError(f"columns: expected an integer >= 1, got {columns}")
+    array = _as_array("clouds", clouds)
+    scale = _scale(array)
+    cells = [_render(cloud, scale) for cloud in array]
+    _write([cells[i : i + columns] for i in range(0, len(cells), columns)], path, (), ())
+
+
+def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
+    """Clouds as checked float64."""
+    array = (
+        clouds.detach().to("cpu", torch.float64).numpy()
+        if isinstance(clouds, Tensor)
+        else np.asarray(clouds, float)
+    )
+    if array.ndim != 3 or array.shape[-1] != 3 or array.size == 0:
+        raise ValueError(f"{name}: expected shape (K, N, 3) with K, N >= 1, got {array.shape}")
+    bad = np.flatnonzero(~np.isfinite(array).all((1, 2)))
+    if len(bad):
+        raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}")
+    return array
+
+
+def _project(cloud: Float[Array, "N 3"]) -> tuple[Float[Array, "N 3"], Float[Array, "N 3"]]:
+    """Points, and the feet of their perpendiculars on the floor, in the camera's frame, centred."""
+    foot = np.stack((cloud[:, 0], np.full(len(cloud), cloud[:, 1].min()), cloud[:, 2]), 1)
+    both = np.stack((cloud, foot)) @ VIEW.T
+    center = (both.max((0, 1)) + both.min((0, 1))) / 2
+    return both[0] - center, both[1] - center
+
+
+def _scale(clouds: Float[Array, "K N 3"]) -> float:
+    """Pixels per unit that fit every cloud into a cell with a margin."""
+    extent = max(float(np.abs(part[:, :2]).max()) for cloud in clouds for part in _project(cloud))
+    return 0.42 * CELL / max(extent, 1e-9)
+
+
+def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL 3"]:
+    """One cell, top row first."""
+    points, foot = (part * scale for part in _project(cloud))
+    points, foot, height = (part[np.argsort(points[:, 2])] for part in (points, foot, cloud[:, 1]))
+
+    # A ball reaches its neighbours, so that a surface looks closed at any number of points.
+    distance, neighbours = cKDTree(points).query(points, k=min(12, len(points)))
+    spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, :6][:, -1]))
+    radius = float(np.clip(0.57 * spacing, 1.0, CELL / 24))
+    patch = points[neighbours.reshape(len(points), -1)]
+    patch = patch - patch.mean(1, keepdims=True)
+    normal = np.linalg.eigh(np.swapaxes(patch, 1, 2) @ patch)[1][..., 0]
+    normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
+    slope = np.clip(normal @ LIGHT, 0, 1)
+    sky = _open_sky(points, 2.2 * radius)
+    rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
+    colour = LOW + (HIGH - LOW) * rise[:, None]
+    colour = colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
+
+    # The ball's pixels and their shading, then for every pixel of the cell the last ball painted on it.
+    size, reach = CELL * SUPERSAMPLE, radius * SUPERSAMPLE
+    steps = np.arange(-math.ceil(reach), math.ceil(reach) + 1)
+    dx, dy = (d[np.hypot(*np.meshgrid(steps, steps)) <= reach] for d in np.meshgrid(steps, steps))
+    facing = np.stack((dx, dy, np.sqrt(reach**2 - dx**2 - dy**2)), 1) / reach @ LIGHT
+    roundness, gloss = 0.8 + 0.45 * facing.clip(-0.3, 1), 0.22 * facing.clip(0, 1) ** 24
+    column, row = (np.rint(points[:, :2] * SUPERSAMPLE).astype(int) + size // 2).T
+    x, y = column[:, None] + dx, row[:, None] + dy
+    inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+    painted = np.full((size, size), -1)
+    painted[y[inside], x[inside]] = np.flatnonzero(inside)
+
+    shadow = np.zeros((CELL, CELL))
+    column, row = (foot[:, :2] + CELL / 2).astype(int).clip(0, CELL - 1).T
+    shadow[row, column] = 1
+    shadow = 1 - np.exp(-((2 * radius) ** 2) * gaussian_filter(shadow, CELL / 40))
+    image = np.repeat(1 - 0.18 * shadow[..., None], 3, -1)
+    image = image.repeat(SUPERSAMPLE, 0).repeat(SUPERSAMPLE, 1)
+    hit = painted >= 0
+    ball, pixel = np.divmod(painted[hit], len(dx))
+    image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
+    image = image.clip(0, 1).reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3).mean((1, 3))
+    return np.rint(255 * image[::-1]).astype(np.uint8)
+
+
+def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32) -> Float[Array, " N"]:
+    """The share of the sky that each point sees, weighted by the sine of the elevation.
+
+    Along each of a fan of directions the points are binned in squares of side ``blur``; those of a square
+    that lie well below its topmost are in the shade.
+    """
+    height = 1 - 0.95 * (np.arange(num_directions) + 0.5) / num_directions
+    turn = np.arange(num_directions) * math.pi * (3 - math.sqrt(5))  # the golden angle
+    across = np.sqrt(1 - height**2)
+    seen = np.zeros(len(points))
+    world = points @ VIEW
+    for direction in np.stack((across * np.cos(turn), height, across * np.sin(turn)), 1):
+        side = _unit(direction[1], -direction[0], 0.0)
+        plane = np.stack((side, np.cross(direction, side)), 1)
+        square = np.floor(world @ plane / blur).astype(int)
+        square -= square.min(0)
+        key = square[:, 0] * (square[:, 1].max() + 1) + square[:, 1]
+        depth = world @ direction
+        topmost = np.full(key.max() + 1, -np.inf)
+        np.maximum.at(topmost, key, depth)
+        seen += direction[1] * (depth > topmost[key] - 1.5 * blur)
+    return seen / height.sum()
+
+
+def _write(
+    cells: Sequence[Sequence[Array]],
+    path: str | os.PathLike[str],
+    labels: Sequence[str],
+    titles: Sequence[str],
+) -> None:
+    """Put the cells of each row side by side, add the texts and write the file in one step."""
+    left, top = LABEL if labels else 0, TITLE if titles else 0
+    columns = max(len(row) for row in cells)
+    height, width = top + CELL * len(cells), left + CELL * columns
+    page = np.full((height, width, 3), 255, np.uint8)
+    for r, row in enumerate(cells):
+        for c, cell in enumerate(row):
+            page[top + r * CELL : top + (r + 1) * CELL, left + c * CELL : left + (c + 1) * CELL] = cell
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    figure.figimage(page)
+    for r, label in enumerate(labels):
+        middle = 1 - (top + (r + 0.5) * CELL) / height
+        figure.text(
+            0.5 * LABEL / width, middle, label, rotation=90, size=13, color=INK, ha="center", va="center"
+        )
+    for c, title in enumerate(titles):
+        middle = (left + (c + 0.5) * CELL) / width
+        figure.text(middle, 1 - 0.5 * TITLE / height, title, size=13, color=INK, ha="center", va="center")
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format="png")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,223 @@
+"""Turn a folder or a zip archive of meshes or clouds into the training format.
+
+    python -m lion_triton.prepare SOURCE --out DIR
+
+writes `DIR/<category>/{train,val,test}/<id>.npy`, each (P, 3) float32 with y up, in the units of the source
+(Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from jaxtyping import Float32
+from numpy import ndarray
+from tqdm import tqdm
+
+from lion_triton.cli import run_cli
+from lion_triton.data.containers import close_archives
+from lion_triton.data.find import SPLITS, Failure, Item, find_shapes, hash_of, one_line
+from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, read_shape
+
+SERIAL_BELOW = 32  # starting worker processes takes longer than this many ordinary shapes
+SHOWN_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn meshes or clouds into the point clouds that training reads."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder, .zip or .sh3f with obj, ply, off, stl, glb, gltf, npy, npz, xyz or txt files. The first level
+    of folders names the categories; archives count as folders."""
+    out: Path
+    """Folder to make."""
+    points: int = 15000
+    """Points to draw from each object."""
+    up: Literal["y", "z"] = "y"
+    """Axis that points up in the source; Sweet Home 3D libraries know their own."""
+    val: float = 0.05
+    """Fraction of objects for validation, where no folder train, val or test decides."""
+    test: float = 0.15
+    """Fraction of objects for testing, likewise."""
+    seed: int = 0
+    """Seed of the drawn points; the split does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.points < 1:
+            raise ValueError(f"points: expected at least 1, got {self.points}")
+        if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
+            raise ValueError(
+                f"val, test: expected fractions that sum to at most 1, got {self.val}, {self.test}"
+            )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a source. `objects` are the index's entries; `str()` is a table for people."""
+
+    config: PrepareConfig
+    objects: list[dict[str, Any]]
+    failures: list[Failure]
+
+    def __str__(self) -> str:
+        counts = Counter((row["category"], row["split"]) for row in self.objects)
+        names = sorted({row["category"] for row in self.objects})
+        table = [(name, [counts[name, split] for split in SPLITS]) for name in names]
+        table.append(("total", [sum(row["split"] == split for row in self.objects) for split in SPLITS]))
+        width = max(len(name) for name in (*names, "category"))
+        lines = [f"{'category':{width}}" + "".join(f"{head:>8}" for head in (*SPLITS, "total"))]
+        lines += [f"{name:{width}}" + "".join(f"{n:8}" for n in (*row, sum(row))) for name, row in table]
+        lines.append(f"{len(self.objects)} objects in {self.config.out}, {len(self.failures)} failures")
+        short = [row["points"] for row in self.objects if row["points"] < self.config.points]
+        if short:
+            lines.append(
+                f"kept whole, with fewer than {self.config.points} points (from {min(short)}): {len(short)}"
+            )
+        lines += [f"  {failure.path}: {failure.reason}" for failure in self.failures[:SHOWN_FAILURES]]
+        if len(self.failures) > SHOWN_FAILURES:
+            lines.append(f"  and {len(self.failures) - SHOWN_FAILURES} more, named in index.json")
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names need not be Unicode
+
+
+def prepare(config: PrepareConfig) -> Summary:
+    """Prepare `config.source`, print the summary and return it.
+
+    An object's points depend on its file, category, id and the seed, its split on category and id alone:
+    other files that come or go change neither. Clouds of fewer than `config.points` points are kept whole. A
+    file that cannot be used is named in the summary and stops nothing else. `config.out` must be absent or
+    empty, and appears only when all is done. Raises ValueError or OSError with one line.
+    """
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ValueError(f"out: {config.out} exists and is not an empty folder")
+    out = config.out.resolve()
+    unfinished = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        found = list(find_shapes(config.source))
+        if not found:
+            known = ", ".join(sorted(SHAPE_SUFFIXES))
+            raise ValueError(f"source: no shapes in {config.source} (looked for {known})")
+        unfinished.mkdir(parents=True)
+        summary = _write_all(found, config, unfinished)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was killed, probably for lack of memory; nothing was kept") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"out: no space left on disk for {config.out}; nothing was kept") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        close_archives()
+    print(summary)
+    return summary
+
+
+def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path) -> Summary:
+    items = [item for item in found if isinstance(item, Item)]
+    failures = [failure for failure in found if isinstance(failure, Failure)]
+    objects = []
+    with closing(_prepare_all(items, config)) as results:
+        for result in tqdm(results, "preparing", len(items), unit="shape", disable=None):
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
+            row, points = result
+            for split in SPLITS:
+                (folder / row["category"] / split).mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
+            np.save(buffer, points)
+            (folder / row["category"] / row["split"] / f"{row['id']}.npy").write_bytes(buffer.getvalue())
+            objects.append(row)
+    objects.sort(key=lambda row: (row["category"], row["id"]))
+    failures.sort(key=lambda failure: failure.path)
+    if not objects:
+        first = f"{len(failures)} failures, first {failures[0].path}: {failures[0].reason}"
+        raise ValueError(f"source: no shape in {config.source} can be used ({first})")
+    index = {
+        "source": str(config.source),
+        "points": config.points,
+        "seed": config.seed,
+        "objects": objects,
+        "failures": [asdict(failure) for failure in failures],
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return Summary(config, objects, failures)
+
+
+Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"]]  # an entry of the index, and its points
+
+
+def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[Prepared | Failure, None, None]:
+    work = partial(_prepare_one, config=config)
+    if len(items) < SERIAL_BELOW:
+        yield from map(work, items)
+        return
+    # Spawned, not forked: whoever calls prepare() may have threads.
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(work, items, chunksize=4)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_one(item: Item, config: PrepareConfig) -> Prepared | Failure:
+    key = f"{item.category}/{item.id}"
+    try:
+        shape = read_shape(item.container, item.file)
+        if item.catalogued:
+            up = "y, by the catalogue"
+        elif config.up == "z":
+            up, shape = "z, turned to y", shape.turned(Z_UP_TO_Y_UP)
+        else:
+            up = "y"
+        if item.rotation is not None:
+            shape = shape.turned(item.rotation)
+        if item.size is not None:
+            shape = shape.fitted(item.size)
+        points = shape.sample(config.points, hash_of(f"{config.seed}/{key}"))
+    except Exception as error:  # whatever a parser makes of a bad file, the others must go on
+        return Failure(item.path, one_line(error))
+    row = {
+        "id": item.id,
+        "name": item.id,
+        "category": item.category,
+        "split": item.split or split_of(key, config),
+        "path": item.path,
+        "up": up,
+        "faces" if shape.is_mesh else "points_in_file": len(shape.coordinates),
+        "points": len(points),
+    }
+    return row | item.details, points
+
+
+def split_of(key: str, config: PrepareConfig) -> str:
+    """train, val or test for the object `<category>/<id>`, whatever other objects there are."""
+    position = hash_of(key) / 2**64
+    return "test" if position < config.test else "val" if position < config.test + config.val else "train"
+
+
+def main() -> None:
+    run_cli(lambda: prepare(tyro.cli(PrepareConfig)))
+
+
+if __name__ == "__main__":
+    main()

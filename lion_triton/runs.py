@@ -1,0 +1,281 @@
+"""The run folder: what a training run leaves behind, and how it is read again.
+
+    RUN/config.json                        version, commit, the whole configuration, classes, normalisation
+    RUN/metrics.jsonl                      one line per logged step
+    RUN/tensorboard/                       the same as curves
+    RUN/samples/*.png                      pictures
+    RUN/checkpoints/step-<n>/              the newest two: model.safetensors, ema.safetensors (priors),
+                                           optimizer.pt, state.json with every file's size and SHA-256
+
+A checkpoint folder appears under its name only when it is complete, so an interrupted run never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lion_triton import __version__
+from lion_triton.config import TrainConfig, differences, from_json
+from lion_triton.data.clouds import Normalization
+from lion_triton.models.lion import LION
+
+Stage = Literal["vae", "priors"]
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its ``config.json`` says."""
+
+    folder: Path
+    config: TrainConfig
+    classes: tuple[str, ...]
+    normalization: Normalization
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Progress of a run: ``step`` steps of ``stage`` are done. ``ema`` is empty in stage 1."""
+
+    stage: Stage
+    step: int
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+
+
+def create_run(
+    folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization
+) -> Run:
+    """Make the run folder and write its ``config.json``.
+
+    Raises:
+        ValueError: if the folder holds something else than a run.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"out: {folder} exists and is not a run folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "lion_triton": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "config": asdict(config),
+        "classes": list(classes),
+        "normalization": normalization.to_json(),
+    }
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    return Run(folder, config, classes, normalization)
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ValueError: if it is none, or its ``config.json`` is damaged or of another version's form.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"run: {folder} is not a run folder (it has no config.json)")
+    try:
+        content = json.loads(path.read_text())
+        config = from_json(content["config"])
+        classes = tuple(content["classes"])
+        normalization = Normalization.from_json(content["normalization"])
+    except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
+        raise ValueError(f"run: {path} is damaged or of another version ({_line(error)})") from None
+    return Run(folder, config, classes, normalization)
+
+
+def check_same_run(run: Run, config: TrainConfig) -> None:
+    """Refuse to continue a run with another configuration.
+
+    Raises:
+        ValueError: naming the first differences; first of all the architecture's.
+    """
+    lines = differences(config.model, run.config.model, "model.") or differences(config, run.config)
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        what = "another architecture" if lines[0].startswith("model.") else "other settings"
+        raise ValueError(
+            f"out: {run.folder} was started with {what} ({'; '.join(lines[:3])}{more}): give another --out"
+        )
+
+
+def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, whole or not at all, and drop all but the newest two."""
+    parent = run.folder / "checkpoints"
+    target = parent / f"step-{total_step:08d}"
+    partial = parent / f".partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _save_tensors(checkpoint.model, partial / "model.safetensors")
+        if checkpoint.ema:
+            _save_tensors(checkpoint.ema, partial / "ema.safetensors")
+        torch.save(dict(checkpoint.optimizer), partial / "optimizer.pt")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
+        state = {"stage": checkpoint.stage, "step": checkpoint.step, "files": files}
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except RuntimeError as error:  # torch.save's way of saying that a write failed
+        raise OSError(*_errno_of(error), str(partial)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in run.checkpoints()[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(run: Run) -> Checkpoint | None:
+    """The newest checkpoint, or None before the first.
+
+    Raises:
+        ValueError: if it is damaged or truncated, or its optimizer file would run code; nothing is skipped silently.
+    """
+    folders = run.checkpoints()
+    if not folders:
+        return None
+    folder = folders[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        stage, step, files = state["stage"], int(state["step"]), dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / "state.json", error) from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(path, "missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise _damaged(path, f"{path.stat().st_size} bytes, expected {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise _damaged(path, "its SHA-256 differs from state.json")
+    try:
+        model = safetensors.torch.load_file(folder / "model.safetensors")
+        ema = safetensors.torch.load_file(folder / "ema.safetensors") if "ema.safetensors" in files else {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(folder / "model.safetensors", error) from None
+    try:
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise _damaged(folder / "optimizer.pt", error) from None
+    return Checkpoint(stage, step, model, ema, optimizer)
+
+
+def load_model(run: Run) -> LION:
+    """The run's newest LION in evaluation mode, its priors with the averaged (EMA) weights.
+
+    Raises:
+        ValueError: no checkpoint yet, a damaged one, or one of another architecture.
+    """
+    checkpoint = load_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"run: {run.folder} has no checkpoint yet")
+    if checkpoint.stage == "vae":
+        raise ValueError(f"run: {run.folder} has no trained priors yet (stage 1, step {checkpoint.step})")
+    lion = LION(run.config.model)
+    load_state(lion, checkpoint.model, run)
+    load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
+    return lion.eval()
+
+
+def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
+    """Load weights, or say in one line which do not fit."""
+    try:
+        lion.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(
+            f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)}): remove "
+        f"{path.parent} to continue from the one before it"
+    )
+
+
+def _line(error: object) -> str:
+    """The first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _errno_of(error: BaseException) -> tuple[int, str]:
+    """errno and text of the OSError behind ``error``, else those of a full disk, by far the likeliest cause."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and cause.errno:
+        return cause.errno, os.strerror(cause.errno)
+    return errno.ENOSPC, os.strerror(errno.ENOSPC)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with "+" if it has changes; None if it is installed."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        status = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
