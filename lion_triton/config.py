@@ -261,6 +261,16 @@ def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser
     return replace(config, model=replace(model, point_prior=prior))
 
 
+def with_classes(config: TrainConfig, count: int) -> TrainConfig:
+    """The same run for data of ``count`` classes, if its priors are class-conditional at all."""
+    model = config.model
+    if not model.shape_prior.num_classes:
+        return config
+    shape_prior = replace(model.shape_prior, num_classes=count)
+    point_prior = replace(model.point_prior, num_classes=count)
+    return replace(config, model=replace(model, shape_prior=shape_prior, point_prior=point_prior))
+
+
 def from_json(data: dict[str, Any]) -> TrainConfig:
     """Rebuild a config from ``dataclasses.asdict`` after a trip through JSON."""
     return dacite.from_dict(TrainConfig, data, dacite.Config(cast=[tuple], strict=True))

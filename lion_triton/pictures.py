@@ -81,9 +81,7 @@ def grid(clouds: Clouds, path: str | os.PathLike[str], columns: int = 8) -> None
 def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
     """Clouds as checked float64."""
     array = (
-        clouds.detach().to("cpu", torch.float64).numpy()
-        if isinstance(clouds, Tensor)
-        else np.asarray(clouds, float)
+        clouds.detach().to("cpu", torch.float64).numpy() if isinstance(clouds, Tensor) else np.asarray(clouds, float)
     )
     if array.ndim != 3 or array.shape[-1] != 3 or array.size == 0:
         raise ValueError(f"{name}: expected shape (K, N, 3) with K, N >= 1, got {array.shape}")
@@ -194,12 +192,12 @@ def _write(
     figure.figimage(page)
     for r, label in enumerate(labels):
         middle = 1 - (top + (r + 0.5) * CELL) / height
-        figure.text(
-            0.5 * LABEL / width, middle, label, rotation=90, size=13, color=INK, ha="center", va="center"
-        )
+        figure.text(0.5 * LABEL / width, middle, label, rotation=90, size=13, color=INK, ha="center", va="center")
     for c, title in enumerate(titles):
         middle = (left + (c + 0.5) * CELL) / width
-        figure.text(middle, 1 - 0.5 * TITLE / height, title, size=13, color=INK, ha="center", va="center")
+        figure.text(
+            middle, 1 - 0.5 * TITLE / height, title, size=13, color=INK, ha="center", va="center", parse_math=False
+        )
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -41,11 +41,11 @@ SHOWN_FAILURES = 20
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn meshes or clouds into the point clouds that training reads."""
+    """Turn meshes (obj, ply, off, stl, glb, gltf) or clouds (npy, npz, ply, xyz, txt) into the point clouds that
+    training reads: OUT/<category>/{train,val,test}/<id>.npy and OUT/index.json."""
 
     source: tyro.conf.Positional[Path]
-    """Folder, .zip or .sh3f with obj, ply, off, stl, glb, gltf, npy, npz, xyz or txt files. The first level
-    of folders names the categories; archives count as folders."""
+    """Folder, .zip or .sh3f; its first level of folders names the categories, archives count as folders."""
     out: Path
     """Folder to make."""
     points: int = 15000
@@ -63,9 +63,7 @@ class PrepareConfig:
         if self.points < 1:
             raise ValueError(f"points: expected at least 1, got {self.points}")
         if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
-            raise ValueError(
-                f"val, test: expected fractions that sum to at most 1, got {self.val}, {self.test}"
-            )
+            raise ValueError(f"val, test: expected fractions that sum to at most 1, got {self.val}, {self.test}")
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,10 @@ class Summary:
         width = max(len(name) for name in (*names, "category"))
         lines = [f"{'category':{width}}" + "".join(f"{head:>8}" for head in (*SPLITS, "total"))]
         lines += [f"{name:{width}}" + "".join(f"{n:8}" for n in (*row, sum(row))) for name, row in table]
-        lines.append(f"{len(self.objects)} objects in {self.config.out}, {len(self.failures)} failures")
+        lines.append(f"in {self.config.out}: objects {len(self.objects)}, failures {len(self.failures)}")
         short = [row["points"] for row in self.objects if row["points"] < self.config.points]
         if short:
-            lines.append(
-                f"kept whole, with fewer than {self.config.points} points (from {min(short)}): {len(short)}"
-            )
+            lines.append(f"kept whole, with fewer than {self.config.points} points (from {min(short)}): {len(short)}")
         lines += [f"  {failure.path}: {failure.reason}" for failure in self.failures[:SHOWN_FAILURES]]
         if len(self.failures) > SHOWN_FAILURES:
             lines.append(f"  and {len(self.failures) - SHOWN_FAILURES} more, named in index.json")
@@ -134,13 +130,19 @@ def prepare(config: PrepareConfig) -> Summary:
 def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path) -> Summary:
     items = [item for item in found if isinstance(item, Item)]
     failures = [failure for failure in found if isinstance(failure, Failure)]
-    objects = []
+    objects: list[dict[str, Any]] = []
+    taken: dict[str, str] = {}
     with closing(_prepare_all(items, config)) as results:
         for result in tqdm(results, "preparing", len(items), unit="shape", disable=None):
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
             row, points = result
+            # Two names that differ in case alone are one file on some systems.
+            first = taken.setdefault(f"{row['category']}/{row['id']}".casefold(), row["path"])
+            if first != row["path"]:
+                failures.append(Failure(row["path"], f"its id {row['id']} is already that of {first}"))
+                continue
             for split in SPLITS:
                 (folder / row["category"] / split).mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
@@ -150,8 +152,8 @@ def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path)
     objects.sort(key=lambda row: (row["category"], row["id"]))
     failures.sort(key=lambda failure: failure.path)
     if not objects:
-        first = f"{len(failures)} failures, first {failures[0].path}: {failures[0].reason}"
-        raise ValueError(f"source: no shape in {config.source} can be used ({first})")
+        first = f"{failures[0].path}: {failures[0].reason}"
+        raise ValueError(f"source: no shape in {config.source} can be used; of {len(failures)} the first: {first}")
     index = {
         "source": str(config.source),
         "points": config.points,
@@ -216,7 +218,7 @@ def split_of(key: str, config: PrepareConfig) -> str:
 
 
 def main() -> None:
-    run_cli(lambda: prepare(tyro.cli(PrepareConfig)))
+    run_cli(lambda: prepare(tyro.cli(PrepareConfig, prog="python -m lion_triton.prepare")))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lion_triton import report
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining, with_networks
+from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining, with_classes, with_networks
 from lion_triton.data.clouds import Normalization, TrainingStream, check_all, fixed_batch
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import autocast, best_device, resolve_precision
@@ -420,11 +420,7 @@ def train(args: Arguments) -> None:
     config = with_networks(args.config, args.attention, args.denoiser)
     folder = args.out or Path("runs") / config.preset
     sources = load_sources(config.data, config.evaluate_shapes)
-    classes = config.model.shape_prior.num_classes
-    if classes and classes != len(sources.train.classes):
-        raise ValueError(
-            f"data.source: this model has {classes} classes, the data have {len(sources.train.classes)}"
-        )
+    config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
         return

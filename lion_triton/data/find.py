@@ -50,24 +50,17 @@ def find_shapes(source: Path) -> Iterator[Item | Failure]:
     """Everything below a folder or zip archive that looks like a shape, in order of path.
 
     The category is the first folder below `source`, or `source` itself for what lies directly in it; a
-    ShapeNet synset anywhere above the file comes first. A folder train, val or test directly below the category
+    ShapeNet synset anywhere above the file comes first. A folder train, val or test right below the category
     is the split; further folders go into the id. An archive counts as a folder of the same name. In a Sweet
-    Home 3D library the catalogue decides instead. Of two files with equal category and id the second is a
-    failure. Raises ValueError when `source` is neither folder nor archive.
+    Home 3D library the catalogue decides instead. Two files may get the same category and id. Raises ValueError
+    when `source` is neither folder nor archive.
     """
     if not source.exists():
         raise ValueError(f"source: {source} does not exist")
     if not source.is_dir() and source.suffix.lower() not in ARCHIVE_SUFFIXES:
         raise ValueError(f"source: expected a folder, a .zip or a .sh3f file, got {source}")
     name = source.resolve().name if source.is_dir() else source.stem
-    taken: dict[tuple[str, str], str] = {}
-    for found in _find(Container(source), "", (name,)):
-        if isinstance(found, Item):
-            key = (found.category.casefold(), found.id.casefold())  # as file systems that ignore case see it
-            first = taken.setdefault(key, found.path)
-            if first != found.path:
-                found = Failure(found.path, f"its id {found.id} is already that of {first}")
-        yield found
+    yield from _find(Container(source), "", (name,))
 
 
 def _find(container: Container, label: str, above: tuple[str, ...]) -> Iterator[Item | Failure]:

@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
@@ -59,11 +60,7 @@ class Shape:
         if len(self.coordinates) == 0:
             raise ValueError(f"no {kind}s")
         with np.errstate(over="ignore"):
-            finite = (
-                np.isfinite(self.coordinates.astype(np.float32))
-                .reshape(len(self.coordinates), -1)
-                .all(axis=1)
-            )
+            finite = np.isfinite(self.coordinates.astype(np.float32)).reshape(len(self.coordinates), -1).all(axis=1)
         if not finite.all():
             raise ValueError(f"{kind} {int(np.argmin(finite))} is not finite")
         if self.is_mesh and not trimesh.triangles.area(self.coordinates).sum() > 0:
@@ -100,7 +97,7 @@ def read_shape(container: Container, name: str) -> Shape:
         shape = Shape(_read_array(data, suffix))
     elif suffix in (".xyz", ".txt"):
         text = data.decode("utf-8-sig", errors="replace").replace(",", " ")
-        if not re.search(r"^\s*[-+.\d]", text, re.MULTILINE):
+        if not re.search(r"^\s*([-+.\d]|nan|inf)", text, re.MULTILINE | re.IGNORECASE):
             raise ValueError("holds no rows of numbers")
         shape = Shape(np.loadtxt(io.StringIO(text), usecols=(0, 1, 2), ndmin=2))
     else:
@@ -115,11 +112,11 @@ def _read_array(data: bytes, suffix: str) -> Float64[ndarray, "P 3"]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             if "points.npy" not in names and len(names) != 1:
-                raise ValueError(
-                    f"expected an array called points or a single array, got {len(names)} arrays"
-                )
+                raise ValueError(f"expected an array called points or a single array, got {len(names)} arrays")
             name = "points.npy" if "points.npy" in names else names[0]
             data = read_entry(archive, name)
+    if not data.startswith(b"\x93NUMPY"):
+        raise ValueError("is not in NumPy's array format (pickles are not read)")
     array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or not 3 <= array.shape[1] <= MAX_CLOUD_COLUMNS:
         columns = f"(P, 3 to {MAX_CLOUD_COLUMNS})"
@@ -128,14 +125,11 @@ def _read_array(data: bytes, suffix: str) -> Float64[ndarray, "P 3"]:
 
 
 def _read_mesh(data: bytes, suffix: str, sibling: Callable[[str], bytes]) -> Shape:
-    stream: io.BytesIO | io.StringIO = io.BytesIO(data)
-    resolver: dict[str, bytes] = {}
     if suffix == ".obj":
-        stream = io.StringIO(_with_absolute_faces(data.decode("latin-1")))
-    elif suffix in (".gltf", ".glb"):
-        resolver = _gltf_buffers(data, sibling)
+        return Shape(_read_obj(data.decode("latin-1")))
+    resolver = _gltf_buffers(data, sibling) if suffix in (".gltf", ".glb") else {}
     scene = trimesh.load_scene(
-        stream, file_type=suffix[1:], resolver=resolver, process=False, skip_materials=True
+        io.BytesIO(data), file_type=suffix[1:], resolver=resolver, process=False, skip_materials=True
     )
     meshes, clouds = [np.empty((0, 3, 3))], [np.empty((0, 3))]
     for node in scene.graph.nodes_geometry:
@@ -151,24 +145,29 @@ def _read_mesh(data: bytes, suffix: str, sibling: Callable[[str], bytes]) -> Sha
     return Shape(np.concatenate(clouds if is_cloud else meshes))
 
 
-def _with_absolute_faces(text: str) -> str:
-    """An OBJ file with its negative vertex indices made positive: they count back from the face's own line,
-    while trimesh counts them from the end of the file."""
-    if not re.search(r"^f\s(.*\s)?-\d", text, re.MULTILINE):
-        return text
-    lines, vertices = [], 0
+def _read_obj(text: str) -> Float64[ndarray, "F 3 3"]:
+    """The faces of an OBJ file, polygons as fans of triangles.
+
+    Not left to trimesh, which counts a negative vertex index from the end of the file (OBJ counts from the face's
+    own line), takes index 0 for the first vertex, and misses the faces in lines that are indented or use tabs.
+    """
+    vertices: list[tuple[float, float, float]] = []
+    faces: list[tuple[int, int, int]] = []
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
-        words = line.split()
+        words = line.partition("#")[0].split()
         if words[:1] == ["v"]:
-            vertices += 1
+            x, y, z = map(float, words[1:4])
+            vertices.append((x, y, z))
         elif words[:1] == ["f"]:
-            indices = [int(word.split("/")[0]) for word in words[1:]]
-            indices = [index if index > 0 else vertices + 1 + index for index in indices]
-            if min(indices) < 1:
-                raise ValueError(f"face {line!r} refers to a vertex before the first")
-            line = "f " + " ".join(map(str, indices))
-        lines.append(line)
-    return "\n".join(lines)
+            numbers = [int(word.partition("/")[0]) for word in words[1:]]
+            corners = [number - 1 if number > 0 else len(vertices) + number for number in numbers]
+            if 0 in numbers or min(corners, default=0) < 0:
+                raise ValueError(f"face {len(faces)} refers to a vertex before the first")
+            faces += [(corners[0], b, c) for b, c in pairwise(corners[1:])]
+    indices = np.array(faces, dtype=np.int64).reshape(-1, 3)
+    if indices.max(initial=-1) >= len(vertices):
+        raise ValueError(f"a face refers to vertex {indices.max() + 1} of {len(vertices)}")
+    return np.array(vertices, dtype=np.float64).reshape(-1, 3)[indices]
 
 
 def _gltf_buffers(data: bytes, sibling: Callable[[str], bytes]) -> dict[str, bytes]:

@@ -151,9 +151,7 @@ def box(x: Span, y: Span, z: Span, bevel: float = 0.0) -> Part:
     return replace(loft(np.array(sections)), solid=((x[0], y[0], z[0]), (x[1], y[1], z[1])))
 
 
-def rod(
-    path: Sequence[Point] | Array, radius: float | Sequence[float], sides: int = 12, capped: bool = True
-) -> Part:
+def rod(path: Sequence[Point] | Array, radius: float | Sequence[float], sides: int = 12, capped: bool = True) -> Part:
     """A tube along a path that lies in a plane; the radius may differ from point to point."""
     points = np.asarray(path, float)
     tangent = np.gradient(points, axis=0)
@@ -166,9 +164,7 @@ def rod(
     return loft(points[:, None] + np.reshape(radius, (-1, 1, 1)) * ring, capped)
 
 
-def lathe(
-    profile: Sequence[tuple[float, float]], x: float = 0.0, depth: float = 1.0, capped: bool = True
-) -> Part:
+def lathe(profile: Sequence[tuple[float, float]], x: float = 0.0, depth: float = 1.0, capped: bool = True) -> Part:
     """Turn a profile of (radius, height), from bottom to top, about the upright axis through (x, 0, 0).
 
     ``depth`` stretches it along z, for ovals.
@@ -332,9 +328,7 @@ def _round_back(rng: Generator, rounded: bool, width: float, depth: float, heigh
     return parts
 
 
-def _chair_arms(
-    rng: Generator, rounded: bool, width: float, depth: float, height: float, slope: float
-) -> list[Part]:
+def _chair_arms(rng: Generator, rounded: bool, width: float, depth: float, height: float, slope: float) -> list[Part]:
     u = rng.uniform
     rise, half = u(0.18, 0.26), u(0.02, 0.03)
     x, y = width / 2 - half, height + rise
@@ -629,13 +623,13 @@ def _shelf(rng: Generator) -> list[Part]:
 def _bookcase(rng: Generator) -> list[Part]:
     """Boards between two side panels, with dividers, a back, doors at the bottom or feet."""
     u = rng.uniform
-    width, height, depth = u(0.55, 1.3), u(0.8, 1.9), u(0.26, 0.42)
+    width, height, depth = u(0.5, 1.5), u(0.75, 1.9), u(0.25, 0.48)
     thick = max(width, height) * u(0.03, 0.045)
-    rows = int(np.clip(round(height / u(0.3, 0.48)), 2, 6))
+    rows = int(np.clip(round(height / u(0.28, 0.5)), 2, 6))
     half, inner, front, rear = width / 2, width / 2 - thick, depth / 2, -depth / 2
     foot, overhang = pick(rng, 0.0, 0.0, u(0.05, 0.12)), pick(rng, 0.0, 0.03)
-    levels = np.linspace(foot, height - thick, rows + 1)
-    top = levels[-1]
+    top = height - thick
+    levels = foot + (top - foot) * np.linspace(0, 1, rows + 1) ** u(0.7, 1.1)  # mostly wider at the bottom
     parts = [box(span(s * half, s * inner), (foot, top), (rear, front)) for s in SIDES]
     parts += [box((-inner, inner), (y, y + thick), (rear, front)) for y in levels[:-1]]
     parts.append(box((-half - overhang, half + overhang), (top, height), (rear, front + overhang)))
@@ -662,11 +656,11 @@ def _bookcase(rng: Generator) -> list[Part]:
 def _rack(rng: Generator) -> list[Part]:
     """Boards between four posts; the front posts are upright or lean back like a ladder."""
     u = rng.uniform
-    width, height, depth = u(0.55, 1.2), u(0.8, 1.8), u(0.3, 0.42)
+    width, height, depth = u(0.5, 1.4), u(0.75, 1.8), u(0.28, 0.46)
     thick = max(width, height) * u(0.03, 0.045)
     post, rows = 1.2 * thick, int(np.clip(round(height / u(0.3, 0.48)), 2, 5))
     half, inner, rear = width / 2, width / 2 - post, -depth / 2
-    ladder = pick(rng, 0.0, u(0.3, 0.6)) * depth  # how much narrower the top is
+    ladder = pick(rng, 0.0, u(0.4, 0.8)) * (depth - 2.5 * post)  # how much narrower the top is
     parts = []
     for y in np.linspace(u(0.06, 0.2), height - thick, rows + 1):
         front, board = depth / 2 - ladder * y / height, (y, y + thick)
@@ -681,16 +675,17 @@ def _rack(rng: Generator) -> list[Part]:
 
 
 def _stairs(rng: Generator) -> list[Part]:
-    """Open cubes in columns that rise to one side."""
-    columns, cell, depth = pick(rng, 2, 3, 4), rng.uniform(0.3, 0.42), rng.uniform(0.26, 0.4)
-    rise, side = pick(rng, 0, 1), pick(rng, *SIDES)
-    thick = 0.035 * (columns + rise) * cell
+    """Open cells in columns that rise to one side."""
+    u = rng.uniform
+    columns, rise, side = pick(rng, 2, 3, 4), pick(rng, 0, 1), pick(rng, *SIDES)
+    wide, high, depth = u(0.26, 0.46), u(0.26, 0.46), u(0.22, 0.46)
+    thick = u(0.03, 0.045) * max(columns * wide, (columns + rise) * high)
     z = (-depth / 2, depth / 2)
     parts = []
     for c in range(columns + 1):
-        x, rows = (c - columns / 2) * cell, columns + rise - c
-        wall = min(rows + 1, columns + rise)  # the last wall is as high as the column before it
-        parts.append(box(span(side * x, side * (x + thick)), (0, wall * cell + thick), z))
+        x, rows = (c - columns / 2) * wide, columns + rise - c
+        wall = min(rows + 1, columns + rise)  # a wall is as high as the column on its higher side
+        parts.append(box(span(side * x, side * (x + thick)), (0, wall * high + thick), z))
         for k in range(rows + 1) if c < columns else ():
-            parts.append(box(span(side * (x + thick), side * (x + cell)), (k * cell, k * cell + thick), z))
+            parts.append(box(span(side * (x + thick), side * (x + wide)), (k * high, k * high + thick), z))
     return parts

@@ -40,7 +40,7 @@ def parse_properties(text: str) -> dict[str, str]:
     """A Java properties file, already decoded (they are ISO-8859-1): comments, continued lines, and escapes
     including UTF-16 ones; of equal keys the last counts."""
     entries, logical = {}, ""
-    for line in re.split(r"\r\n?|\n", text):
+    for line in [*re.split(r"\r\n?|\n", text), ""]:
         line = line.lstrip(" \t\f")
         if not logical and line[:1] in ("", "#", "!"):
             continue
@@ -58,11 +58,7 @@ def parse_properties(text: str) -> dict[str, str]:
 def _unescape(text: str) -> str:
     def character(match: re.Match[str]) -> str:
         code = match[1]
-        return (
-            chr(int(code[1:], 16))
-            if len(code) > 1
-            else {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(code, code)
-        )
+        return chr(int(code[1:], 16)) if len(code) > 1 else {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}.get(code, code)
 
     text = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL)
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogate pairs
@@ -114,7 +110,7 @@ def _furniture(container: Container, names: frozenset[str], entry: dict[str, str
 
 
 def _numbers(entry: dict[str, str], key: str, count: int) -> Float[ndarray, " n"] | None:
-    """The entry's numbers under `key`, None if it has none; ValueError unless they are `count` finite ones."""
+    """The entry's numbers under `key`, None if it has none; ValueError unless it has `count` finite ones."""
     words = entry.get(key, "").split()
     try:
         numbers = np.array(words, dtype=np.float64)

@@ -3,7 +3,7 @@
 Forward, per cloud and with the statistics of a group over its n = P C / G elements:
 
     xhat = (x - mean) rstd,   mean = sum x / n,   rstd = (sum (x - mean)^2 / n + eps)^(-1/2)
-    z    = (weight xhat + bias) scale + shift  =  a x + c
+    z    = (weight xhat + bias) scale + shift  =  a (x - mean) + c
     y    = silu(z) = z sigmoid(z)   or   z
 
 Backward, with dz the gradient of z, s1 = sum_P dz and s2 = sum_P dz xhat per cloud and channel:
@@ -121,8 +121,9 @@ class _AdaGN(torch.autograd.Function):
         var = _group_mean(z.square_().sum(1), num_groups, X.shape[1])
         rstd = (var + eps).rsqrt()
         a = rstd * weight * scale
-        c = torch.addcmul(shift, bias, scale) - mean * a
-        torch.addcmul(c[:, None], X, a[:, None], out=z)
+        c = torch.addcmul(shift, bias, scale)
+        torch.sub(X, mean[:, None], out=z)
+        torch.addcmul(c[:, None], z, a[:, None], out=z)
         if act == "silu":
             F.silu(z, inplace=True)
         ctx.save_for_backward(x, mean, rstd, a, c, scale, weight, bias)
@@ -134,12 +135,12 @@ class _AdaGN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, a, c, scale, weight, bias = ctx.saved_tensors
         X, dz = _positions(x, scale.dtype), _positions(grads[0], scale.dtype)  # (B, P, C)
+        dx = X - mean[:, None]
         if ctx.act == "silu":
-            z = torch.addcmul(c[:, None], X, a[:, None])
+            z = torch.addcmul(c[:, None], dx, a[:, None])
             dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
         s1 = dz.sum(1)  # (B, C)
-        dx = (X - mean[:, None]).mul_(dz)
-        s2 = dx.sum(1) * rstd
+        s2 = dx.mul_(dz).sum(1) * rstd
         m1 = _group_mean(weight * scale * s1, ctx.num_groups, X.shape[1])
         m2 = _group_mean(weight * scale * s2, ctx.num_groups, X.shape[1])
         # dx = a dz + k x + l

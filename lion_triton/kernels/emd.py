@@ -52,9 +52,7 @@ def approx_emd_reference(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -
     return _ApproxCost.apply(upcast(x), upcast(y))
 
 
-def approx_emd(
-    x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], *, impl: Impl = "auto"
-) -> Float[Tensor, " B"]:
+def approx_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], *, impl: Impl = "auto") -> Float[Tensor, " B"]:
     """Approximate earth mover's distance: the cost of a soft matching, over N.
 
     x: (B, N, 3), y: (B, M, 3), of one dtype. Returns (B,) float32 (float64 for float64), in squared units of the
@@ -82,9 +80,14 @@ def exact_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B N 3"]) -> Float[Ten
     x, y = upcast(x), upcast(y)
     target = torch.empty(x.shape[:2], dtype=torch.int64)
     for b, (cloud_x, cloud_y) in enumerate(zip(to_numpy(x), to_numpy(y), strict=True)):
-        target[b] = torch.from_numpy(linear_sum_assignment(cdist(cloud_x, cloud_y, "sqeuclidean"))[1])
+        target[b] = torch.from_numpy(assign(cloud_x, cloud_y))
     assigned = group_reference(y, target[..., None].to(y.device)).squeeze(2)
     return (x - assigned).square().sum(-1).mean(-1)
+
+
+def assign(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Index of the point of y (N, 3) that the optimal assignment gives to each point of x (N, 3)."""
+    return linear_sum_assignment(cdist(x, y, "sqeuclidean"))[1]
 
 
 def to_numpy(clouds: Float[Tensor, "B N 3"]) -> np.ndarray:
@@ -149,4 +152,6 @@ def check_finite(**clouds: Tensor) -> None:
     for name, cloud in clouds.items():
         bad = int((~cloud.isfinite()).any(2).any(1).sum())
         if bad:
-            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in {bad} of {len(cloud)} clouds")
+            raise ValueError(
+                f"{name}: expected finite coordinates, got NaN or infinity in {bad} of {len(cloud)} clouds"
+            )

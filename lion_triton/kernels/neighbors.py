@@ -87,8 +87,9 @@ def ball_query_reference(
     idx = torch.empty(B, M, k, dtype=torch.int32, device=points.device)
     order = torch.arange(N, dtype=torch.int32, device=points.device)
     for b, i, sqdist in sqdist_blocks(centers, points):
-        hits = torch.where(sqdist < radius**2, order, N).topk(min(k, N), largest=False).values
-        first = hits[..., :1] % N  # N marks a missing hit: a centre without any gets point 0
+        keys = (sqdist < radius**2).int().mul_(-N).add_(order + N)  # hits first, in index order
+        hits = keys.topk(min(k, N), largest=False).values
+        first = torch.where(hits[..., :1] < N, hits[..., :1], 0)
         idx[b, i] = first
         idx[b, i, :N] = torch.where(hits < N, hits, first)
     return idx
@@ -274,10 +275,13 @@ class _WeightedRows(torch.autograd.Function):
         return grad_rows, None, grad_weights
 
 
-def _by_target(index: Int[Tensor, " E"], num_rows: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
+def _by_target(
+    index: Int[Tensor, " E"], num_rows: int
+) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
     """The entries sorted by the row they point at, and where each row's run starts."""
-    index, order = index.sort(stable=True)
-    return order, torch.searchsorted(index, torch.arange(num_rows + 1, device=index.device))
+    start = index.new_zeros(num_rows + 1)
+    start.index_add_(0, index + 1, torch.ones_like(index))
+    return index.argsort(stable=True), start.cumsum(0)
 
 
 def _row_index(idx: Int[Tensor, "B ..."], num_points: int) -> Int[Tensor, "B ..."]:

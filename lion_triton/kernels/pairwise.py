@@ -3,26 +3,183 @@
     pairwise_chamfer   out[s, r] = mean_n min_m |a_sn - b_rm|^2 + mean_m min_n |a_sn - b_rm|^2
     pairwise_emd       out[s, r] = approx_emd(a_s, b_r) or exact_emd(a_s, b_r)
 
-On a CPU the Chamfer distances come from one k-d tree per cloud (SciPy), built once and asked by all its
-partners; the reference compares all points and is the check. Exact assignment runs in processes, since SciPy
-solves it without releasing the interpreter. Both use ``torch.get_num_threads()`` cores.
+On a CPU the Chamfer distances come from one k-d tree per cloud (SciPy, float64), built once and asked by all
+its partners; the reference compares all points and is the check. Exact assignment runs in processes, since
+SciPy holds the interpreter's lock while it solves. Both use ``torch.get_num_threads()`` cores.
 
 Legend: S and R clouds, N and M points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import repeat
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 from torch import Tensor
 
-Progress = Callable[[int], object]
+from lion_triton.kernels._checks import Impl, check_points
+from lion_triton.kernels.emd import (
+    approx_emd_reference,
+    assign,
+    check_equal_sizes,
+    check_finite,
+    to_numpy,
+)
+from lion_triton.kernels.neighbors import check_impl, sqdist_blocks, upcast
+
+Progress = Callable[[int], Any]
+_CLOUDS = 64  # partners of one cloud per call of a batched op
 
 
-@torch.no_grad()
 def pairwise_chamfer_reference(
     a: Float[Tensor, "S N 3"], b: Float[Tensor, "R M 3"], progress: Progress | None = None
 ) -> Float[Tensor, "S R"]:
     """Plain PyTorch form of :func:`pairwise_chamfer`."""
+    x, y = upcast(a.detach()), upcast(b.detach())
+
+    def distances(s: int, partners: range) -> Iterator[float]:
+        for group in y[partners.start :].split(_CLOUDS):
+            cloud = x[s].expand(len(group), -1, -1)
+            yield from (_mean_min(cloud, group) + _mean_min(group, cloud)).tolist()
+
+    return _all_pairs(distances, a, b, a is b, progress)
+
+
+def pairwise_chamfer(
+    a: Float[Tensor, "S N 3"],
+    b: Float[Tensor, "R M 3"],
+    *,
+    progress: Progress | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "S R"]:
+    """Chamfer distance (squared, both means added) of every cloud of ``a`` to every cloud of ``b``.
+
+    a: (S, N, 3), b: (R, M, 3), of one dtype, finite. If ``a is b`` each pair is computed once and the diagonal
+    is 0. progress: called with the number of pairs finished since its last call, as ``tqdm.update`` takes it;
+    they add up to S R. Returns (S, R) float32 (float64 for float64) on the device of a. No gradient.
+    ValueError: shapes, dtypes, devices or values that do not fit.
+    """
+    _check_sets(a, b)
+    check_impl("pairwise_chamfer", impl, a)
+    if impl == "auto" and a.device.type == "cpu":
+        return _pairwise_chamfer_trees(a, b, progress)
+    return pairwise_chamfer_reference(a, b, progress)
+
+
+def pairwise_emd(
+    a: Float[Tensor, "S N 3"],
+    b: Float[Tensor, "R M 3"],
+    *,
+    method: Literal["approx", "exact"] = "approx",
+    progress: Progress | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "S R"]:
+    """Earth mover's distance (mean squared) of every cloud of ``a`` to every cloud of ``b``.
+
+    a: (S, N, 3), b: (R, M, 3), of one dtype, finite. method: "approx" is :func:`approx_emd`, which is not symmetric
+    (clouds of a are its x), "exact" is :func:`exact_emd`, for N = M: on the CPU whatever the device, and with
+    ``a is b`` each pair once. On macOS and Windows a script that asks for "exact" needs the usual
+    ``if __name__ == "__main__"``, as its workers import it.
+    progress: called with the number of pairs finished since its last call, as ``tqdm.update`` takes it; they add
+    up to S R. Returns (S, R) float32 (float64 for float64) on the device of a. No gradient.
+    ValueError: shapes, dtypes, devices or values that do not fit.
+    """
+    _check_sets(a, b)
+    check_impl("pairwise_emd", impl, a)
+    if method == "exact":
+        check_equal_sizes(a=a, b=b)
+        return _pairwise_exact(a, b, progress)
+    if method != "approx":
+        raise ValueError(f'method: expected "approx" or "exact", got {method!r}')
+
+    def costs(s: int, partners: range) -> Iterator[float]:
+        for group in b.detach().split(_CLOUDS):
+            yield from approx_emd_reference(a[s].detach().expand(len(group), -1, -1), group).tolist()
+
+    return _all_pairs(costs, a, b, False, progress)
+
+
+def _pairwise_chamfer_trees(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
+    trees_a = [cKDTree(cloud) for cloud in to_numpy(a)]
+    trees_b = trees_a if a is b else [cKDTree(cloud) for cloud in to_numpy(b)]
+
+    def chamfer(tree_a: cKDTree, tree_b: cKDTree) -> float:
+        # Asked in the order of its own leaves, a cloud's neighbours lie together in the other tree too.
+        to_a, _ = tree_a.query(tree_b.data[tree_b.indices])
+        to_b, _ = tree_b.query(tree_a.data[tree_a.indices])
+        return float(np.square(to_a).mean() + np.square(to_b).mean())
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return _all_pairs(
+            lambda s, partners: pool.map(chamfer, repeat(trees_a[s]), trees_b[partners.start :]),
+            *(a, b, a is b, progress),
+        )
+
+
+def _pairwise_exact(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
+    clouds_a, clouds_b = to_numpy(a), to_numpy(b)
+    workers = min(torch.get_num_threads(), len(a) * len(b))
+    with ExitStack() as stack:
+        run: Any = map
+        if workers > 1:
+            # Forked workers start at once and need no __main__ guard; they touch NumPy and SciPy only.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            run = stack.enter_context(ProcessPoolExecutor(workers, context)).map
+        return _all_pairs(
+            lambda s, partners: run(_assignment_cost, repeat(clouds_a[s]), clouds_b[partners.start :]),
+            *(a, b, a is b, progress),
+        )
+
+
+def _assignment_cost(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.square(x - y[assign(x, y)]).sum(1).mean())
+
+
+def _all_pairs(
+    distances: Callable[[int, range], Iterable[float]],
+    a: Tensor,
+    b: Tensor,
+    symmetric: bool,
+    progress: Progress | None,
+) -> Tensor:
+    """The matrix, row by row, from ``distances(s, partners)``, the distances of cloud s to its partners."""
+    S, R = len(a), len(b)
+    out = np.zeros((S, R))
+    for s in range(S):
+        partners = range(s + 1 if symmetric else 0, R)
+        for r, distance in zip(partners, distances(s, partners), strict=True):
+            out[s, r] = distance
+            if progress is not None:
+                progress(2 if symmetric else 1)
+        if symmetric and progress is not None:
+            progress(1)  # the diagonal
+    if symmetric:
+        out += out.T.copy()
+    return torch.from_numpy(out).to(a.device, upcast(a).dtype)
+
+
+def _mean_min(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -> Float[Tensor, " B"]:
+    """Mean over x of the squared distance to y."""
+    nearest = x.new_empty(x.shape[:2])
+    for b, i, sqdist in sqdist_blocks(x, y):
+        nearest[b, i] = sqdist.amin(2)
+    return nearest.mean(1)
+
+
+def _check_sets(a: Tensor, b: Tensor) -> None:
+    check_points("a", a)
+    check_points("b", b)
+    if a.device != b.device:
+        raise ValueError(f"b: expected the device of a ({a.device}), got {b.device}")
+    if a.dtype != b.dtype:
+        raise ValueError(f"b: expected the dtype of a ({a.dtype}), got {b.dtype}")
+    check_finite(a=a, b=b)

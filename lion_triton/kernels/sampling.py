@@ -20,9 +20,7 @@ from lion_triton.kernels._checks import Impl, check_points
 from lion_triton.kernels.neighbors import check_impl, upcast
 
 
-def furthest_point_sample_reference(
-    points: Float[Tensor, "B N 3"], num_samples: int
-) -> Int32[Tensor, "B M"]:
+def furthest_point_sample_reference(points: Float[Tensor, "B N 3"], num_samples: int) -> Int32[Tensor, "B M"]:
     """Plain PyTorch form of :func:`furthest_point_sample`."""
     axes = upcast(points.detach()).permute(2, 0, 1).contiguous()  # (3, B, N)
     B, N = axes.shape[1:]

@@ -193,15 +193,11 @@ class _SparseProduct(torch.autograd.Function):
     """``matrix @ x`` for x (columns, C). The last three arguments are the transpose, used by the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, column: Tensor, start: Tensor, weight: Tensor, *transpose: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, column: Tensor, start: Tensor, weight: Tensor, *transpose: Tensor) -> Tensor:
         ctx.save_for_backward(column, start, weight, *transpose)
         # On a CPU 10 to 100 times faster than gathering (rows, 8, C) and summing, and than the scatters
         # that autograd makes of it.
-        return F.embedding_bag(
-            column, x, start, mode="sum", per_sample_weights=weight, include_last_offset=True
-        )
+        return F.embedding_bag(column, x, start, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make train` and `make test`. Each sets up its own environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check clean
+
+train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
+	$(BIN)/python -m lion_triton.train quickstart
+
+test: .venv/.installed-test check  ## lint, types, and the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
+	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed-test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch .venv/.installed $@
+
+clean:
+	rm -rf .venv .venv-tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_triton.kernels.voxel import avg_voxelize, plan_voxels, trilinear_devoxelize, voxel_coords
+
+
+def _random(B: int, N: int, R: int) -> Tensor:
+    return torch.rand(B, N, 3) * (R - 1)
+
+
+def _one_voxel(B: int, N: int, R: int) -> Tensor:
+    return 0.6 + 0.8 * torch.rand(B, N, 3)
+
+
+def _coincident(B: int, N: int, R: int) -> Tensor:
+    return torch.tensor([0.3, R - 1.2, R - 1]).expand(B, N, 3)
+
+
+def _edges(B: int, N: int, R: int) -> Tensor:
+    """0, R - 1 and the floats next to R - 1 and to 1."""
+    values = torch.tensor([0.0, R - 1, R - 1, 1.0]).nextafter(torch.tensor([0.0, 0.0, R - 1, 0.0]))
+    return values[torch.randint(4, (B, N, 3))]
+
+
+def _ties(B: int, N: int, R: int) -> Tensor:
+    return torch.randint(R - 1, (B, N, 3)) + 0.5
+
+
+def _not_contiguous(B: int, N: int, R: int) -> Tensor:
+    return _random(B, 2 * N, R).transpose(1, 2).contiguous().transpose(1, 2)[:, ::2]
+
+
+Coords = Callable[[int, int, int], Tensor]
+CASES: list[tuple[int, int, int, int, Coords]] = [
+    (2, 1, 3, 4, _random),
+    (1, 7, 1, 2, _random),
+    (3, 67, 5, 4, _random),
+    (2, 200, 17, 3, _random),
+    (2, 40, 4, 3, _one_voxel),
+    (2, 9, 4, 4, _coincident),
+    (2, 60, 3, 5, _edges),
+    (2, 60, 3, 5, _ties),
+    (2, 60, 3, 4, _not_contiguous),
+    (2, 5, 2, 1, _coincident),
+]
+cases = pytest.mark.parametrize(
+    ("B", "N", "C", "R", "kind"), CASES, ids=[f"B{B}-N{N}-C{C}-R{R}{k.__name__}" for B, N, C, R, k in CASES]
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+
+
+def _averaging(coords: Tensor, R: int) -> Tensor:
+    """Dense matrix of avg_voxelize, (B, R, R, R, N), by loops. Python's round is half-to-even too."""
+    B, N, _ = coords.shape
+    matrix = torch.zeros(B, R, R, R, N, dtype=torch.float64)
+    for b, n in product(range(B), range(N)):
+        x, y, z = (min(round(c), R - 1) for c in coords[b, n].tolist())
+        matrix[b, x, y, z, n] = 1
+    return matrix / matrix.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _interpolation(coords: Tensor, R: int) -> Tensor:
+    """Dense matrix of trilinear_devoxelize, (B, N, R, R, R): a hat function around each voxel, no corners."""
+    hats = (1 - (coords.double()[..., None] - torch.arange(R)).abs()).clamp(min=0)  # (B, N, 3, R)
+    return torch.einsum("bnx,bny,bnz->bnxyz", *hats.unbind(2))
+
+
+def _assert_product(got: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """got = matrix @ x up to the rounding of a sum in the accumulation dtype and of the result in its own."""
+    exact, size = matrix @ x.double(), matrix @ x.double().abs()
+    accumulated = torch.float64 if got.dtype == torch.float64 else torch.float32
+    bound = (8 + matrix.shape[-1]) * torch.finfo(accumulated).eps * size + torch.finfo(got.dtype).eps * exact.abs()
+    assert torch.all((got.double() - exact).abs() <= bound)
+
+
+@cases
+@dtypes
+def test_avg_voxelize_and_gradient(B: int, N: int, C: int, R: int, kind: Coords, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    coords = kind(B, N, R).clamp(0, R - 1)
+    features = torch.randn(B, C, N, dtype=dtype).transpose(1, 2).requires_grad_()
+    voxels = avg_voxelize(features, coords, R)
+    cotangent = torch.randn(B, R, R, R, C, dtype=dtype)
+    voxels.backward(cotangent)
+    matrix = _averaging(coords, R).flatten(1, 3)  # (B, R^3, N)
+    assert voxels.shape == (B, R, R, R, C)
+    assert voxels.dtype == features.grad.dtype == dtype
+    _assert_product(voxels.detach().flatten(1, 3), matrix, features.detach())
+    _assert_product(features.grad, matrix.mT, cotangent.flatten(1, 3))
+
+
+@cases
+@dtypes
+def test_trilinear_devoxelize_and_gradient(B: int, N: int, C: int, R: int, kind: Coords, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    coords = kind(B, N, R).clamp(0, R - 1)
+    # Channels first in memory, as a convolution may leave it.
+    voxels = torch.randn(B, C, R, R, R, dtype=dtype).permute(0, 2, 3, 4, 1).requires_grad_()
+    features = trilinear_devoxelize(voxels, coords)
+    cotangent = torch.randn(B, N, C, dtype=dtype)
+    features.backward(cotangent)
+    matrix = _interpolation(coords, R).flatten(2)  # (B, N, R^3)
+    assert features.shape == (B, N, C)
+    assert features.dtype == voxels.grad.dtype == dtype
+    _assert_product(features.detach(), matrix, voxels.detach().flatten(1, 3))
+    _assert_product(voxels.grad.flatten(1, 3), matrix.mT, cotangent)
+
+
+def test_ties_go_to_even_and_axes_are_x_y_z() -> None:
+    coords = torch.tensor([[[0.5, 1.5, 2.5]]])
+    voxels = avg_voxelize(torch.ones(1, 1, 1), coords, 4)
+    assert voxels.nonzero().tolist() == [[0, 0, 2, 2, 0]]
+
+
+def test_upper_corner_unused_without_fraction() -> None:
+    R = 4
+    corner = torch.tensor(list(product((0, 1, R - 1), repeat=3)))  # (27, 3)
+    for x, y, z in corner.tolist():
+        voxels = torch.full((1, R, R, R, 1), torch.nan)
+        voxels[0, x, y, z] = 7
+        assert trilinear_devoxelize(voxels, torch.tensor([[[x, y, z]]]).float()).item() == 7
+
+
+def test_partition_of_unity_and_reproduction_of_linear_fields() -> None:
+    torch.manual_seed(2)
+    B, N, R = 2, 50, 6
+    coords = _random(B, N, R).double()
+    grid = torch.stack(torch.meshgrid(*[torch.arange(R).double()] * 3, indexing="ij"), -1).expand(B, R, R, R, 3)
+    torch.testing.assert_close(trilinear_devoxelize(grid, coords), coords, rtol=1e-14, atol=1e-14)
+    ones = trilinear_devoxelize(torch.ones(B, R, R, R, 1), coords)
+    torch.testing.assert_close(ones, torch.ones(B, N, 1), rtol=0, atol=1e-6)
+    occupied = avg_voxelize(torch.ones(B, N, 1).double(), coords, R)
+    torch.testing.assert_close(occupied, (_averaging(coords, R).sum(-1, keepdim=True) > 0).double())
+
+
+def test_linear() -> None:
+    torch.manual_seed(3)
+    coords = _random(2, 30, 4).double()
+    f, g = torch.randn(2, 2, 30, 3, dtype=torch.float64)
+    v, w = torch.randn(2, 2, 4, 4, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        avg_voxelize(2 * f - 3 * g, coords, 4), 2 * avg_voxelize(f, coords, 4) - 3 * avg_voxelize(g, coords, 4)
+    )
+    torch.testing.assert_close(
+        trilinear_devoxelize(2 * v - 3 * w, coords),
+        2 * trilinear_devoxelize(v, coords) - 3 * trilinear_devoxelize(w, coords),
+    )
+
+
+def test_backward_is_the_adjoint() -> None:
+    torch.manual_seed(4)
+    coords = _random(2, 80, 4).double()
+    f = torch.randn(2, 80, 3, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 4, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    for y, x, cotangent in (
+        (avg_voxelize(f, coords, 4), f, torch.randn_like(v)),
+        (trilinear_devoxelize(v, coords), v, torch.randn_like(f)),
+    ):
+        (grad,) = torch.autograd.grad(y, x, cotangent)
+        torch.testing.assert_close((y * cotangent).sum(), (x * grad).sum())
+
+
+def test_gradcheck_twice_differentiable_and_no_gradient_to_coords() -> None:
+    torch.manual_seed(5)
+    coords = _random(2, 6, 3).double().requires_grad_()
+    f = torch.randn(2, 6, 2, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 3, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    ops: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda x: avg_voxelize(x, coords, 3), f),
+        (lambda x: trilinear_devoxelize(x, coords), v),
+    ]
+    for op, x in ops:
+        assert torch.autograd.gradcheck(op, x)
+        assert torch.autograd.gradgradcheck(op, x)
+        op(x).sum().backward()
+    assert coords.grad is None
+
+
+def test_same_bits_twice_and_with_any_number_of_threads() -> None:
+    torch.manual_seed(6)
+    B, N, C, R = 4, 1024, 16, 8
+    coords = _random(B, N, R)
+    f = torch.randn(B, N, C, requires_grad=True)
+    v = torch.randn(B, R, R, R, C, requires_grad=True)
+    grad_f, grad_v = torch.randn(B, N, C), torch.randn(B, R, R, R, C)
+
+    def run() -> list[Tensor]:
+        y, z = avg_voxelize(f, coords, R), trilinear_devoxelize(v, coords)
+        return [y, z, *torch.autograd.grad((y, z), (f, v), (grad_v, grad_f))]
+
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for n in (1, 1, 2, 5):
+            torch.set_num_threads(n)
+            runs.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_shared_plan_changes_nothing() -> None:
+    torch.manual_seed(7)
+    coords = _random(2, 90, 5)
+    plan = plan_voxels(coords, 5)
+    f, v = torch.randn(2, 90, 3), torch.randn(2, 5, 5, 5, 3)
+    assert torch.equal(avg_voxelize(f, coords, 5, plan=plan), avg_voxelize(f, coords, 5))
+    assert torch.equal(trilinear_devoxelize(v, coords, plan=plan), trilinear_devoxelize(v, coords))
+
+
+def test_coordinates_outside_act_as_clamped_and_nan_stays_in_its_point() -> None:
+    torch.manual_seed(8)
+    R = 4
+    coords = torch.randn(2, 40, 3) * 5 + 1.5
+    f, v = torch.randn(2, 40, 3), torch.randn(2, R, R, R, 3)
+    inside = coords.clamp(0, R - 1)
+    assert torch.equal(avg_voxelize(f, coords, R), avg_voxelize(f, inside, R))
+    assert torch.equal(trilinear_devoxelize(v, coords), trilinear_devoxelize(v, inside))
+    coords[1, 3, 1] = torch.nan
+    bad = trilinear_devoxelize(v, coords).isnan().any(-1)
+    assert bad.nonzero().tolist() == [[1, 3]]
+    assert avg_voxelize(f, coords, R).isfinite().all()
+
+
+def test_compiles_whole() -> None:
+    torch.manual_seed(9)
+
+    def there_and_back(features: Tensor, points: Tensor) -> Tensor:
+        coords = voxel_coords(points, 4)
+        plan = plan_voxels(coords, 4)
+        return trilinear_devoxelize(avg_voxelize(features, coords, 4, plan=plan), coords, plan=plan)
+
+    f, points, cotangent = torch.randn(3, 2, 33, 3).unbind()
+    f.requires_grad_()
+    compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    results = [(y, *torch.autograd.grad(y, f, cotangent)) for y in (there_and_back(f, points), compiled(f, points))]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "R"), [(2, 2), (37, 8), (100, 1)])
+def test_voxel_coords(N: int, R: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(10)
+    points = (torch.randn(2, N, 3) * torch.tensor([1.0, 3.0, 0.2]) + 2).to(dtype).requires_grad_()
+    coords = voxel_coords(points, R)
+    assert coords.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not coords.requires_grad
+    for cloud, got in zip(points.detach().tolist(), coords.tolist(), strict=True):
+        mean = [sum(axis) / N for axis in zip(*cloud, strict=True)]
+        radius = max(sum((p - m) ** 2 for p, m in zip(point, mean, strict=True)) ** 0.5 for point in cloud)
+        for point, c in zip(cloud, got, strict=True):
+            expected = [
+                min(max(((p - m) / (2 * radius) + 0.5) * R, 0), R - 1) for p, m in zip(point, mean, strict=True)
+            ]
+            assert c == pytest.approx(expected, abs=1e-6 * R if dtype != torch.float64 else 1e-14 * R)
+
+
+@pytest.mark.parametrize("N", [1, 3, 7])
+@pytest.mark.parametrize(("R", "centre"), [(1, 0), (2, 1), (8, 4), (9, 4.5)])
+def test_voxel_coords_of_coincident_points_are_the_centre(N: int, R: int, centre: float) -> None:
+    # 0.1 and 0.7 are no binary fractions: their mean rounds to a neighbour of theirs for some N.
+    points = torch.tensor([[0.1, 0.7, 1e5 / 3], [0, 0, 0]])[:, None].expand(2, N, 3)
+    assert torch.equal(voxel_coords(points, R), torch.full((2, N, 3), centre))
+
+
+POINTS, FEATURES, VOXELS = torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), torch.zeros(2, 3, 3, 3, 4)
+PLAN = plan_voxels(POINTS, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: voxel_coords(POINTS[:, :0], 3),
+            "points: expected shape (B, N, 3) with N >= 1, got (2, 0, 3)",
+        ),
+        (lambda: voxel_coords(POINTS, 0), "resolution: expected an integer >= 1, got 0"),
+        (
+            lambda: plan_voxels(POINTS.int(), 3),
+            "coords: expected float32, float64, bfloat16 or float16, got torch.int32",
+        ),
+        (lambda: plan_voxels(POINTS, 2.5), "resolution: expected an integer >= 1, got 2.5"),
+        (
+            lambda: plan_voxels(POINTS, 1100),
+            "coords: expected B R^3 and 8 B N below 2^31, got B = 2, N = 5, R = 1100",
+        ),
+        (
+            lambda: avg_voxelize(FEATURES[0], POINTS, 3),
+            "features: expected shape (B, N, C) with C >= 1, got (5, 4)",
+        ),
+        (
+            lambda: avg_voxelize(FEATURES[..., :0], POINTS, 3),
+            "features: expected shape (B, N, C) with C >= 1, got (2, 5, 0)",
+        ),
+        (lambda: avg_voxelize(FEATURES[:1], POINTS, 3), "coords: expected the batch size of features (1), got 2"),
+        (lambda: avg_voxelize(FEATURES[:, :4], POINTS, 3), "features: expected the N of coords (5), got 4"),
+        (
+            lambda: avg_voxelize(FEATURES, POINTS[..., :2], 3),
+            "coords: expected shape (B, N, 3) with N >= 1, got (2, 5, 2)",
+        ),
+        (lambda: avg_voxelize(FEATURES, POINTS, 4, plan=PLAN), "plan: expected resolution 4, got 3"),
+        (
+            lambda: avg_voxelize(FEATURES[:, :4], POINTS[:, :4], 3, plan=PLAN),
+            "plan: expected (2, 4, 3) coords, got (2, 5, 3)",
+        ),
+        (
+            lambda: trilinear_devoxelize(VOXELS[:, :2], POINTS),
+            "voxels: expected shape (B, R, R, R, C) with R, C >= 1, got (2, 2, 3, 3, 4)",
+        ),
+        (
+            lambda: trilinear_devoxelize(VOXELS.long(), POINTS),
+            "voxels: expected float32, float64, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            lambda: trilinear_devoxelize(VOXELS, POINTS.to("meta")),
+            "coords: expected the device of voxels (cpu), got meta",
+        ),
+        (
+            lambda: trilinear_devoxelize(VOXELS[:, :2, :2, :2], POINTS, plan=PLAN),
+            "plan: expected resolution 2, got 3",
+        ),
+        (
+            lambda: trilinear_devoxelize(VOXELS, POINTS, impl="cuda"),
+            'impl: expected "auto", "triton" or "reference", got \'cuda\'',
+        ),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    assert str(error.value) == message
+
+
+def test_explicit_triton_does_not_fall_back() -> None:
+    with pytest.raises(NotImplementedError, match=r"avg_voxelize: .* no Triton kernel"):
+        avg_voxelize(FEATURES, POINTS, 3, impl="triton")
+    with pytest.raises(NotImplementedError, match=r"trilinear_devoxelize: .* no Triton kernel"):
+        trilinear_devoxelize(VOXELS, POINTS, impl="triton")

@@ -1,0 +1,305 @@
+"""Training, continuing, sampling, and the errors of their command lines, on tiny runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lion_triton import runs, sample, train
+from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
+from lion_triton.models.priors import TransformerConfig
+
+TINY = (
+    "--data.num-shapes 10 --data.num-points 130 --evaluate-shapes 6 --log-every 1 --picture-every 100 "
+    "--vae.steps 4 --vae.batch-size 4 --priors.steps 4 --priors.batch-size 4 --priors.cached-draws 1 "
+    "--sampling.steps 3 --checkpoint-every 2"
+).split()
+
+
+def run(out: Path, *more: str) -> None:
+    train.main(["quickstart", "--out", str(out), *TINY, *more])
+
+
+def fails(capsys: pytest.CaptureFixture[str], command: object, *args: object) -> str:
+    """Run a command that must end with one line on stderr and exit code 2; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*args)  # type: ignore[operator]
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    run(out)
+    return out
+
+
+def test_a_run_folder_explains_itself(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["lion_triton"] and "commit" in config
+    assert from_json(config["config"]).vae.steps == 4
+    assert config["classes"] == ["chair", "table", "sofa", "lamp", "shelf"]
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["total_step"] for r in records] == list(range(1, 9))
+    assert {"reconstruction", "kl_z", "kl_h_xyz", "kl_h_feature", "kl_coefficient", "grad_norm"} <= records[0].keys()
+    assert {"shape", "point", "grad_norm", "shapes_per_second"} <= records[-1].keys()
+    assert list((finished / "tensorboard").glob("events*"))
+    assert {p.name for p in (finished / "samples").glob("*.png")} == {
+        "overview.png",
+        "step-00000004-vae.png",
+        "step-00000008-generated.png",
+    }
+    figures = json.loads((finished / "figures.json").read_text())
+    assert {"reconstruction_chamfer", "kl_z_nats", "1nna_cd_generated", "1nna_cd_gaussian"} <= figures.keys()
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["step-00000006", "step-00000008"] or len(
+        list((finished / "checkpoints").iterdir())
+    ) == runs.KEPT_CHECKPOINTS
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(runs.open_run(out).checkpoints()[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", ["vae", "priors"])
+def test_a_stopped_run_continues_as_if_unbroken(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Stop right after the second checkpoint of a stage; the same command then gives the very same weights."""
+    out = tmp_path / "broken"
+    save = train.save_checkpoint
+
+    def save_and_stop(run: runs.Run, total_step: int, checkpoint: runs.Checkpoint) -> Path:
+        path = save(run, total_step, checkpoint)
+        if checkpoint.stage == stage and checkpoint.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        run(out)
+    assert stop.value.code == 130
+    monkeypatch.undo()
+    run(out)
+    expected, got = weights(finished), weights(out)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    lines = [[json.loads(line) for line in (o / "metrics.jsonl").read_text().splitlines()] for o in (finished, out)]
+    for a, b in zip(*lines, strict=True):
+        a.pop("shapes_per_second"), b.pop("shapes_per_second")
+        assert a == b
+
+
+def test_samples_are_written_and_repeatable(finished: Path, tmp_path: Path) -> None:
+    args = [str(finished), "--num-samples", "3", "--steps", "2", "--num-points", "140", "--class", "sofa"]
+    for name in ("a", "b"):
+        sample.main([*args, "--out", str(tmp_path / name)])
+    a, b = (np.load(tmp_path / name / "clouds.npz") for name in ("a", "b"))
+    assert a["points"].shape == (3, 140, 3)
+    assert np.isfinite(a["points"]).all()
+    assert list(a["labels"]) == [2, 2, 2]
+    np.testing.assert_array_equal(a["points"], b["points"])
+    assert len(list((tmp_path / "a" / "ply").glob("*.ply"))) == 3
+    assert (tmp_path / "a" / "grid.png").stat().st_size > 1000
+    sample.main([*args, "--out", str(tmp_path / "c"), "--seed", "1"])
+    assert not np.array_equal(a["points"], np.load(tmp_path / "c" / "clouds.npz")["points"])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samplers_of_the_command_line(finished: Path, tmp_path: Path, sampler: str) -> None:
+    out = tmp_path / "out"
+    sample.main([str(finished), "--num-samples", "2", "--sampler", sampler, "--steps", "2", "--out", str(out)])
+    assert np.load(out / "clouds.npz")["points"].shape == (2, 130, 3)
+
+
+def test_another_denoiser_and_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "t", "--denoiser", "transformer", "--attention", "softmax")
+    config = runs.open_run(tmp_path / "t").config
+    assert isinstance(config.model.point_prior.network, TransformerConfig)
+    assert config.model.vae.decoder.attention == "softmax"
+    assert np.isfinite(json.loads((tmp_path / "t" / "figures.json").read_text())["1nna_cd_generated"])
+
+
+def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "staged"
+    assert "no trained VAE" in fails(capsys, run, out, "--stage", "priors")
+    run(out, "--stage", "vae")
+    assert "no trained priors" in fails(capsys, sample.main, [str(out)])
+    run(out, "--stage", "priors")
+    assert (out / "figures.json").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "none", "--dry-run")
+    assert not (tmp_path / "none").exists()
+    out = capsys.readouterr().out
+    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all"):
+        assert word in out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configs_survive_json(name: str) -> None:
+    from dataclasses import asdict
+
+    config = PRESETS[name]()
+    assert from_json(json.loads(json.dumps(asdict(config)))) == config
+    other = with_networks(config, "softmax", "transformer")
+    assert from_json(json.loads(json.dumps(asdict(other)))) == other
+    assert differences(other.model, config.model)
+
+
+def test_unknown_preset_class_and_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, train.main, ["chairs"])
+    assert line == "error: preset: expected one of quickstart, furniture, lion, lion_all, got chairs"
+    line = fails(capsys, sample.main, [str(finished), "--class", "boat"])
+    assert line == "error: class: expected one of chair, table, sofa, lamp, shelf, got boat"
+    assert "is not a run folder" in fails(capsys, sample.main, [str(tmp_path)])
+    assert "num-samples" in fails(capsys, sample.main, [str(finished), "--num-samples", "0"])
+
+
+def test_a_run_of_another_architecture_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(p.name for p in finished.rglob("*"))
+    line = fails(capsys, run, finished, "--denoiser", "transformer")
+    assert "another architecture (model.point_prior.network" in line
+    assert "other settings (seed: 1, was 0)" in fails(capsys, run, finished, "--seed", "1")
+    assert sorted(p.name for p in finished.rglob("*")) == before
+
+
+def copy_of(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    return out, runs.open_run(out).checkpoints()[-1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out, checkpoint = copy_of(finished, tmp_path)
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-20])
+    for command, args in ((sample.main, [str(out)]), (run, out)):
+        line = fails(capsys, command, args)
+        assert f"{path} is damaged" in line
+    content = (finished / checkpoint.relative_to(out) / name).read_bytes()
+    path.write_bytes(content[:-5] + b"\xff" + content[-4:])
+    assert f"{path} is damaged" in fails(capsys, sample.main, [str(out)])
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_a_checkpoint_runs_no_code(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where size and checksum have been made to fit."""
+    out, checkpoint = copy_of(finished, tmp_path)
+    torch.save({"state": Touch(tmp_path / "owned")}, checkpoint / "optimizer.pt")
+    state = json.loads((checkpoint / "state.json").read_text())
+    path = checkpoint / "optimizer.pt"
+    state["files"]["optimizer.pt"] = {"bytes": path.stat().st_size, "sha256": runs._sha256(path)}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert "optimizer.pt is damaged" in fails(capsys, run, out)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    out = tmp_path / "full"
+    real = runs._save_tensors
+    calls = 0
+
+    def full(tensors: object, path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(tensors, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs, "_save_tensors", full)
+    assert "no space left on the disk" in fails(capsys, run, out)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    run(out)
+    assert (out / "figures.json").exists()
+
+
+def write_clouds(root: Path, count: int = 4, points: int = 150) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        folder = root / "chair" / split
+        folder.mkdir(parents=True)
+        for i in range(count):
+            np.save(folder / f"{i}.npy", rng.normal(size=(points, 3)).astype(np.float32))
+    return root
+
+
+def test_bad_data_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "clouds", tmp_path / "out"
+    given = ["--data.source", str(source)]
+    assert "error: root" in fails(capsys, run, out, *given)
+    source.mkdir()
+    assert "error: root" in fails(capsys, run, out, *given)
+    write_clouds(source)
+    bad = source / "chair" / "train" / "2.npy"
+    cloud = np.load(bad)
+    cloud[7, 1] = np.nan
+    np.save(bad, cloud)
+    line = fails(capsys, run, out, *given)
+    assert f"{bad}: point 7 is not finite" in line
+    assert not out.exists()
+
+
+def test_short_clouds_are_said_once_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_clouds(tmp_path / "clouds", points=120)
+    given = ["--data.source", str(source)]
+    line = fails(capsys, run, tmp_path / "out", *given, "--strict")
+    assert "4 of 4 clouds have fewer than 130 points" in line
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    run(tmp_path / "out", *given)
+    assert "4 of 4 clouds have fewer than 130 points: points repeat" in capsys.readouterr().out
+    assert runs.open_run(tmp_path / "out").config.model.shape_prior.num_classes == 1
+
+
+def test_signals_are_handed_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with train.stop_requests() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(0.05)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_quickstart_is_a_small_real_lion() -> None:
+    model = quickstart().model
+    for unet in (model.vae.point_encoder, model.vae.decoder, model.point_prior.network):
+        assert unet.down and unet.down[0].convolutions.blocks  # type: ignore[union-attr]
