@@ -100,7 +100,7 @@ def three_nn_reference(
 ) -> tuple[Float[Tensor, "B N 3"], Int32[Tensor, "B N 3"]]:
     """Plain PyTorch form of :func:`three_nn`."""
     points, centers = upcast(points), upcast(centers)
-    weights = torch.zeros_like(points, requires_grad=False, memory_format=torch.contiguous_format)
+    weights = points.new_zeros(points.shape)
     idx = torch.zeros(points.shape, dtype=torch.int32, device=points.device)
     for b, i, sqdist in sqdist_blocks(points, centers):
         for k in range(min(3, centers.shape[1])):
@@ -114,7 +114,7 @@ def three_nn_reference(
 def group_reference(features: Float[Tensor, "B N C"], idx: Int[Tensor, "B M K"]) -> Float[Tensor, "B M K C"]:
     """Plain PyTorch form of :func:`group`."""
     rows = _GatherRows.apply(features.flatten(0, 1), _row_index(idx, features.shape[1]).flatten())
-    return rows.view(*idx.shape, -1)
+    return rows.view(*idx.shape, features.shape[2])
 
 
 def three_interpolate_reference(
@@ -125,7 +125,7 @@ def three_interpolate_reference(
     index = _row_index(idx, features.shape[1])
     rows = features.to(dtype).flatten(0, 1)
     out = _WeightedRows.apply(rows, index.flatten(0, 1), weights.to(dtype).flatten(0, 1))
-    return out.to(features.dtype).view(*idx.shape[:2], -1)
+    return out.to(features.dtype).view(*idx.shape[:2], features.shape[2])
 
 
 def nearest_neighbor(
@@ -275,9 +275,7 @@ class _WeightedRows(torch.autograd.Function):
         return grad_rows, None, grad_weights
 
 
-def _by_target(
-    index: Int[Tensor, " E"], num_rows: int
-) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
+def _by_target(index: Int[Tensor, " E"], num_rows: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
     """The entries sorted by the row they point at, and where each row's run starts."""
     start = index.new_zeros(num_rows + 1)
     start.index_add_(0, index + 1, torch.ones_like(index))

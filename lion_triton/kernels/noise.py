@@ -107,8 +107,8 @@ def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
         c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = p1.to(tl.uint32)
         c3 = p0.to(tl.uint32)
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)  # wraps, and may in debug mode too
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
@@ -116,7 +116,7 @@ def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 def box_muller(radius, angle):  # type: ignore[no-untyped-def]
     """Two float32 normals of two uint32 blocks."""
     r = tl.sqrt(-2.0 * tl.log(radius.to(tl.float32) * 2.0**-32 + 2.0**-33))
-    y = angle + 0x20000000
+    y = tl.add(angle, 0x20000000, sanitize_overflow=False)
     f = ((y & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 2.0**-30
     z = f * f
     c = (((0.00089720911 * z - 0.0208571069) * z + 0.253668815) * z - 1.23370051) * z + 1.0

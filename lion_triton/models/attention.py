@@ -28,7 +28,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (softmax_N(k)^T v) for (B, N, H, D) tensors: linear in N, q is not scaled (as in LION)."""
-    k = k.float().softmax(dim=1).to(v.dtype)
+    k = k.softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
     context = torch.einsum("bnhd,bnhe->bhde", k, v)
     return torch.einsum("bhde,bnhd->bnhe", context, q)
 

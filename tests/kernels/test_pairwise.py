@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lion_triton.kernels import neighbors, pairwise
+from lion_triton.kernels.emd import approx_emd, exact_emd
+from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "lion_metrics.npz")
+golden = pytest.mark.parametrize(("first", "second"), [("ref", "sample"), ("ref", "ref"), ("sample", "sample")])
+impls = pytest.mark.parametrize("impl", ["auto", "reference"])
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def golden_sets(first: str, second: str) -> tuple[Tensor, Tensor]:
+    sets = {name: torch.from_numpy(GOLDEN[f"{name}s"]).to(DEVICE) for name in ("ref", "sample")}
+    return sets[first], sets[second]
+
+
+def naive_chamfer(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for s, x in enumerate(a.cpu().double().numpy()):
+        for r, y in enumerate(b.cpu().double().numpy()):
+            to_y = [((p - y) ** 2).sum(1).min() for p in x]
+            to_x = [((x - q) ** 2).sum(1).min() for q in y]
+            out[s, r] = np.mean(to_y) + np.mean(to_x)
+    return out.to(a.device)
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class TestChamfer:
+    @impls
+    @golden
+    def test_golden(self, first: str, second: str, impl: Any) -> None:
+        a, b = golden_sets(first, second)
+        expected = torch.from_numpy(GOLDEN[f"cd_{first}_{second}"]).to(DEVICE)
+        torch.testing.assert_close(pairwise_chamfer(a, b, impl=impl), expected, rtol=1e-6, atol=0)
+
+    @impls
+    @pytest.mark.parametrize(("S", "N", "R", "M"), [(3, 7, 2, 11), (1, 1, 1, 1), (2, 1, 3, 5), (2, 50, 3, 33)])
+    def test_values(self, S: int, N: int, R: int, M: int, impl: Any) -> None:
+        a, b = rand(S, N, 3, seed=0), rand(R, M, 3, seed=1)
+        torch.testing.assert_close(pairwise_chamfer(a, b, impl=impl), naive_chamfer(a, b), rtol=1e-12, atol=0)
+
+    @impls
+    def test_a_set_with_itself(self, impl: Any) -> None:
+        a = rand(5, 20, 3, seed=0)
+        out = pairwise_chamfer(a, a, impl=impl)
+        torch.testing.assert_close(out, naive_chamfer(a, a), rtol=1e-12, atol=0)
+        assert torch.equal(out, out.T)
+
+    @impls
+    def test_coincident_points(self, impl: Any) -> None:
+        a = torch.zeros(1, 100, 3, device=DEVICE)
+        b = torch.tensor([0.0, 2.0], device=DEVICE).view(2, 1, 1).expand(2, 40, 3)
+        assert pairwise_chamfer(a, b, impl=impl).tolist() == [[0, 24]]
+
+    @impls
+    def test_more_partners_than_one_call_takes(self, impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        a, b = rand(4, 9, 3, seed=0), rand(5, 8, 3, seed=1)
+        whole, symmetric = pairwise_chamfer(a, b, impl=impl), pairwise_chamfer(a, a, impl=impl)
+        monkeypatch.setattr(pairwise, "_CLOUDS", 2)
+        monkeypatch.setattr(neighbors, "block_size", lambda x: 100)
+        torch.testing.assert_close(pairwise_chamfer(a, b, impl=impl), whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(pairwise_chamfer(a, a, impl=impl), symmetric, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_dtype_strides_and_gradient(self, dtype: torch.dtype) -> None:
+        a, b = rand(2, 30, 3, seed=0).to(dtype).requires_grad_(), rand(3, 20, 3, seed=1).to(dtype)
+        out = pairwise_chamfer(a.mT.contiguous().mT, b.repeat(1, 1, 2)[..., 3:])
+        assert out.dtype == torch.float32
+        assert not out.requires_grad
+        torch.testing.assert_close(out, naive_chamfer(a.detach().float(), b.float()).float())
+
+    def test_threads(self, threads: int) -> None:
+        a, b = rand(3, 40, 3, seed=0), rand(4, 50, 3, seed=1)
+        torch.testing.assert_close(pairwise_chamfer(a, b), naive_chamfer(a, b), rtol=1e-12, atol=0)
+
+
+class TestEMD:
+    @golden
+    def test_golden(self, first: str, second: str) -> None:
+        a, b = golden_sets(first, second)
+        expected = torch.from_numpy(GOLDEN[f"emd_approx_{first}_{second}"]).to(DEVICE)
+        # atol: the cost of a cloud to itself is what rounding leaves, about 1e-6.
+        torch.testing.assert_close(pairwise_emd(a, b).double(), expected, rtol=1e-5, atol=1e-9)
+
+    def test_approx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        a, b = rand(3, 12, 3, seed=0), rand(5, 7, 3, seed=1)
+        expected = torch.stack([approx_emd(x.expand(len(b), -1, -1), b) for x in a])
+        torch.testing.assert_close(pairwise_emd(a, b), expected, rtol=1e-12, atol=0)
+        monkeypatch.setattr(pairwise, "_CLOUDS", 2)
+        torch.testing.assert_close(pairwise_emd(a, b, method="approx"), expected, rtol=1e-12, atol=0)
+
+    def test_exact(self, threads: int) -> None:
+        a, b = rand(3, 12, 3, seed=0), rand(4, 12, 3, seed=1)
+        for other in (a, b):
+            expected = torch.stack([exact_emd(x.expand(len(other), -1, -1), other) for x in a])
+            out = pairwise_emd(a, other, method="exact")
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
+
+    def test_exact_of_a_set_with_itself_solves_each_pair_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        solved: list[int] = []
+
+        def counting(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            solved.append(1)
+            return np.arange(len(x))
+
+        monkeypatch.setattr(pairwise, "assign", counting)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        a = rand(5, 6, 3, seed=0)
+        pairwise_emd(a, a, method="exact")
+        assert len(solved) == 10
+        pairwise_emd(a, a.clone(), method="exact")
+        assert len(solved) == 10 + 25
+
+
+@pytest.mark.parametrize(
+    "distances",
+    [
+        pairwise_chamfer,
+        lambda a, b, progress: pairwise_chamfer(a, b, progress=progress, impl="reference"),
+        pairwise_emd,
+        lambda a, b, progress: pairwise_emd(a, b, method="exact", progress=progress),
+    ],
+    ids=["trees", "reference", "approx", "exact"],
+)
+def test_progress_adds_up_to_all_pairs(distances: Callable[..., Tensor]) -> None:
+    a, b = rand(3, 5, 3, seed=0), rand(4, 5, 3, seed=1)
+    for other in (a, b):
+        finished: list[int] = []
+        distances(a, other, progress=finished.append)
+        assert sum(finished) == len(a) * len(other)
+        assert len(finished) >= len(a)
+
+
+X, Y = torch.zeros(2, 4, 3), torch.zeros(3, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pairwise_chamfer(X[0], Y), r"a: expected shape \(B, N, 3\) with N >= 1, got \(4, 3\)"),
+        (lambda: pairwise_chamfer(X, Y.int()), "b: expected float32.* got torch.int32"),
+        (lambda: pairwise_chamfer(X, Y.double()), r"b: expected the dtype of a \(torch.float32\)"),
+        (lambda: pairwise_chamfer(X, Y * torch.nan), "b: expected finite coordinates, got .* in 3 of 3 clouds"),
+        (lambda: pairwise_chamfer(X, Y, impl="cuda"), "impl: expected"),
+        (lambda: pairwise_emd(X * torch.inf, Y), "a: expected finite coordinates, got .* in 2 of 2 clouds"),
+        (lambda: pairwise_emd(X, Y, method="exact"), r"b: expected as many points as a \(4\), got 5"),
+        (lambda: pairwise_emd(X, Y, method="sinkhorn"), 'method: expected "approx" or "exact", got .sinkhorn.'),
+    ],
+)
+def test_bad_input(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("op", [pairwise_chamfer, pairwise_emd])
+def test_no_triton_kernel_yet(op: Callable[..., Tensor]) -> None:
+    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
+        op(X, X, impl="triton")

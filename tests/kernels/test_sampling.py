@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lion_triton.kernels.sampling import furthest_point_sample
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def naive(points: Tensor, num_samples: int) -> np.ndarray:
+    out = np.zeros((len(points), num_samples), np.int32)
+    for b, p in enumerate(points.cpu().numpy()):
+        for m in range(1, num_samples):
+            chosen = p[out[b, :m]]
+            out[b, m] = np.argmax([((q - chosen) ** 2).sum(1).min() for q in p])
+    return out
+
+
+@pytest.mark.parametrize(("B", "N", "M"), [(2, 7, 3), (1, 1, 1), (3, 31, 31), (2, 128, 1), (2, 129, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values(B: int, N: int, M: int, dtype: torch.dtype) -> None:
+    points = rand(B, N, 3).float()  # the same clouds for both
+    idx = furthest_point_sample(points.to(dtype), M)
+    assert idx.dtype == torch.int32
+    assert idx.is_contiguous()
+    np.testing.assert_array_equal(idx.cpu().numpy(), naive(points.double(), M))
+
+
+def test_ties_take_the_lowest_index() -> None:
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)[None].to(DEVICE)
+    assert furthest_point_sample(corners, 8).tolist() == [[0, 7, 1, 2, 3, 4, 5, 6]]
+
+
+def test_coincident_points() -> None:
+    assert furthest_point_sample(torch.ones(2, 5, 3, device=DEVICE), 4).tolist() == [[0] * 4] * 2
+    two_places = torch.tensor([0.0, 0, 1, 1]).view(1, 4, 1).expand(1, 4, 3).to(DEVICE)
+    assert furthest_point_sample(two_places, 4).tolist() == [[0, 2, 0, 0]]
+
+
+def test_all_points_are_a_permutation() -> None:
+    idx = furthest_point_sample(rand(2, 50, 3), 50)
+    assert idx.sort(1).values.tolist() == [list(range(50))] * 2
+
+
+def test_strides_and_gradients_do_not_matter() -> None:
+    points = rand(2, 40, 3)
+    expected = furthest_point_sample(points, 9)
+    assert torch.equal(furthest_point_sample(points.mT.contiguous().mT, 9), expected)
+    assert torch.equal(furthest_point_sample(points.repeat(1, 1, 2)[..., :3], 9), expected)
+    assert torch.equal(furthest_point_sample(points.clone().requires_grad_(), 9), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    points = rand(2, 60, 3).to(dtype)
+    assert torch.equal(furthest_point_sample(points, 20), furthest_point_sample(points.float(), 20))
+
+
+@pytest.mark.parametrize(
+    ("points", "num_samples", "message"),
+    [
+        (torch.zeros(2, 4, 3), 5, r"num_samples: expected an integer from 1 to the number of points \(4\), got 5"),
+        (torch.zeros(2, 4, 3), 0, "num_samples: expected .* got 0"),
+        (torch.zeros(2, 4, 3), 2.0, "num_samples: expected .* got 2.0"),
+        (torch.zeros(2, 0, 3), 1, r"points: expected shape \(B, N, 3\) with N >= 1, got \(2, 0, 3\)"),
+        (torch.zeros(4, 3), 1, r"points: expected shape .* got \(4, 3\)"),
+        (torch.zeros(2, 4, 3, dtype=torch.int64), 1, "points: expected float32.* got torch.int64"),
+        ([[[0.0, 0, 0]]], 1, "points: expected a tensor, got list"),
+    ],
+)
+def test_bad_input(points: Any, num_samples: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        furthest_point_sample(points, num_samples)
+
+
+def test_no_triton_kernel_yet() -> None:
+    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
+        furthest_point_sample(rand(1, 4, 3), 2, impl="triton")

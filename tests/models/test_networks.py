@@ -1,0 +1,239 @@
+"""Properties of the networks that no golden file shows: gradients, variants, other sizes, bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lion_triton.config import quickstart, with_networks
+from lion_triton.models import LION, LIONConfig
+from lion_triton.models.attention import Attention, linear_attention, softmax_attention
+from lion_triton.models.layers import AdaGN, SqueezeExcite, sinusoidal_embedding
+from lion_triton.models.plan import LevelGeometry, SetAbstractionGeometry, plan_points
+from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel
+
+N = 160
+
+
+def small(**changes: object) -> LIONConfig:
+    model = quickstart().model
+    return replace(model, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def lion() -> LION:
+    torch.manual_seed(0)
+    return LION(small())
+
+
+@pytest.fixture(scope="module")
+def clouds() -> Tensor:
+    return torch.randn(2, N, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
+    """A parameter without a gradient is dead weight, or cut off by a mistake."""
+    from lion_triton.objectives import ReconstructionWeights, posterior, prior_loss, vae_loss
+
+    lion.zero_grad()
+    key = torch.tensor([3, 0])
+    vae_loss(
+        lion.vae,
+        clouds,
+        key,
+        kl_coefficient=1.0,
+        lambda_z=1.0,
+        lambda_h=1.0,
+        reconstruction=ReconstructionWeights(l1=1, l2=1, chamfer=1, emd=1),
+    ).loss.backward()
+    labels = torch.tensor([0, 1])
+    prior_loss(lion, posterior(lion.vae, clouds, key), key, labels).loss.backward()
+    for name, parameter in lion.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    lion.zero_grad()
+
+
+def test_published_ratio_of_the_elbo(lion: LION, clouds: Tensor) -> None:
+    """Published: L1 over the batch, KLs per cloud, times 0.5. Here: all per cloud, lambda = 1 / batch."""
+    from lion_triton.objectives import ReconstructionWeights, vae_loss
+
+    batch = len(clouds)
+    with torch.no_grad():
+        loss = vae_loss(
+            lion.vae,
+            clouds,
+            torch.tensor([0, 0]),
+            kl_coefficient=0.5,
+            lambda_z=1 / batch,
+            lambda_h=1 / batch,
+            reconstruction=ReconstructionWeights(),
+        )
+    published = loss.reconstruction * batch + 0.5 * (loss.kl_z + loss.kl_h_xyz + loss.kl_h_feature)
+    torch.testing.assert_close(loss.loss * batch, published)
+
+
+def test_vae_starts_at_the_identity(clouds: Tensor) -> None:
+    lion = LION(small(vae=replace(quickstart().model.vae, decoder_scale=0.01)))
+    z, _ = lion.vae.encode_shape(clouds)
+    mu, log_sigma = lion.vae.encode_points(clouds, z)
+    assert (mu[..., :3] - clouds).abs().max() < 0.1
+    assert log_sigma.mean() < -5
+    assert (lion.vae.decode(mu, z) - clouds).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("points", [128, 129, 1000])
+def test_any_number_of_points(lion: LION, points: int) -> None:
+    out = lion.sample(1, steps=2, sampler="ddim", num_points=points, labels=torch.tensor([0]))
+    assert out.shape == (1, points, 3)
+    assert out.isfinite().all()
+
+
+def test_too_few_points_is_one_clear_line(lion: LION) -> None:
+    with pytest.raises(ValueError, match=r"^points: this network needs at least 128 points .* got 127$"):
+        lion.encode(torch.randn(1, 127, 3))
+
+
+@pytest.mark.parametrize(
+    "degenerate", [torch.zeros(1, N, 3), torch.ones(1, N, 3) * 1e4, torch.randn(1, 1, 3).expand(1, N, 3)]
+)
+def test_coincident_points_do_not_divide_by_zero(lion: LION, degenerate: Tensor) -> None:
+    h, z = lion.encode(degenerate)
+    assert h.isfinite().all()
+    assert z.isfinite().all()
+    assert lion.decode(h, z).isfinite().all()
+
+
+def test_clouds_of_a_batch_do_not_meet(lion: LION, clouds: Tensor) -> None:
+    lion.eval()
+    with torch.no_grad():
+        together = lion.vae.encode_shape(clouds)[0]
+        alone = lion.vae.encode_shape(clouds[1:])[0]
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_point_order_moves_only_the_rounding(lion: LION, clouds: Tensor) -> None:
+    """Without set abstraction's index-order ties nothing in the transformer depends on the order."""
+    config = with_networks(quickstart(), None, "transformer").model
+    torch.manual_seed(0)
+    prior = LION(config).point_prior.eval()
+    for parameter in prior.parameters():  # adaLN-zero starts at zero and would hide everything
+        torch.nn.init.normal_(parameter, std=0.1)
+    h, z, t, labels = torch.randn(2, N, 4), torch.randn(2, 32), torch.tensor([3, 900]), torch.tensor([0, 1])
+    order = torch.randperm(N)
+    with torch.no_grad():
+        a, b = prior(h, t, z, label=labels)[:, order], prior(h[:, order], t, z, label=labels)
+    assert a.abs().max() > 0
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_conditions_are_checked(lion: LION) -> None:
+    z, t = torch.randn(1, 32), torch.tensor([1])
+    with pytest.raises(ValueError, match="^label: this prior is conditioned on it, got None$"):
+        lion.shape_prior(z, t)
+    with pytest.raises(ValueError, match="^clip: this prior is not conditioned on it, got a tensor$"):
+        lion.shape_prior(z, t, torch.randn(1, 512), torch.tensor([0]))
+
+
+def test_conditions_change_the_output(lion: LION) -> None:
+    lion.eval()
+    z, h, t = torch.randn(1, 32), torch.randn(1, N, 4), torch.tensor([500])
+    a, b = torch.tensor([0]), torch.tensor([1])
+    assert not torch.equal(lion.shape_prior(z, t, label=a), lion.shape_prior(z, t, label=b))
+    assert not torch.equal(lion.point_prior(h, t, z, label=a), lion.point_prior(h, t, z, label=b))
+    assert not torch.equal(lion.point_prior(h, t, z, label=a), lion.point_prior(h, t, z + 1, label=a))
+    assert not torch.equal(lion.point_prior(h, t, z, label=a), lion.point_prior(h, t + 1, z, label=a))
+
+
+def test_sampling_repeats_with_its_generator(lion: LION) -> None:
+    def clouds(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.tensor([0, 1])
+        return lion.sample(2, steps=3, sampler="ddpm", num_points=N, generator=generator, labels=labels)
+
+    assert torch.equal(clouds(5), clouds(5))
+    assert not torch.equal(clouds(5), clouds(6))
+
+
+def test_sample_refuses_bad_arguments(lion: LION) -> None:
+    with pytest.raises(ValueError, match="^num_samples: expected at least 1, got 0$"):
+        lion.sample(0)
+    with pytest.raises(ValueError, match="^sampler: expected"):
+        lion.sample(1, sampler="euler", labels=torch.tensor([0]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^steps: expected 1 to 1000"):
+        lion.sample(1, steps=0, labels=torch.tensor([0]))
+
+
+def test_standardised_latents(clouds: Tensor) -> None:
+    lion = LION(small())
+    h, z = torch.randn(64, N, 4) * 3 + 1, torch.randn(64, 32) * 2 - 1
+    lion.set_latent_statistics(h, z)
+    torch.testing.assert_close(((z - lion.z_mean) / lion.z_std).std(0), torch.ones(32), rtol=1e-4, atol=1e-4)
+    assert lion.h_std[0] == lion.h_std[1] == lion.h_std[2]  # one scale: shapes keep their proportions
+    torch.testing.assert_close(((h - lion.h_mean) / lion.h_std).std(), torch.tensor(1.0), rtol=0.05, atol=0.0)
+
+
+def test_linear_attention_against_its_formula() -> None:
+    q, k, v = torch.randn(3, 2, 7, 4, 5, dtype=torch.float64).unbind(0)
+    expected = torch.zeros_like(q)
+    for b in range(2):
+        for h in range(4):
+            weights = torch.exp(k[b, :, h]) / torch.exp(k[b, :, h]).sum(0)
+            context = weights.T @ v[b, :, h]
+            expected[b, :, h] = q[b, :, h] @ context
+    torch.testing.assert_close(linear_attention(q, k, v), expected)
+
+
+def test_softmax_attention_against_its_formula() -> None:
+    q, k, v = torch.randn(3, 2, 7, 4, 5, dtype=torch.float64).unbind(0)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 5**0.5
+    expected = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+    torch.testing.assert_close(softmax_attention(q, k, v), expected)
+
+
+def test_both_kinds_of_attention_have_the_same_parameters() -> None:
+    linear, softmax = Attention(16, 2, 8, "linear"), Attention(16, 2, 8, "softmax")
+    softmax.load_state_dict(linear.state_dict())
+    x = torch.randn(1, 9, 16)
+    assert not torch.allclose(linear(x), softmax(x))
+
+
+def test_adagn_starts_as_plain_group_normalisation() -> None:
+    norm = AdaGN(32, 8)
+    x = torch.randn(2, 5, 32)
+    plain = torch.nn.functional.group_norm(x.transpose(1, 2), 8).transpose(1, 2)
+    torch.testing.assert_close(norm(x, torch.zeros(2, 8)), plain, rtol=1e-4, atol=1e-5)
+    weight = torch.cat([AdaGN(64, 16).style.weight.flatten() for _ in range(20)])  # type: ignore[union-attr]
+    assert weight.var().item() == pytest.approx(0.1 / 128, rel=0.05)
+
+
+def test_squeeze_excite_takes_vectors_and_grids() -> None:
+    gate = SqueezeExcite(16)
+    vector = torch.randn(2, 16)
+    torch.testing.assert_close(gate(vector[:, None, None, :])[:, 0, 0], gate(vector))
+
+
+def test_time_embedding() -> None:
+    e = sinusoidal_embedding(torch.tensor([0, 7]), 64)
+    assert e.shape == (2, 64)
+    torch.testing.assert_close(e[0], torch.cat([torch.zeros(32), torch.ones(32)]))
+    assert e[1, 31].item() == pytest.approx(torch.sin(torch.tensor(7e-4)).item(), rel=1e-4)
+
+
+def test_plan_is_shared_only_where_it_fits(clouds: Tensor) -> None:
+    sample = SetAbstractionGeometry(32, 0.5, 8)
+    plan = plan_points(clouds, (LevelGeometry((8,), sample), LevelGeometry((4,), replace(sample, centers=8))))
+    assert [level.points.shape[1] for level in plan.levels] == [N, 32, 8]
+    assert plan.serves((LevelGeometry((8,), sample),))
+    assert not plan.serves((LevelGeometry((16,), sample),))
+    assert torch.equal(plan.levels[1].points[:, 0], clouds[:, 0])  # furthest point sampling starts at index 0
+
+
+def test_unet_needs_as_many_levels_up_as_down() -> None:
+    down = DownLevel(Convolutions(1, 8, 4), SetAbstractionGeometry(8, 1.0, 4), (8,))
+    with pytest.raises(ValueError, match="^up: expected one level for each of the 1 of down, got 2$"):
+        UNetConfig(down=(down,), up=(UpLevel((8,), Convolutions(0)),) * 2)
