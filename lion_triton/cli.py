@@ -17,7 +17,9 @@ def run_cli(command: Callable[[], Any]) -> None:
             fail(f"no space left on the disk{f' for {error.filename}' if error.filename else ''}")
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except ValueError as error:
-        fail(str(error))
+        # An error from a worker process comes with its traceback; its own line is the last.
+        message = str(error)
+        fail(message.strip().splitlines()[-1].removeprefix("ValueError: ") if "Traceback" in message else message)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -441,7 +441,7 @@ def train(args: Arguments) -> None:
         run = open_run(folder)
         check_same_run(run, config)
     else:
-        normalization = Normalization.fit(sources.train, config.data.normalization, config.data.draw_from)
+        normalization = Normalization.fit(sources.train, config.data.normalization)
         run = create_run(folder, config, sources.train.classes, normalization)
     checkpoint = load_checkpoint(run)
 

@@ -1,0 +1,1 @@
+"""Where point clouds come from: procedural furniture, folders of clouds, meshes."""
