@@ -243,9 +243,7 @@ def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser
     if denoiser == "transformer" and not isinstance(prior.network, TransformerConfig):
         # Comparable in cost to the U-Net it replaces: small where that is small.
         small = prior.network.head_width < 128 or model.vae.shape_dim < 128
-        prior = replace(
-            prior, network=TransformerConfig(128, 3, 4) if small else TransformerConfig(384, 12, 6)
-        )
+        prior = replace(prior, network=TransformerConfig(128, 3, 4) if small else TransformerConfig(384, 12, 6))
     if attention is not None:
         if isinstance(prior.network, UNetConfig):
             prior = replace(prior, network=replace(prior.network, attention=attention))

@@ -128,9 +128,7 @@ def prior_loss(
     keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
     # Uniform times from the same counter-based source: nothing but the key decides what a step sees.
     uniform = torch.special.ndtr(normal_noise((2, batch), keys[0]))
-    t_shape, t_point = (uniform * schedule.num_train_timesteps).long().clamp_max(
-        schedule.num_train_timesteps - 1
-    ) + 1
+    t_shape, t_point = (uniform * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std

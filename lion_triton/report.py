@@ -60,9 +60,7 @@ def reconstruct(lion: LION, clouds: Tensor, normalization: Normalization, precis
 def one_nna(samples: np.ndarray, references: np.ndarray) -> float:
     """1-NNA by Chamfer distance of two sets of clouds in the same units."""
     a, b = torch.from_numpy(samples), torch.from_numpy(references)
-    return metrics.nearest_neighbor_accuracy(
-        pairwise_chamfer(a, a), pairwise_chamfer(a, b), pairwise_chamfer(b, b)
-    )
+    return metrics.nearest_neighbor_accuracy(pairwise_chamfer(a, a), pairwise_chamfer(a, b), pairwise_chamfer(b, b))
 
 
 def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -101,9 +99,8 @@ def final(
     dims = run.config.model.vae.shape_dim
     print(f"\nOn {count} held-out shapes of {references.shape[1]} points:")
     print(f"  reconstruction Chamfer distance   {figures['reconstruction_chamfer']:.5f} (data units squared)")
-    print(
-        f"  KL of the shape latent z0         {rebuilt.kl_z:.1f} nats, {rebuilt.active_dimensions} of {dims} dimensions used"
-    )
+    used = f"{rebuilt.active_dimensions} of {dims} dimensions used"
+    print(f"  KL of the shape latent z0         {rebuilt.kl_z:.1f} nats, {used}")
     print("  1-NNA by Chamfer distance (0.5 is best: nobody can tell generated from held-out; 1.0 is worst)")
     print(f"    generated shapes                {figures['1nna_cd_generated']:.3f}")
     if fresh is not None:
@@ -119,9 +116,7 @@ def dry_run(config: TrainConfig, sources: Sources) -> None:
     device = best_device()
     lion = LION(config.model).to(device)
     precision = resolve_precision(config.mixed_precision, device)
-    print(
-        f"preset {config.preset} on {device} ({torch.get_num_threads()} CPU threads), precision {precision}"
-    )
+    print(f"preset {config.preset} on {device} ({torch.get_num_threads()} CPU threads), precision {precision}")
     print(
         f"data: {len(sources.train)} training shapes, {len(sources.held_out)} held out, {config.data.num_points} points"
     )
@@ -135,7 +130,7 @@ def dry_run(config: TrainConfig, sources: Sources) -> None:
         weights = parts["VAE"] if stage == "vae" else nn.ModuleList([lion.shape_prior, lion.point_prior])
         # Weights, gradients, two moments of Adam; the priors also have their average.
         copies = 4 if stage == "vae" else 5
-        size = copies * sum(p.numel() * p.element_size() for p in weights.parameters())
+        size: float = copies * sum(p.numel() * p.element_size() for p in weights.parameters())
         size += cost.activation_bytes_per_cloud * training.batch_size
         total += seconds * training.steps
         print(
@@ -160,9 +155,7 @@ def _measure(lion: LION, config: TrainConfig, stage: str, device: torch.device) 
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    labels = (
-        torch.zeros(batch, dtype=torch.int64, device=device) if config.model.shape_prior.num_classes else None
-    )
+    labels = torch.zeros(batch, dtype=torch.int64, device=device) if config.model.shape_prior.num_classes else None
     key = torch.tensor([0, 0], device=device)
     points = torch.randn(batch, config.data.num_points, 3, device=device)
     elapsed = 0.0

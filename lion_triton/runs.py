@@ -71,9 +71,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
 
 
-def create_run(
-    folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization
-) -> Run:
+def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization) -> Run:
     """Make the run folder and write its ``config.json``.
 
     Raises:
@@ -211,9 +209,7 @@ def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
     try:
         lion.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(
-            f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})"
-        ) from None
+        raise ValueError(f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})") from None
 
 
 def write_text(path: Path, text: str) -> None:

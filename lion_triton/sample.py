@@ -81,9 +81,7 @@ def sample(args: SampleArguments) -> Samples:
     lion = load_model(run).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     if not np.isfinite(points).all():
-        raise ValueError(
-            "samples: the model generated points that are not finite: train longer or sample otherwise"
-        )
+        raise ValueError("samples: the model generated points that are not finite: train longer or sample otherwise")
     _write(run, args, points, labels, out)
     print(f"{len(points)} clouds of {points.shape[1]} points: {out / 'clouds.npz'}, {out / 'ply'}")
     print(f"picture: {out / 'grid.png'}")
@@ -129,9 +127,7 @@ def class_labels(run: Run, args: SampleArguments) -> np.ndarray:
     """The class of each cloud (S,): the one asked for, or all in turn; -1 in a run without classes."""
     conditional = run.config.model.shape_prior.num_classes > 0
     if args.label is None:
-        return (
-            np.arange(args.num_samples) % len(run.classes) if conditional else np.full(args.num_samples, -1)
-        )
+        return np.arange(args.num_samples) % len(run.classes) if conditional else np.full(args.num_samples, -1)
     if not conditional:
         raise ValueError(f"class: this run was trained without classes, got {args.label}")
     if args.label not in run.classes:

@@ -215,9 +215,7 @@ def fit(
         for step, arguments in zip(range(start, training.steps), inputs(start), strict=False):
             decay = 0.5 * (1 + math.cos(math.pi * step / training.steps))
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * (
-                    decay if training.learning_rate_decay == "cosine" else 1
-                )
+                group["lr"] = training.learning_rate * (decay if training.learning_rate_decay == "cosine" else 1)
             torch.manual_seed((config.seed << 32) + before + step)  # dropout
             losses = objective(*arguments)
             accelerator.backward(losses["loss"])
@@ -231,9 +229,7 @@ def fit(
             done = step + 1
 
             if done % config.log_every == 0 or done == training.steps:
-                values = {name: value.item() for name, value in losses.items()} | {
-                    "grad_norm": float(grad_norm)
-                }
+                values = {name: value.item() for name, value in losses.items()} | {"grad_norm": float(grad_norm)}
                 if stage == "vae":
                     values["kl_coefficient"] = arguments[-1]
                 elapsed = time.perf_counter() - clock
@@ -283,9 +279,7 @@ def fit_vae(session: Session, checkpoint: Checkpoint | None) -> None:
     held_out = session.held_out(report.SHOWN)
 
     def picture(total_step: int) -> None:
-        rebuilt = report.reconstruct(
-            session.lion, held_out, session.run.normalization, config.mixed_precision
-        )
+        rebuilt = report.reconstruct(session.lion, held_out, session.run.normalization, config.mixed_precision)
         rows = [
             ("held out", session.run.normalization.invert(held_out.numpy())),
             ("reconstruction", rebuilt.points),
@@ -324,9 +318,7 @@ def fit_priors(session: Session, checkpoint: Checkpoint | None) -> None:
                 numbers = session.share(range(step * training.batch_size, (step + 1) * training.batch_size))
                 index = torch.tensor([stream.shape(i) for i in numbers])
                 draw = torch.tensor([i // shapes % training.cached_draws for i in numbers])
-                latents = Posterior(
-                    *(getattr(cache, f.name)[draw, index].to(session.device) for f in fields(cache))
-                )
+                latents = Posterior(*(getattr(cache, f.name)[draw, index].to(session.device) for f in fields(cache)))
                 yield latents, session.key("priors", KEYS_PER_STEP * step), session.labels(labels[index])
             return
         for step, (points, label, _) in enumerate(load(session, stream, start, training.batch_size), start):
@@ -357,7 +349,7 @@ def fit_priors(session: Session, checkpoint: Checkpoint | None) -> None:
 def load(session: Session, stream: TrainingStream, start: int, batch_size: int) -> DataLoader[Any]:
     """This process's part of every global batch from step ``start`` on."""
     steps = range(start, len(stream) // batch_size)
-    batches = [session.share(range(step * batch_size, (step + 1) * batch_size)) for step in steps]
+    batches = [list(session.share(range(step * batch_size, (step + 1) * batch_size))) for step in steps]
     return DataLoader(stream, batch_sampler=batches, num_workers=session.config.data.workers)
 
 
@@ -427,15 +419,10 @@ def train(args: Arguments) -> None:
     for clouds in (sources.train, sources.held_out):
         short = check_all(clouds, config.data.num_points, args.strict)
         if short:
-            print(
-                f"{short} of {len(clouds)} clouds have fewer than {config.data.num_points} points: points repeat"
-            )
+            print(f"{short} of {len(clouds)} clouds have fewer than {config.data.num_points} points: points repeat")
 
     accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision, best_device()))
-    if (
-        config.vae.batch_size % accelerator.num_processes
-        or config.priors.batch_size % accelerator.num_processes
-    ):
+    if config.vae.batch_size % accelerator.num_processes or config.priors.batch_size % accelerator.num_processes:
         raise ValueError(f"batch-size: expected a multiple of the {accelerator.num_processes} processes")
     if (folder / "config.json").exists():
         run = open_run(folder)
@@ -449,9 +436,7 @@ def train(args: Arguments) -> None:
     lion = LION(config.model)
     if checkpoint is not None:
         load_state(lion, checkpoint.model, run)
-        accelerator.print(
-            f"continuing {folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done"
-        )
+        accelerator.print(f"continuing {folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
     lion.to(accelerator.device)
     if config.compile and accelerator.device.type == "cuda":
         for network in (
@@ -487,14 +472,14 @@ def finish(session: Session) -> None:
     draw_grid(rows, run.samples / "overview.png")
     fresh = None
     if session.sources.fresh is not None:
-        fresh = fixed_batch(
+        clouds = fixed_batch(
             session.sources.fresh,
             range(len(held_out)),
             config.data.num_points,
             config.seed,
             run.normalization,
         )
-        fresh = run.normalization.invert(fresh.numpy())
+        fresh = run.normalization.invert(clouds.numpy())
     report.final(run, rebuilt, samples.points, references, fresh)
 
 

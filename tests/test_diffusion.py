@@ -224,7 +224,8 @@ def test_variational_weight_is_the_kl_mean_term(kind: str, variance: str) -> Non
     t = torch.arange(1, T + 1)
     rho2 = beta if variance == "fixed_large" else (1 - previous) / (1 - abar) * beta
     rho2[0] = rho2[0] if variance == "fixed_large" else rho2[1]
-    x_t, eps, other = (torch.randn(T, 6, dtype=torch.float64) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    x_t, eps, other = torch.randn(3, T, 6, dtype=torch.float64, generator=generator)
     x_0, x_0_other = ((x_t - (1 - abar).sqrt()[:, None] * e) / abar.sqrt()[:, None] for e in (eps, other))
     means = (previous.sqrt() * beta / (1 - abar))[:, None] * (x_0 - x_0_other)
     expected = (means**2).sum(1) / (2 * rho2)
@@ -436,6 +437,21 @@ def test_ddim_with_eta_1_has_the_posterior_variance_and_is_ddpm(monkeypatch: pyt
 def test_clip_bounds_the_sample() -> None:
     out = ddpm(lambda x, t: torch.zeros_like(x), 10 * random64(10), Schedule(), KEY, steps=5, clip=0.5)
     torch.testing.assert_close(out.abs().max(), torch.tensor(0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("T", "steps"), [(1, 1), (50, 1)])
+def test_one_step_goes_straight_to_x_0(T: int, steps: int) -> None:
+    schedule, x_T, t = Schedule("linear", T), random64(13), torch.full((3,), T)
+    expected = schedule.predict_x0(x_T, toy_model(x_T, t), t)
+    for x in (
+        ddpm(toy_model, x_T, schedule, KEY, steps=steps),
+        ddim(toy_model, x_T, schedule, KEY, steps=steps, eta=1.0),
+    ):
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    if T == 1:
+        bound = variational_bound(toy_model, x_T, schedule, KEY)
+        assert (bound.diffusion == 0).all()
+        assert bound.total.isfinite().all()
 
 
 class _NoHostRead(TorchDispatchMode):

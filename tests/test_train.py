@@ -48,7 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_explains_itself(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert config["lion_triton"] and "commit" in config
+    assert config["lion_triton"]
+    assert "commit" in config
     assert from_json(config["config"]).vae.steps == 4
     assert config["classes"] == ["chair", "table", "sofa", "lamp", "shelf"]
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -169,9 +170,7 @@ def test_unknown_preset_class_and_run(finished: Path, tmp_path: Path, capsys: py
     assert "num-samples" in fails(capsys, sample.main, [str(finished), "--num-samples", "0"])
 
 
-def test_a_run_of_another_architecture_is_refused(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_another_architecture_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(p.name for p in finished.rglob("*"))
     line = fails(capsys, run, finished, "--denoiser", "transformer")
     assert "another architecture (model.point_prior.network" in line
@@ -259,9 +258,7 @@ def write_clouds(root: Path, count: int = 4, points: int = 150) -> Path:
     return root
 
 
-def test_bad_data_is_refused_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "clouds", tmp_path / "out"
     given = ["--data.source", str(source)]
     assert "error: root" in fails(capsys, run, out, *given)
@@ -302,4 +299,4 @@ def test_signals_are_handed_back() -> None:
 def test_the_quickstart_is_a_small_real_lion() -> None:
     model = quickstart().model
     for unet in (model.vae.point_encoder, model.vae.decoder, model.point_prior.network):
-        assert unet.down and unet.down[0].convolutions.blocks  # type: ignore[union-attr]
+        assert unet.down[0].convolutions.blocks  # type: ignore[union-attr]

@@ -153,8 +153,8 @@ class _AdaGN(torch.autograd.Function):
 
 
 def _positions(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, ..., C) to contiguous (B, P, C) in ``dtype``."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).contiguous().to(dtype)
+    """(B, ..., C) to (B, P, C) in ``dtype``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
 
 
 def _group_mean(sums: Tensor, num_groups: int, num_positions: int) -> Tensor:

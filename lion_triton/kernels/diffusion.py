@@ -58,9 +58,7 @@ def q_sample_reference(x_0: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor) -
     return (_per_cloud(alpha, x) * x + _per_cloud(sigma, x) * noise).to(x_0.dtype)
 
 
-def posterior_q_sample_reference(
-    mu: Tensor, log_sigma: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor
-) -> Tensor:
+def posterior_q_sample_reference(mu: Tensor, log_sigma: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
     """Specification of ``posterior_q_sample``; differentiable in all four floating inputs."""
     x = _upcast(mu)
     noise_1 = normal_noise_reference(x.shape, key, stream=1).to(x.dtype)
@@ -342,9 +340,7 @@ _noise_mse_op.register_autograd(_noise_mse_backward, setup_context=_noise_mse_se
 
 
 @torch.library.custom_op("lion_triton::ancestral_step", mutates_args=())
-def _ancestral_step_op(
-    x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor
-) -> Tensor:
+def _ancestral_step_op(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
     out = _empty_like(x_t)
     _launch(_ancestral_step_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, key, out)
     return out
@@ -421,9 +417,7 @@ def _check_batch(name: str, x: Tensor) -> None:
 def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     check_float(name, x)
     if x.shape != like.shape:
-        raise ValueError(
-            f"{name}: expected the shape of {like_name} {tuple(like.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected the shape of {like_name} {tuple(like.shape)}, got {tuple(x.shape)}")
     check_same(**{like_name: like, name: x})
 
 
@@ -431,9 +425,7 @@ def _check_scalars(like_name: str, like: Tensor, **scalars: Tensor) -> None:
     for name, x in scalars.items():
         check_float(name, x)
         if x.shape != like.shape[:1]:
-            raise ValueError(
-                f"{name}: expected one value per cloud, shape ({len(like)},), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected one value per cloud, shape ({len(like)},), got {tuple(x.shape)}")
         check_same(**{like_name: like, name: x})
 
 

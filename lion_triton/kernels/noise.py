@@ -90,9 +90,7 @@ def check_key(key: Tensor, like: Tensor | None = None) -> None:
     if not isinstance(key, Tensor):
         raise ValueError(f"key: expected an int64 tensor (seed, offset), got {type(key).__name__}")
     if key.dtype != torch.int64 or key.shape != (2,):
-        raise ValueError(
-            f"key: expected an int64 tensor of shape (2,), got {key.dtype} of shape {tuple(key.shape)}"
-        )
+        raise ValueError(f"key: expected an int64 tensor of shape (2,), got {key.dtype} of shape {tuple(key.shape)}")
     if like is not None and key.device != like.device:
         raise ValueError(f"key: expected a key on {like.device}, got one on {key.device}")
 
@@ -155,7 +153,7 @@ def _normal_noise_kernel(key_ptr, out_ptr, numel, BLOCK: tl.constexpr):  # type:
 
 
 @torch.library.custom_op("lion_triton::normal_noise", mutates_args=())
-def _normal_noise_op(shape: Sequence[int], key: Tensor) -> Tensor:
+def _normal_noise_op(shape: list[int], key: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=key.device)
     block = 256
     with torch.cuda.device_of(key):
@@ -165,13 +163,11 @@ def _normal_noise_op(shape: Sequence[int], key: Tensor) -> Tensor:
 
 
 @_normal_noise_op.register_fake
-def _(shape: Sequence[int], key: Tensor) -> Tensor:
+def _(shape: list[int], key: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=key.device)
 
 
-def normal_noise(
-    shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl = "auto"
-) -> Float32[Tensor, " ..."]:
+def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl = "auto") -> Float32[Tensor, " ..."]:
     """Standard normal noise that is a function of the key alone: the very noise the fused ops use.
 
     Args:
@@ -192,4 +188,4 @@ def normal_noise(
     check_key(key)
     if not use_triton(impl, key) or prod(shape) == 0:
         return normal_noise_reference(shape, key)
-    return _normal_noise_op(shape, key)
+    return _normal_noise_op(list(shape), key)

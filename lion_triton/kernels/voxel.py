@@ -202,7 +202,7 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         column, start, weight, *transpose = ctx.saved_tensors
-        grad = _SparseProduct.apply(grads[0].contiguous(), *transpose, column, start, weight)
+        grad = _SparseProduct.apply(grads[0], *transpose, column, start, weight)
         return grad, None, None, None, None, None, None
 
 

@@ -50,8 +50,7 @@ class AdaGN(nn.Module):
         scale = shift = None
         if self.style is not None:
             scale, shift = self.style(style).chunk(2, dim=-1)
-        act = "silu" if self.silu else None
-        return adagn(x, scale, shift, self.weight, self.bias, GROUPS, act=act)
+        return adagn(x, scale, shift, self.weight, self.bias, GROUPS, act="silu" if self.silu else None)
 
 
 class MLP(nn.Module):
@@ -111,9 +110,7 @@ class PVConv(nn.Module):
         self.point_norm = AdaGN(out_channels, style_dim, silu=True)
         self.attention = attention
 
-    def forward(
-        self, x: Float[Tensor, "B N C"], plan: VoxelPlan, style: Tensor | None
-    ) -> Float[Tensor, "B N C2"]:
+    def forward(self, x: Float[Tensor, "B N C"], plan: VoxelPlan, style: Tensor | None) -> Float[Tensor, "B N C2"]:
         voxels = avg_voxelize(x, plan.coords, self.resolution, plan=plan)
         voxels = self.dropout(self.norm1(_conv(self.conv1, voxels), style))
         voxels = self.squeeze_excite(self.norm2(_conv(self.conv2, voxels), style))
@@ -134,9 +131,7 @@ class SetAbstraction(nn.Module):
         super().__init__()
         self.mlp = MLP(in_channels + 3, widths, style_dim)
 
-    def forward(
-        self, x: Float[Tensor, "B N C"], plan: LevelPlan, style: Tensor | None
-    ) -> Float[Tensor, "B M C2"]:
+    def forward(self, x: Float[Tensor, "B N C"], plan: LevelPlan, style: Tensor | None) -> Float[Tensor, "B M C2"]:
         assert plan.neighbors is not None and plan.offsets is not None
         grouped = group(x, plan.neighbors)
         return self.mlp(torch.cat([plan.offsets.to(x.dtype), grouped], dim=-1), style).amax(dim=2)

@@ -148,19 +148,18 @@ class LION(nn.Module):
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
         device = self.z_mean.device
-        shape = (num_samples, self.config.vae.shape_dim)
 
         def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
             return self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
 
         run = _Run(self, sampler, steps, eta, clip_x0, callback, generator)
-        z = run(denoise_shape, normal_noise(shape, new_key(device, generator)), 0)
+        z = run(denoise_shape, normal_noise((num_samples, self.config.vae.shape_dim), new_key(device, generator)), 0)
 
         def denoise_points(h_t: Tensor, t: Tensor) -> Tensor:
             return self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
 
-        shape = (num_samples, num_points, self.config.vae.point_dim)
-        h = run(denoise_points, normal_noise(shape, new_key(device, generator)), 1)
+        noise = normal_noise((num_samples, num_points, self.config.vae.point_dim), new_key(device, generator))
+        h = run(denoise_points, noise, 1)
         return self.decode(h * self.h_std + self.h_mean, z * self.z_std + self.z_mean)
 
     def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -182,7 +181,9 @@ class _Run:
     def __call__(self, eps_model: Callable[[Tensor, Tensor], Tensor], x: Tensor, part: int) -> Tensor:
         schedule = self.lion.schedule
         if self.sampler == "ode":
-            return diffusion.probability_flow(eps_model, x)
+            if self.lion.config.diffusion.prediction != "eps":
+                raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
+            return diffusion.probability_flow(eps_model, x, schedule)
         steps = self.steps
         if steps is None:
             steps = schedule.num_train_timesteps if self.sampler == "ddpm" else 50

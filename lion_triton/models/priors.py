@@ -65,9 +65,7 @@ class ShapePrior(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
         self.clip_projection = nn.Linear(CLIP_DIM, width) if config.clip else None
         condition_dim = width if config.clip else 0
-        self.blocks = nn.ModuleList(
-            _ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(_ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks))
         self.output = nn.Linear(width, shape_dim)
 
     def forward(
@@ -131,9 +129,7 @@ class PointPrior(nn.Module):
         super().__init__()
         self.config = config
         style_dim = shape_dim
-        self.class_embedding = (
-            nn.Embedding(config.num_classes, config.class_dim) if config.num_classes else None
-        )
+        self.class_embedding = nn.Embedding(config.num_classes, config.class_dim) if config.num_classes else None
         if self.class_embedding is not None:
             style_dim += config.class_dim
         self.clip_projection = nn.Linear(CLIP_DIM, config.clip_dim) if config.clip else None
@@ -204,9 +200,7 @@ class PointTransformer(nn.Module):
         self.time_dim = time_dim
         width = config.width
         self.input = nn.Linear(point_dim, width)
-        self.condition = nn.Sequential(
-            nn.Linear(time_dim + style_dim, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.condition = nn.Sequential(nn.Linear(time_dim + style_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
             _TransformerBlock(width, config.heads, config.mlp_ratio) for _ in range(config.blocks)
         )

@@ -7,7 +7,7 @@ The authors' files hold ``vae_state_dict`` and ``dae_state_dict``; in the latter
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lion_triton.models.lion import LION, LIONConfig
-from lion_triton.models.unet import PointEncoder, UNet, UNetConfig
+from lion_triton.models.unet import DownLevel, UNetConfig
 
 Names = Iterator[tuple[str, str]]  # (ours, theirs)
 
@@ -33,9 +33,7 @@ def load_published(checkpoint: str | Path | Mapping[str, Any]) -> LION:
         checkpoint = _read(Path(checkpoint))
     missing = [key for key in ("vae_state_dict", "dae_state_dict") if key not in checkpoint]
     if missing:
-        raise ValueError(
-            f"checkpoint: expected vae_state_dict and dae_state_dict, {' and '.join(missing)} missing"
-        )
+        raise ValueError(f"checkpoint: expected vae_state_dict and dae_state_dict, {' and '.join(missing)} missing")
     theirs = {f"vae.{k}": v for k, v in checkpoint["vae_state_dict"].items()}
     theirs |= {f"dae.{k}": v for k, v in checkpoint["dae_state_dict"].items()}
 
@@ -88,9 +86,9 @@ def _names(lion: LION) -> Names:
     """Our name and theirs for every tensor of the published model."""
     vae = lion.config.vae
     yield from _affine("vae.shape_head", "vae.style_encoder.mlp")
-    yield from _encoder(lion.vae.shape_encoder, "vae.shape_encoder", "vae.style_encoder.layers")
-    yield from _unet(vae.point_encoder, lion.vae.point_encoder, "vae.point_encoder", "vae.encoder.layers")
-    yield from _unet(vae.decoder, lion.vae.decoder, "vae.decoder", "vae.decoder.layers")
+    yield from _encoder(vae.shape_encoder, "vae.shape_encoder", "vae.style_encoder.layers")
+    yield from _unet(vae.point_encoder, "vae.point_encoder", "vae.encoder.layers")
+    yield from _unet(vae.decoder, "vae.decoder", "vae.decoder.layers")
 
     ours, theirs = "shape_prior", "dae.0"
     yield from _affine(f"{ours}.input", f"{theirs}.input_layer")
@@ -104,8 +102,10 @@ def _names(lion: LION) -> Names:
         yield from _squeeze_excite(f"{block}.squeeze_excite", f"{module}.SE")
 
     prior = lion.config.point_prior
-    assert isinstance(prior.network, UNetConfig) and isinstance(lion.point_prior.network, UNet)
-    yield from _unet(prior.network, lion.point_prior.network, "point_prior.network", "dae.1")
+    assert isinstance(prior.network, UNetConfig)
+    yield from _unet(prior.network, "point_prior.network", "dae.1")
+    for i in (0, 2):
+        yield from _affine(f"point_prior.network.time_mlp.{i}", f"dae.1.embedf.{i}")
     if prior.clip:
         yield from _affine(f"{ours}.clip_projection", f"{theirs}.clip_feat_mapping")
         yield from _affine("point_prior.clip_projection", "dae.1.clip_forge_mapping")
@@ -152,28 +152,22 @@ def _attention(ours: str, theirs: str) -> Names:
     yield from _affine(f"{ours}.out", f"{theirs}.to_out")
 
 
-def _encoder(encoder: PointEncoder, ours: str, theirs: str) -> Names:
-    for level, (run, abstraction) in enumerate(
-        zip(encoder.convolutions, encoder.set_abstractions, strict=True)
-    ):
-        for i, block in enumerate(run.blocks):
-            attention = block.attention is not None
-            yield from _pvconv(
-                f"{ours}.convolutions.{level}.blocks.{i}", f"{theirs}.{level}.{i}", False, attention
-            )
-        depth = len(abstraction.mlp.linears)
-        last = f"{theirs}.{level}.{len(run.blocks)}.mlps.0"
-        yield from _mlp(f"{ours}.set_abstractions.{level}.mlp", last, depth, False)
+def _encoder(levels: Sequence[DownLevel], ours: str, theirs: str) -> Names:
+    for level, down in enumerate(levels):
+        run = down.convolutions
+        for i in range(run.blocks):
+            attention = i == 0 and run.attention_heads > 0
+            yield from _pvconv(f"{ours}.convolutions.{level}.blocks.{i}", f"{theirs}.{level}.{i}", False, attention)
+        last = f"{theirs}.{level}.{run.blocks}.mlps.0"
+        yield from _mlp(f"{ours}.set_abstractions.{level}.mlp", last, len(down.widths), False)
 
 
-def _unet(config: UNetConfig, unet: UNet, ours: str, theirs: str) -> Names:
+def _unet(config: UNetConfig, ours: str, theirs: str) -> Names:
     for level, down in enumerate(config.down):
         run, module = down.convolutions, f"{theirs}.sa_layers.{level}"
         for i in range(run.blocks):
             attention = i == 0 and run.attention_heads > 0
-            yield from _pvconv(
-                f"{ours}.down_convolutions.{level}.blocks.{i}", f"{module}.{i}", True, attention
-            )
+            yield from _pvconv(f"{ours}.down_convolutions.{level}.blocks.{i}", f"{module}.{i}", True, attention)
         # A level without convolutions is not nested there.
         last = f"{module}.{run.blocks}" if run.blocks else module
         yield from _mlp(f"{ours}.set_abstractions.{level}.mlp", f"{last}.mlps.0", len(down.widths), True)
@@ -186,6 +180,3 @@ def _unet(config: UNetConfig, unet: UNet, ours: str, theirs: str) -> Names:
             yield from _pvconv(block, f"{module}.{i + 1}", True, False)
     yield from _mlp(f"{ours}.head", f"{theirs}.classifier.0", 1, True)
     yield from _affine(f"{ours}.out", f"{theirs}.classifier.2")
-    if unet.time_dim:
-        yield from _affine(f"{ours}.time_mlp.0", f"{theirs}.embedf.0")
-        yield from _affine(f"{ours}.time_mlp.2", f"{theirs}.embedf.2")

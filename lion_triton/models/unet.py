@@ -65,9 +65,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         if len(self.up) != len(self.down) or not self.down:
-            raise ValueError(
-                f"up: expected one level for each of the {len(self.down)} of down, got {len(self.up)}"
-            )
+            raise ValueError(f"up: expected one level for each of the {len(self.down)} of down, got {len(self.up)}")
 
     @property
     def geometry(self) -> tuple[LevelGeometry, ...]:
@@ -95,9 +93,7 @@ class ConvolutionRun(nn.Module):
         for i in range(config.blocks):
             attend = None
             if i == 0 and config.attention_heads:
-                attend = Attention(
-                    config.channels, config.attention_heads, config.attention_head_dim, attention
-                )
+                attend = Attention(config.channels, config.attention_heads, config.attention_head_dim, attention)
             self.blocks.append(
                 PVConv(
                     in_channels if i == 0 else config.channels,
@@ -180,9 +176,7 @@ class UNet(nn.Module):
                 style = torch.cat([style, time.to(style.dtype)], dim=-1)
 
         skips = [x[..., 3:]]
-        for level, (convolve, abstract) in enumerate(
-            zip(self.down_convolutions, self.set_abstractions, strict=True)
-        ):
+        for level, (convolve, abstract) in enumerate(zip(self.down_convolutions, self.set_abstractions, strict=True)):
             if level > 0:
                 skips.append(x)
                 x = _append(x, time)
@@ -207,13 +201,9 @@ def _append(x: Float[Tensor, "B N C"], time: Float[Tensor, "B E"] | None) -> Ten
 class PointEncoder(nn.Module):
     """The way down of a U-Net without style or time, pooled: a cloud to one feature vector."""
 
-    def __init__(
-        self, levels: Sequence[DownLevel], in_channels: int, dropout: float, attention: AttentionKind
-    ) -> None:
+    def __init__(self, levels: Sequence[DownLevel], in_channels: int, dropout: float, attention: AttentionKind) -> None:
         super().__init__()
-        self.geometry = tuple(
-            LevelGeometry(_resolutions(level.convolutions), level.sample) for level in levels
-        )
+        self.geometry = tuple(LevelGeometry(_resolutions(level.convolutions), level.sample) for level in levels)
         self.convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
         for level in levels:
             run = ConvolutionRun(in_channels, level.convolutions, 0, dropout, attention)
@@ -226,9 +216,7 @@ class PointEncoder(nn.Module):
         """Features of the whole cloud; the maximum over the coarsest centres."""
         if plan is None or not plan.serves(self.geometry):
             plan = plan_points(x[..., :3], self.geometry)
-        for level, (convolve, abstract) in enumerate(
-            zip(self.convolutions, self.set_abstractions, strict=True)
-        ):
+        for level, (convolve, abstract) in enumerate(zip(self.convolutions, self.set_abstractions, strict=True)):
             x = abstract(convolve(x, plan, level, None), plan.levels[level], None)
         return x.amax(dim=1)
 

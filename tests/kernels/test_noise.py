@@ -174,9 +174,7 @@ def test_keys_streams_and_elements_are_independent() -> None:
 
 def test_new_noise_when_the_key_changes_in_place() -> None:
     key = make_key()
-    compiled = torch.compile(
-        lambda key: normal_noise((9,), key, impl="triton"), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda key: normal_noise((9,), key, impl="triton"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(key), normal_noise((9,), key, impl="triton"))
     before = compiled(key)
     key[1] += 1

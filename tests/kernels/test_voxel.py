@@ -162,8 +162,11 @@ def test_backward_is_the_adjoint() -> None:
         (avg_voxelize(f, coords, 4), f, torch.randn_like(v)),
         (trilinear_devoxelize(v, coords), v, torch.randn_like(f)),
     ):
-        (grad,) = torch.autograd.grad(y, x, cotangent)
+        (grad,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
         torch.testing.assert_close((y * cotangent).sum(), (x * grad).sum())
+        # The cotangent of a sum is one number, expanded.
+        (of_sum,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        torch.testing.assert_close(of_sum, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
 def test_gradcheck_twice_differentiable_and_no_gradient_to_coords() -> None:
@@ -180,6 +183,7 @@ def test_gradcheck_twice_differentiable_and_no_gradient_to_coords() -> None:
         assert torch.autograd.gradgradcheck(op, x)
         op(x).sum().backward()
     assert coords.grad is None
+    assert not plan_voxels(coords, 3).corners.weight.requires_grad
 
 
 def test_same_bits_twice_and_with_any_number_of_threads() -> None:
@@ -223,7 +227,7 @@ def test_coordinates_outside_act_as_clamped_and_nan_stays_in_its_point() -> None
     inside = coords.clamp(0, R - 1)
     assert torch.equal(avg_voxelize(f, coords, R), avg_voxelize(f, inside, R))
     assert torch.equal(trilinear_devoxelize(v, coords), trilinear_devoxelize(v, inside))
-    coords[1, 3, 1] = torch.nan
+    coords[1, 3] = torch.nan
     bad = trilinear_devoxelize(v, coords).isnan().any(-1)
     assert bad.nonzero().tolist() == [[1, 3]]
     assert avg_voxelize(f, coords, R).isfinite().all()
