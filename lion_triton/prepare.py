@@ -139,10 +139,11 @@ def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path)
                 continue
             row, points = result
             # Two names that differ in case alone are one file on some systems.
-            first = taken.setdefault(f"{row['category']}/{row['id']}".casefold(), row["path"])
-            if first != row["path"]:
-                failures.append(Failure(row["path"], f"its id {row['id']} is already that of {first}"))
+            key = f"{row['category']}/{row['id']}".casefold()
+            if key in taken:
+                failures.append(Failure(row["path"], f"its id {row['id']} is already that of {taken[key]}"))
                 continue
+            taken[key] = row["path"]
             for split in SPLITS:
                 (folder / row["category"] / split).mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -46,15 +47,18 @@ def interpreting() -> bool:
 def use_triton(impl: Impl, x: Tensor) -> bool:
     """Decide which implementation runs.
 
-    ``auto`` is Triton on a GPU and the reference elsewhere. An explicit ``triton`` never falls back: it
+    ``auto`` is Triton on a GPU and the reference elsewhere, or where Triton is not installed. An explicit ``triton`` never falls back: it
     needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU tensor.
     """
     if impl == "reference":
         return False
+    installed = find_spec("triton") is not None
     if impl == "auto":
-        return x.is_cuda
+        return x.is_cuda and installed
     if impl != "triton":
         raise ValueError(f'impl: expected "auto", "triton" or "reference", got {impl!r}')
+    if not installed:
+        raise ValueError('impl: "triton" needs Triton, which is not installed')
     if not x.is_cuda and not interpreting():
         raise ValueError(f'impl="triton" needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}')
     return True

@@ -99,8 +99,8 @@ def adagn(
 class _AdaGN(torch.autograd.Function):
     """One temporary forward, two backward, all passes in place: on a CPU, fresh pages cost more than arithmetic.
 
-    Autograd's own backward of the same formulas took two to four times as long. Saved are x and coefficients per
-    cloud and channel, neither xhat nor z.
+    Autograd's own backward of the same formulas took about twice as long. Saved are x and coefficients per cloud
+    and channel, neither xhat nor z.
     """
 
     @staticmethod

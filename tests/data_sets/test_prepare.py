@@ -362,6 +362,14 @@ def test_sweet_home_library(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.ptp(load(tmp_path / "out", lamp), axis=0), EXTENTS, rtol=1e-3)
 
 
+def test_a_catalogue_that_repeats_an_id(tmp_path: Path) -> None:
+    catalogue = "id#1=a\nmodel#1=/a.obj\nid#2=a\nmodel#2=/a.obj\nid#3=b\nmodel#3=/a.obj\n"
+    files: dict[str, bytes | str] = {"PluginFurnitureCatalog.properties": catalogue, "a.obj": obj_bytes(box())}
+    summary, index = run(zipped(tmp_path / "a.sh3f", files), tmp_path / "out")
+    assert [row["id"] for row in index["objects"]] == ["a", "b"]
+    assert reasons(summary) == {"a.obj": "its id a is already that of a.obj"}
+
+
 def test_sampling_follows_the_stretched_surface(tmp_path: Path) -> None:
     # A cube of side 1 stretched to a plate: nearly all of its area is then on the two large faces.
     catalogue = "model#1=/a.obj\nwidth#1=100\ndepth#1=100\nheight#1=1\n"
