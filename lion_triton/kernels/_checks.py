@@ -11,6 +11,7 @@ from torch import Tensor
 
 Impl = Literal["auto", "triton", "reference"]
 
+_TRITON_INSTALLED = find_spec("triton") is not None
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,17 +48,16 @@ def interpreting() -> bool:
 def use_triton(impl: Impl, x: Tensor) -> bool:
     """Decide which implementation runs.
 
-    ``auto`` is Triton on a GPU and the reference elsewhere, or where Triton is not installed. An explicit ``triton`` never falls back: it
-    needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU tensor.
+    ``auto`` is Triton on a GPU, and the reference elsewhere or where Triton is not installed. An explicit ``triton``
+    never falls back: it needs a GPU tensor, or TRITON_INTERPRET=1 for a CPU tensor.
     """
     if impl == "reference":
         return False
-    installed = find_spec("triton") is not None
     if impl == "auto":
-        return x.is_cuda and installed
+        return x.is_cuda and _TRITON_INSTALLED
     if impl != "triton":
         raise ValueError(f'impl: expected "auto", "triton" or "reference", got {impl!r}')
-    if not installed:
+    if not _TRITON_INSTALLED:
         raise ValueError('impl: "triton" needs Triton, which is not installed')
     if not x.is_cuda and not interpreting():
         raise ValueError(f'impl="triton" needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}')
