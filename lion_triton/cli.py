@@ -21,7 +21,7 @@ def run_cli(command: Callable[[], Any]) -> None:
         message = str(error)
         fail(message.strip().splitlines()[-1].removeprefix("ValueError: ") if "Traceback" in message else message)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -61,8 +61,7 @@ def draw_grid(
     columns = max(len(clouds) for clouds in table)
     if titles is not None and len(titles) != columns:
         raise ValueError(f"titles: expected one per column ({columns}), got {len(titles)}")
-    cells = [[_render(cloud, scale) for cloud in clouds] for clouds in table for scale in (_scale(clouds),)]
-    _write(cells, path, [label for label, _ in rows], titles or ())
+    _write([_cells(clouds) for clouds in table], path, [label for label, _ in rows], titles or ())
 
 
 def grid(clouds: Clouds, path: str | os.PathLike[str], columns: int = 8) -> None:
@@ -72,9 +71,7 @@ def grid(clouds: Clouds, path: str | os.PathLike[str], columns: int = 8) -> None
     """
     if columns < 1:
         raise ValueError(f"columns: expected an integer >= 1, got {columns}")
-    array = _as_array("clouds", clouds)
-    scale = _scale(array)
-    cells = [_render(cloud, scale) for cloud in array]
+    cells = _cells(_as_array("clouds", clouds))
     _write([cells[i : i + columns] for i in range(0, len(cells), columns)], path, (), ())
 
 
@@ -99,14 +96,14 @@ def _project(cloud: Float[Array, "N 3"]) -> tuple[Float[Array, "N 3"], Float[Arr
     return both[0] - center, both[1] - center
 
 
-def _scale(clouds: Float[Array, "K N 3"]) -> float:
-    """Pixels per unit that fit every cloud into a cell with a margin."""
+def _cells(clouds: Float[Array, "K N 3"]) -> list[UInt8[Array, "CELL CELL 3"]]:
+    """The clouds at the one scale that fits every one into its cell with a margin."""
     extent = max(float(np.abs(part[:, :2]).max()) for cloud in clouds for part in _project(cloud))
-    return 0.42 * CELL / max(extent, 1e-9)
+    return [_render(cloud, 0.42 * CELL / max(extent, 1e-9)) for cloud in clouds]
 
 
 def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL 3"]:
-    """One cell, top row first."""
+    """One cell, top row first; ``scale`` is in pixels per unit."""
     points, foot = (part * scale for part in _project(cloud))
     points, foot, height = (part[np.argsort(points[:, 2])] for part in (points, foot, cloud[:, 1]))
 
@@ -159,7 +156,7 @@ def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32
     turn = np.arange(num_directions) * math.pi * (3 - math.sqrt(5))  # the golden angle
     across = np.sqrt(1 - height**2)
     seen = np.zeros(len(points))
-    world = points @ VIEW
+    world = points.clip(-CELL, CELL) @ VIEW  # a stray point far in front or behind must not blow up the table
     for direction in np.stack((across * np.cos(turn), height, across * np.sin(turn)), 1):
         side = _unit(direction[1], -direction[0], 0.0)
         plane = np.stack((side, np.cross(direction, side)), 1)

@@ -245,6 +245,7 @@ def fit(
             if stop() or done % config.checkpoint_every == 0 or done == training.steps:
                 save(done)
             if stop():
+                accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues from there")
                 raise KeyboardInterrupt
             if done % config.picture_every == 0 or done == training.steps:
                 if accelerator.is_main_process:

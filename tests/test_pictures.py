@@ -106,10 +106,19 @@ def test_y_is_up_and_x_is_right(tmp_path: Path) -> None:
         assert sign * (crowd - (middle[0] + middle[-1]) / 2) < -1
 
 
-@pytest.mark.parametrize("cloud", [np.zeros((1, 1, 3)), np.ones((1, 7, 3)), np.eye(3)[None]], ids=str)
+@pytest.mark.parametrize(
+    "cloud", [np.zeros((1, 1, 3)), np.ones((1, 7, 3)), np.eye(3)[None]], ids=("one", "same", "three")
+)
 def test_degenerate_clouds_are_drawn(cloud: np.ndarray, tmp_path: Path) -> None:
     grid(cloud, tmp_path / "few.png")
     assert painted(read(tmp_path / "few.png")).any()
+
+
+def test_a_stray_point_far_away_is_drawn(tmp_path: Path) -> None:
+    cloud = sphere(1, 100)
+    cloud[0, 0] = 1e9 * TOWARDS
+    grid(cloud, tmp_path / "stray.png")
+    assert painted(read(tmp_path / "stray.png")).any()
 
 
 def test_same_input_same_file(tmp_path: Path) -> None:
