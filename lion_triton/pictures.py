@@ -156,7 +156,7 @@ def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32
     turn = np.arange(num_directions) * math.pi * (3 - math.sqrt(5))  # the golden angle
     across = np.sqrt(1 - height**2)
     seen = np.zeros(len(points))
-    world = points.clip(-CELL, CELL) @ VIEW  # a stray point far in front or behind must not blow up the table
+    world = points @ VIEW
     for direction in np.stack((across * np.cos(turn), height, across * np.sin(turn)), 1):
         side = _unit(direction[1], -direction[0], 0.0)
         plane = np.stack((side, np.cross(direction, side)), 1)
