@@ -191,7 +191,7 @@ class _Run:
 
         def report(step: int, *_: object) -> None:
             if self.callback is not None:
-                self.callback(part * steps + step + 1, 2 * steps)
+                self.callback(part * steps + step, 2 * steps)
 
         if self.sampler == "ddpm":
             variance = self.lion.config.diffusion.variance
