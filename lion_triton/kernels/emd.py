@@ -127,16 +127,18 @@ def _approx_match(sqdist: Float[Tensor, "B N M"]) -> Float[Tensor, "B N M"]:
     B, N, M = sqdist.shape
     left = sqdist.new_full((B, N, 1), max(1.0, M / N))
     right = sqdist.new_full((B, 1, M), max(1.0, N / M))
-    match, kernel = torch.zeros_like(sqdist), torch.empty_like(sqdist)
+    match, kernel, weighted = torch.zeros_like(sqdist), torch.empty_like(sqdist), torch.empty_like(sqdist)
     for level in _LEVELS:
         # exp(-80) moves no digit of anything, and nearer 0 CPUs fall to denormal numbers (5 times slower).
         torch.mul(sqdist, level, out=kernel).clamp_(min=-80).exp_()
-        offer = left / (kernel @ right.mT + 1e-9)
-        arriving = right * (offer.mT @ kernel)
+        # Sums, not matrix products: those TF32 and autocast would round.
+        offer = left / (torch.mul(kernel, right, out=weighted).sum(2, keepdim=True) + 1e-9)
+        arriving = right * kernel.mul_(offer).sum(1, keepdim=True)
         taken = right * (right / (arriving + 1e-9)).clamp(max=1)
         right = (right - arriving).clamp(min=0)
-        match += kernel.mul_(offer).mul_(taken)
-        left = (left - kernel.sum(2, keepdim=True)).clamp(min=0)
+        flow = kernel.mul_(taken)
+        left = (left - flow.sum(2, keepdim=True)).clamp(min=0)
+        match += flow
     return match
 
 

@@ -84,6 +84,12 @@ class TestApproxEMD:
         assert cost.item() == 0
         assert torch.equal(grad, torch.zeros_like(x))
 
+    def test_autocast_does_not_matter(self) -> None:
+        x, y = rand(2, 30, 3, seed=0).float(), rand(2, 30, 3, seed=1).float()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            inside = approx_emd(x, y)
+        assert torch.equal(inside, approx_emd(x, y))
+
     def test_far_apart_clouds_match_at_the_last_level(self) -> None:
         x = torch.zeros(1, 4, 3, device=DEVICE)
         torch.testing.assert_close(approx_emd(x, x + 100), torch.full((1,), 3e4, device=DEVICE))
@@ -126,6 +132,12 @@ class TestExactEMD:
         cost = exact_emd(x, x.flip(1))
         assert cost.dtype == torch.float32
         assert cost.tolist() == [0, 0]
+
+    def test_squares_decide_the_assignment(self) -> None:
+        x = torch.tensor([[[0, 0.5, 0], [1, 0, 0]]], device=DEVICE)
+        y = torch.tensor([[[1.0, 0, 0], [2, 0.5, 0]]], device=DEVICE)
+        # Straight: distances 1.118 and 1.118. Crossed: 2 and 0, a smaller sum, but a larger one of squares.
+        torch.testing.assert_close(exact_emd(x, y), torch.tensor([1.25], device=DEVICE))
 
     def test_never_above_the_approximate_one(self) -> None:
         x, y = rand(3, 100, 3, seed=0), rand(3, 100, 3, seed=1)
