@@ -73,7 +73,8 @@ class PriorTraining:
 
     ``standardize`` scales the latents to unit variance first; the published priors take them as they are.
     ``cached_draws`` > 0 encodes so many random draws of points of every shape once and trains on these; 0 encodes
-    anew in every step, as published.
+    anew in every step, as published. ``shape_draws``: noisy copies of each shape latent per step; its denoiser is far
+    cheaper than that of the points, so a short run can afford several.
     """
 
     steps: int = 100_000
@@ -85,6 +86,7 @@ class PriorTraining:
     ema_decay: float = 0.9999
     standardize: bool = False
     cached_draws: int = 0
+    shape_draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,20 +128,22 @@ class TrainConfig:
 
 def quickstart() -> TrainConfig:
     """A small LION on the embedded furniture: minutes on two CPU cores."""
-    small = SetAbstractionGeometry(centers=128, radius=0.5, neighbors=8)
+    small = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
     vae_unet = UNetConfig(
         down=(DownLevel(Convolutions(1, 32, 8), small, (32, 64)),),
         up=(UpLevel((64, 64), Convolutions(1, 64, 8)),),
         middle_heads=4,
         head_width=64,
         dropout=0.0,
+        skip="convolved",
     )
     prior_unet = UNetConfig(
         down=(DownLevel(Convolutions(1, 64, 8), small, (64, 128)),),
-        up=(UpLevel((128, 64), Convolutions(2, 64, 8)),),
+        up=(UpLevel((128, 64), Convolutions(1, 64, 8)),),
         middle_heads=4,
         head_width=128,
         dropout=0.0,
+        skip="convolved",
         time_in_style=True,
     )
     classes = 5
@@ -159,15 +163,15 @@ def quickstart() -> TrainConfig:
             diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
         ),
         vae=VAETraining(
-            steps=350,
+            steps=300,
             learning_rate=2e-3,
             learning_rate_decay="cosine",
             lambda_z=0.01,
-            lambda_h=0.2,
+            lambda_h=0.06,
             kl_end=1.0,
         ),
         priors=PriorTraining(
-            steps=1200,
+            steps=1700,
             batch_size=32,
             learning_rate=2e-3,
             learning_rate_decay="cosine",
@@ -175,6 +179,7 @@ def quickstart() -> TrainConfig:
             ema_decay=0.995,
             standardize=True,
             cached_draws=4,
+            shape_draws=8,
         ),
         sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
         log_every=10,

@@ -121,22 +121,34 @@ def prior_loss(
     key: Int[Tensor, " 2"],
     labels: Int[Tensor, " B"] | None = None,
     clip: Float[Tensor, "B 512"] | None = None,
+    *,
+    shape_draws: int = 1,
 ) -> PriorLoss:
-    """Weighted eps-MSE of both priors on latents drawn from the posterior, at independent uniform times."""
+    """Weighted eps-MSE of both priors on latents drawn from the posterior, at independent uniform times.
+
+    ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
+    """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
     keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
     # Uniform times from the same counter-based source: nothing but the key decides what a step sees.
-    uniform = torch.special.ndtr(normal_noise((2, batch), keys[0]))
-    t_shape, t_point = (uniform * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+    uniform = torch.special.ndtr(normal_noise((batch * (shape_draws + 1),), keys[0]))
+    times = (uniform * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+    t_point, t_shape = times[:batch], times[batch:]
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
     h_log_sigma = latents.h_log_sigma - lion.h_std.log()
     common = (config.prediction, config.weight)
-    shape = diffusion_loss(
-        lambda z_t, t: lion.shape_prior(z_t, t, clip, labels), z, t_shape, schedule, keys[1], *common
-    ).mean()
+
+    def repeat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat(shape_draws, *[1] * (x.ndim - 1))
+
+    def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
+        return lion.shape_prior(z_t, t, repeat(clip), repeat(labels))
+
+    z_draws = z.repeat(shape_draws, 1)
+    shape = diffusion_loss(denoise_shape, z_draws, t_shape, schedule, keys[1], *common).mean()
     point = diffusion_loss(
         lambda h_t, t: lion.point_prior(h_t, t, z, clip, labels),
         (h_mu, h_log_sigma),

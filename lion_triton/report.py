@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lion_triton import metrics
 from lion_triton.config import TrainConfig
@@ -57,10 +58,17 @@ def reconstruct(lion: LION, clouds: Tensor, normalization: Normalization, precis
     )
 
 
-def one_nna(samples: np.ndarray, references: np.ndarray) -> float:
-    """1-NNA by Chamfer distance of two sets of clouds in the same units."""
-    a, b = torch.from_numpy(samples), torch.from_numpy(references)
-    return metrics.nearest_neighbor_accuracy(pairwise_chamfer(a, a), pairwise_chamfer(a, b), pairwise_chamfer(b, b))
+def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
+    """1-NNA by Chamfer distance of each set of clouds against the references, all in the same units."""
+    b = torch.from_numpy(references)
+    within_references = pairwise_chamfer(b, b)
+    figures = {}
+    for name, clouds in tqdm(sets.items(), desc="comparing", unit="set", leave=False, disable=None):
+        a = torch.from_numpy(clouds)
+        figures[name] = metrics.nearest_neighbor_accuracy(
+            pairwise_chamfer(a, a), pairwise_chamfer(a, b), within_references
+        )
+    return figures
 
 
 def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -84,15 +92,16 @@ def final(
 ) -> None:
     """Print the run's figures and write them to ``RUN/figures.json``. All clouds in data units."""
     count = len(references)
+    sets = {"generated": samples, "gaussian": gaussian_clouds(references)}
+    if fresh is not None:
+        sets["fresh"] = fresh
+    accuracies = one_nna(sets, references)
     figures: dict[str, float] = {
         "reconstruction_chamfer": rebuilt.chamfer,
         "kl_z_nats": rebuilt.kl_z,
         "active_z_dimensions": rebuilt.active_dimensions,
-        "1nna_cd_generated": one_nna(samples, references),
-        "1nna_cd_gaussian": one_nna(gaussian_clouds(references), references),
+        **{f"1nna_cd_{name}": value for name, value in accuracies.items()},
     }
-    if fresh is not None:
-        figures["1nna_cd_fresh"] = one_nna(fresh, references)
     record = {"held_out_shapes": count, "points": int(references.shape[1]), **figures}
     write_text(run.folder / "figures.json", json.dumps(record, indent=2) + "\n")
 

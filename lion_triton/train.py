@@ -102,13 +102,13 @@ class VAEObjective(nn.Module):
 class PriorObjective(nn.Module):
     """Stage 2's loss as one module; only the priors are its parameters."""
 
-    def __init__(self, lion: LION) -> None:
+    def __init__(self, lion: LION, training: PriorTraining) -> None:
         super().__init__()
-        self.shape_prior, self.point_prior = lion.shape_prior, lion.point_prior
+        self.shape_prior, self.point_prior, self.training_config = lion.shape_prior, lion.point_prior, training
         self._lion = [lion]  # in a list, so that the VAE is no part of this module
 
     def forward(self, latents: Posterior, key: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        loss = prior_loss(self._lion[0], latents, key, labels)
+        loss = prior_loss(self._lion[0], latents, key, labels, shape_draws=self.training_config.shape_draws)
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
 
 
@@ -245,7 +245,9 @@ def fit(
             if stop() or done % config.checkpoint_every == 0 or done == training.steps:
                 save(done)
             if stop():
-                accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues from there")
+                accelerator.print(
+                    f"\nstopped after step {done} of stage {stage}; the same command continues from there"
+                )
                 raise KeyboardInterrupt
             if done % config.picture_every == 0 or done == training.steps:
                 if accelerator.is_main_process:
@@ -328,7 +330,7 @@ def fit_priors(session: Session, checkpoint: Checkpoint | None) -> None:
                 latents = posterior(lion.vae, points.to(session.device), key)
             yield latents, key + torch.tensor([0, 1], device=session.device), session.labels(label)
 
-    objective = PriorObjective(lion)
+    objective = PriorObjective(lion, training)
     ema = AveragedModel(objective, multi_avg_fn=_warm_average(training.ema_decay))
     if continued:
         assert checkpoint is not None

@@ -62,3 +62,15 @@ def use_triton(impl: Impl, x: Tensor) -> bool:
     if not x.is_cuda and not interpreting():
         raise ValueError(f'impl="triton" needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}')
     return True
+
+
+def reference_only(op: str, impl: Impl, x: Tensor) -> None:
+    """For an op without a Triton kernel: raise unless the reference is what ``impl`` asks for."""
+    if impl == "triton":
+        raise NotImplementedError(f'{op}: impl="triton": this op has no Triton kernel yet')
+    use_triton(impl, x)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Float32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lion_triton.kernels._checks import Impl, check_float, use_triton
+from lion_triton.kernels._checks import Impl, check_float, reference_only
 
 Activation = Literal["silu"] | None
 
@@ -90,9 +90,7 @@ def adagn(
     _check_shape("bias", bias, (C,), x)
     if act not in ("silu", None):
         raise ValueError(f'act: expected "silu" or None, got {act!r}')
-    if impl == "triton":
-        raise NotImplementedError('adagn: impl="triton": this op has no Triton kernel yet')
-    use_triton(impl, x)
+    reference_only("adagn", impl, x)
     return adagn_reference(x, scale, shift, weight, bias, num_groups, eps, act)
 
 

@@ -32,9 +32,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ._checks import Impl, check_float, check_same, use_triton
-from ._triton import tl, triton
-from .noise import check_key, noise_block, normal_noise_reference
+from lion_triton.kernels._checks import Impl, check_float, check_same, upcast, use_triton
+from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels.noise import check_key, noise_block, normal_noise_reference
 
 # Elements per cloud up to which a row holds; counters (of four elements) per program; warps. One counter a
 # thread for shape latents, two for clouds: chosen by machine code (no spill, 128-bit accesses), not by timing.
@@ -44,24 +44,20 @@ _LAUNCH = ((128, 32, 1), (2**63, 256, 4))
 # References
 
 
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _per_cloud(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample_reference(x_0: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
     """Specification of ``q_sample``; differentiable in ``x_0``, ``alpha`` and ``sigma``."""
-    x = _upcast(x_0)
+    x = upcast(x_0)
     noise = normal_noise_reference(x.shape, key).to(x.dtype)
     return (_per_cloud(alpha, x) * x + _per_cloud(sigma, x) * noise).to(x_0.dtype)
 
 
 def posterior_q_sample_reference(mu: Tensor, log_sigma: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
     """Specification of ``posterior_q_sample``; differentiable in all four floating inputs."""
-    x = _upcast(mu)
+    x = upcast(mu)
     noise_1 = normal_noise_reference(x.shape, key, stream=1).to(x.dtype)
     x_0 = x + log_sigma.to(x.dtype).exp() * noise_1
     return q_sample_reference(x_0, alpha, sigma, key).to(mu.dtype)
@@ -69,7 +65,7 @@ def posterior_q_sample_reference(mu: Tensor, log_sigma: Tensor, alpha: Tensor, s
 
 def noise_mse_reference(pred: Tensor, key: Tensor, weight: Tensor | None = None) -> Tensor:
     """Specification of ``noise_mse``; differentiable in ``pred`` and ``weight``."""
-    x = _upcast(pred)
+    x = upcast(pred)
     mse = (normal_noise_reference(x.shape, key).to(x.dtype) - x).square().reshape(len(x), -1).mean(1)
     return mse if weight is None else weight.to(mse.dtype) * mse
 
@@ -78,7 +74,7 @@ def ancestral_step_reference(
     x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor
 ) -> Tensor:
     """Specification of ``ancestral_step``; differentiable in every floating input."""
-    x = _upcast(x_t)
+    x = upcast(x_t)
     noise = normal_noise_reference(x.shape, key).to(x.dtype)
     mean = _per_cloud(coef_x, x) * x - _per_cloud(coef_eps, x) * eps.to(x.dtype)
     return (mean + _per_cloud(rho, x) * noise).to(x_t.dtype)
@@ -86,7 +82,7 @@ def ancestral_step_reference(
 
 def gaussian_kl_reference(mu: Tensor, log_sigma: Tensor) -> Tensor:
     """Specification of ``gaussian_kl``; differentiable in both inputs."""
-    m = _upcast(mu)
+    m = upcast(mu)
     s = log_sigma.to(m.dtype)
     return (0.5 * (m * m + (2.0 * s).exp() - 1.0) - s).reshape(len(m), -1).sum(1)
 
@@ -360,7 +356,7 @@ def _ancestral_step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _ancestral_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coef_x, coef_eps = ctx.saved_tensors
-    g = _upcast(grad)
+    g = upcast(grad)
     dx_t, deps = _per_cloud(coef_x, g) * g, -_per_cloud(coef_eps, g) * g
     return dx_t.to(grad.dtype), deps.to(ctx.eps_dtype), None, None, None, None
 

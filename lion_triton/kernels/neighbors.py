@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, use_triton
+from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, reference_only, upcast
 
 
 def squared_distances(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -> Float[Tensor, "B N M"]:
@@ -138,7 +138,7 @@ def nearest_neighbor(
     Deterministic, backward too. ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(x=x, y=y)
-    check_impl("nearest_neighbor", impl, x)
+    reference_only("nearest_neighbor", impl, x)
     return nearest_neighbor_reference(x, y)
 
 
@@ -152,7 +152,7 @@ def chamfer_distance(
     Source: Fan et al. 2017. ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(x=x, y=y)
-    check_impl("chamfer_distance", impl, x)
+    reference_only("chamfer_distance", impl, x)
     return chamfer_distance_reference(x, y)
 
 
@@ -177,7 +177,7 @@ def ball_query(
         raise ValueError(f"radius: expected a number > 0, got {radius!r}")
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer >= 1, got {k!r}")
-    check_impl("ball_query", impl, points)
+    reference_only("ball_query", impl, points)
     return ball_query_reference(centers, points, radius, k)
 
 
@@ -192,7 +192,7 @@ def three_nn(
     Source: Qi et al. 2017, eq. 2 with p = 2. ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(points=points, centers=centers)
-    check_impl("three_nn", impl, points)
+    reference_only("three_nn", impl, points)
     return three_nn_reference(points, centers)
 
 
@@ -206,7 +206,7 @@ def group(
     deterministic, backward too. ValueError: shapes, dtypes, devices or indices that do not fit.
     """
     _check_gather(features, idx)
-    check_impl("group", impl, features)
+    reference_only("group", impl, features)
     return group_reference(features, idx)
 
 
@@ -230,7 +230,7 @@ def three_interpolate(
     if weights.shape != idx.shape or idx.shape[-1] != 3:
         shapes = f"{tuple(weights.shape)} and {tuple(idx.shape)}"
         raise ValueError(f"weights, idx: expected the same shape (B, N, 3), got {shapes}")
-    check_impl("three_interpolate", impl, features)
+    reference_only("three_interpolate", impl, features)
     return three_interpolate_reference(features, weights, idx)
 
 
@@ -293,18 +293,6 @@ def _argmin(x: Tensor) -> Tensor:
     if x.device.type == "cpu":  # NumPy's is vectorised: 10 times faster than PyTorch's
         return torch.from_numpy(x.numpy().argmin(-1))
     return x.argmin(-1)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Float32, or float64 as it is."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def check_impl(op: str, impl: Impl, x: Tensor) -> None:
-    """Raise unless the reference is what ``impl`` asks for."""
-    if impl == "triton":
-        raise NotImplementedError(f'{op}: impl="triton": this op has no Triton kernel yet')
-    use_triton(impl, x)
 
 
 def check_clouds(**clouds: Tensor) -> None:

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from ._checks import Impl, use_triton
-from ._triton import tl, triton
+from lion_triton.kernels._checks import Impl, use_triton
+from lion_triton.kernels._triton import tl, triton
 
 _U32 = 0xFFFFFFFF
 

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_points
-from lion_triton.kernels.neighbors import check_impl, upcast
+from lion_triton.kernels._checks import Impl, check_points, reference_only, upcast
 
 
 def furthest_point_sample_reference(points: Float[Tensor, "B N 3"], num_samples: int) -> Int32[Tensor, "B M"]:
@@ -53,5 +52,5 @@ def furthest_point_sample(
     N = points.shape[1]
     if not isinstance(num_samples, int) or not 1 <= num_samples <= N:
         raise ValueError(f"num_samples: expected an integer from 1 to the number of points ({N}), got {num_samples!r}")
-    check_impl("furthest_point_sample", impl, points)
+    reference_only("furthest_point_sample", impl, points)
     return furthest_point_sample_reference(points, num_samples)

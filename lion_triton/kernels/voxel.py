@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, use_triton
+from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, reference_only, upcast
 
 
 class SparseRows(NamedTuple):
@@ -63,7 +63,7 @@ def voxel_coords(points: Float[Tensor, "B N 3"], resolution: int) -> Float[Tenso
     """
     check_points("points", points)
     _check_resolution(resolution)
-    p = _upcast(points.detach())
+    p = upcast(points.detach())
     # Relative to the first point, coincident points are exactly 0 whatever the rounding of their mean.
     p = p - p[:, :1]
     p = p - p.mean(1, keepdim=True)
@@ -86,7 +86,7 @@ def plan_voxels(coords: Float[Tensor, "B N 3"], resolution: int) -> VoxelPlan:
     num_voxels = B * R**3
     if max(num_voxels, 8 * B * N) >= 2**31:
         raise ValueError(f"coords: expected B R^3 and 8 B N below 2^31, got B = {B}, N = {N}, R = {R}")
-    coords = _upcast(coords.detach())
+    coords = upcast(coords.detach())
     # Points last, not axes or corners: elementwise work on rows of 2 or 8 is several times slower on a CPU.
     inside = coords.clamp(0, R - 1).flatten(0, 1).t().contiguous()  # (3, B N)
     cloud = torch.arange(B, dtype=torch.int32, device=coords.device).repeat_interleave(N)  # (B N)
@@ -160,7 +160,7 @@ def avg_voxelize(
         raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
     _check_resolution(resolution)
     _check_plan(plan, coords, resolution)
-    _check_impl("avg_voxelize", impl, features)
+    reference_only("avg_voxelize", impl, features)
     return avg_voxelize_reference(features, coords, resolution, plan)
 
 
@@ -185,7 +185,7 @@ def trilinear_devoxelize(
     check_points("coords", coords)
     check_same(voxels=voxels, coords=coords)
     _check_plan(plan, coords, voxels.shape[1])
-    _check_impl("trilinear_devoxelize", impl, voxels)
+    reference_only("trilinear_devoxelize", impl, voxels)
     return trilinear_devoxelize_reference(voxels, coords, plan)
 
 
@@ -208,7 +208,7 @@ class _SparseProduct(torch.autograd.Function):
 
 def _product(x: Tensor, matrix: SparseRows, transpose: SparseRows) -> Tensor:
     """``matrix @ x`` over the rows of x (..., C), summed in float32 or float64, returned in x's dtype."""
-    rows = _upcast(x).reshape(-1, x.shape[-1])
+    rows = upcast(x).reshape(-1, x.shape[-1])
     matrix, transpose = (m._replace(weight=m.weight.to(rows.dtype)) for m in (matrix, transpose))
     return _SparseProduct.apply(rows, *matrix, *transpose).to(x.dtype)
 
@@ -228,10 +228,6 @@ def _transpose(matrix: SparseRows, per_row: int, num_columns: int) -> SparseRows
     return SparseRows((order // per_row).int(), start, matrix.weight.index_select(0, order))
 
 
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _check_resolution(resolution: int) -> None:
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution: expected an integer >= 1, got {resolution!r}")
@@ -245,9 +241,3 @@ def _check_plan(plan: VoxelPlan | None, coords: Tensor, resolution: int) -> None
     if plan.coords.shape != coords.shape:
         raise ValueError(f"plan: expected {tuple(coords.shape)} coords, got {tuple(plan.coords.shape)}")
     check_same(coords=coords, plan=plan.coords)
-
-
-def _check_impl(op: str, impl: Impl, x: Tensor) -> None:
-    if impl == "triton":
-        raise NotImplementedError(f'{op}: impl="triton": this op has no Triton kernel yet')
-    use_triton(impl, x)

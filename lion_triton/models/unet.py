@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -50,8 +51,13 @@ class UpLevel:
 class UNetConfig:
     """A point-voxel U-Net. ``up`` mirrors ``down``, coarsest level first.
 
-    ``time_in_style`` appends the time embedding to the style, so that it reaches every AdaGN; the
-    published denoiser only concatenates it to the features of the coarser levels.
+    The published networks have the defaults below, which a small network can improve upon:
+
+    ``skip``: what goes around the coarser levels. ``input``, a level's input features (at the finest level those
+    without the coordinates, so what is known of a point must come back through its three nearest centres), or
+    ``convolved``, what the level's convolutions made of them.
+    ``time_in_style`` appends the time embedding to the style, so that it reaches every AdaGN, and not only the
+    features of the coarser levels, to which it is concatenated.
     """
 
     down: tuple[DownLevel, ...]
@@ -61,6 +67,7 @@ class UNetConfig:
     head_width: int = 128
     dropout: float = 0.1
     attention: AttentionKind = "linear"
+    skip: Literal["input", "convolved"] = "input"
     time_in_style: bool = False
 
     def __post_init__(self) -> None:
@@ -141,6 +148,8 @@ class UNet(nn.Module):
             convolutions = ConvolutionRun(channels + time_dim * (i > 0), down.convolutions, *common)
             self.down_convolutions.append(convolutions)
             self.set_abstractions.append(SetAbstraction(convolutions.out_channels, down.widths, style_dim))
+            if config.skip == "convolved":
+                skips[-1] = convolutions.out_channels
             channels = down.widths[-1]
             skips.append(channels)
         skips.pop()  # the coarsest features go through the middle, not around it
@@ -175,12 +184,14 @@ class UNet(nn.Module):
             if self.config.time_in_style:
                 style = torch.cat([style, time.to(style.dtype)], dim=-1)
 
-        skips = [x[..., 3:]]
+        skips = []
         for level, (convolve, abstract) in enumerate(zip(self.down_convolutions, self.set_abstractions, strict=True)):
+            skip = x if level > 0 else x[..., 3:]
             if level > 0:
-                skips.append(x)
                 x = _append(x, time)
-            x = abstract(convolve(x, plan, level, style), plan.levels[level], style)
+            x = convolve(x, plan, level, style)
+            skips.append(x if self.config.skip == "convolved" else skip)
+            x = abstract(x, plan.levels[level], style)
 
         x = self.middle(x)
 
