@@ -50,7 +50,8 @@ class VAETraining:
     """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.objectives``.
 
     The KL coefficient rises linearly from ``kl_start`` to ``kl_end`` over the first ``kl_anneal`` of the steps.
-    ``learning_rate_decay``: cosine to zero over the stage, or constant.
+    ``learning_rate_decay``: cosine to zero over the stage, or constant. ``occupancy_weight``: of the occupancy head's
+    cross-entropy, in a VAE that has one.
     """
 
     steps: int = 100_000
@@ -65,6 +66,7 @@ class VAETraining:
     kl_start: float = 1e-7
     kl_end: float = 0.5
     kl_anneal: float = 0.5
+    occupancy_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def quickstart() -> TrainConfig:
     )
     prior_unet = UNetConfig(
         down=(DownLevel(Convolutions(1, 64, 8), small, (64, 128)),),
-        up=(UpLevel((128, 64), Convolutions(1, 64, 8)),),
+        up=(UpLevel((128, 128, 128), Convolutions(1, 64, 8)),),
         middle_heads=4,
         head_width=128,
         dropout=0.0,
@@ -157,6 +159,7 @@ def quickstart() -> TrainConfig:
                 decoder=vae_unet,
                 shape_dim=32,
                 decoder_scale=0.1,
+                occupancy_resolution=8,
             ),
             shape_prior=ShapePriorConfig(width=256, blocks=3, dropout=0.0, time_dim=64, num_classes=classes),
             point_prior=PointPriorConfig(prior_unet, num_classes=classes, class_dim=16),
@@ -167,7 +170,8 @@ def quickstart() -> TrainConfig:
             learning_rate=2e-3,
             learning_rate_decay="cosine",
             lambda_z=0.01,
-            lambda_h=0.06,
+            lambda_h=0.03,
+            occupancy_weight=0.2,
             kl_end=1.0,
         ),
         priors=PriorTraining(

@@ -8,6 +8,9 @@ weights mean the same at every batch size:
 The published recipe sums the reconstruction over the whole batch but averages the KLs over it; at its batch
 of 32 that is lambda_z = lambda_h = 1/32 here, with c up to 0.5. Stage 2 minimises the denoising error of both
 priors on latents drawn from the frozen posteriors (Zeng et al. 2022, section 3.1).
+
+A VAE with an occupancy head (not in the published one) adds that head's cross-entropy to the loss of stage 1: it
+keeps the details of the shape in z0, where a short training would leave them to h0.
 """
 
 from __future__ import annotations
@@ -17,9 +20,17 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lion_triton.diffusion import diffusion_loss
-from lion_triton.kernels import approx_emd, chamfer_distance, gaussian_kl, normal_noise
+from lion_triton.kernels import (
+    approx_emd,
+    avg_voxelize,
+    chamfer_distance,
+    gaussian_kl,
+    normal_noise,
+    voxel_coords,
+)
 from lion_triton.models.lion import LION
 from lion_triton.models.vae import VAE
 
@@ -58,6 +69,16 @@ class VAELoss:
     kl_z: Tensor
     kl_h_xyz: Tensor
     kl_h_feature: Tensor
+    occupancy: Tensor
+
+
+def occupancy_loss(
+    logits: Float[Tensor, "B R3"], points: Float[Tensor, "B N 3"], resolution: int
+) -> Float[Tensor, " B"]:
+    """Binary cross-entropy, in nats per cloud, of which of the R^3 voxels (see ``voxel_coords``) hold a point."""
+    ones = torch.ones_like(points[..., :1])
+    occupied = avg_voxelize(ones, voxel_coords(points, resolution), resolution).flatten(1)
+    return binary_cross_entropy_with_logits(logits.float(), occupied, reduction="none").sum(1)
 
 
 def vae_loss(
@@ -69,6 +90,7 @@ def vae_loss(
     lambda_z: float,
     lambda_h: float,
     reconstruction: ReconstructionWeights,
+    occupancy_weight: float = 0.0,
 ) -> VAELoss:
     """Negative ELBO of one batch, with the noise of both posteriors drawn from ``key``."""
     plan = vae.plan(points)
@@ -82,8 +104,12 @@ def vae_loss(
     kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
     kl_h_xyz = gaussian_kl(h_mu[..., :3], h_log_sigma[..., :3]).mean()
     kl_h_feature = gaussian_kl(h_mu[..., 3:], h_log_sigma[..., 3:]).mean()
-    kl = lambda_z * kl_z + lambda_h * (kl_h_xyz + kl_h_feature)
-    return VAELoss(error + kl_coefficient * kl, error, kl_z, kl_h_xyz, kl_h_feature)
+    loss = error + kl_coefficient * (lambda_z * kl_z + lambda_h * (kl_h_xyz + kl_h_feature))
+    occupancy = torch.zeros_like(loss)
+    if vae.occupancy_head is not None:
+        occupancy = occupancy_loss(vae.occupancy_head(z), points, vae.config.occupancy_resolution).mean()
+        loss = loss + occupancy_weight * occupancy
+    return VAELoss(loss, error, kl_z, kl_h_xyz, kl_h_feature, occupancy)
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,7 @@ def _measure(lion: LION, config: TrainConfig, stage: str, device: torch.device) 
                     lambda_z=training.lambda_z,
                     lambda_h=training.lambda_h,
                     reconstruction=training.reconstruction,
+                    occupancy_weight=training.occupancy_weight,
                 ).loss
             else:
                 loss = prior_loss(lion, posterior(lion.vae, points, key), key, labels).loss

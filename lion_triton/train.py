@@ -95,6 +95,7 @@ class VAEObjective(nn.Module):
             lambda_z=training.lambda_z,
             lambda_h=training.lambda_h,
             reconstruction=training.reconstruction,
+            occupancy_weight=training.occupancy_weight,
         )
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
 

@@ -37,6 +37,10 @@ from lion_triton.kernels.emd import (
 from lion_triton.kernels.neighbors import sqdist_blocks
 
 Progress = Callable[[int], Any]
+# On a CPU small clouds are compared by matrix products, large ones by trees, which look at few distances. Two cores,
+# per pair: 0.14 ms against 0.35 at 512 points, 2.2 ms against 1.1 at 2048.
+_SMALL_PAIR = 1024 * 1024
+_PRODUCT_ROWS, _PRODUCT_COLUMNS = 64, 4096  # at a time: 2 MB of distances, which stay in the cache
 _CLOUDS = 64  # partners of one cloud per call of a batched op
 
 
@@ -71,7 +75,8 @@ def pairwise_chamfer(
     _check_sets(a, b)
     reference_only("pairwise_chamfer", impl, a)
     if impl == "auto" and a.device.type == "cpu":
-        return _pairwise_chamfer_trees(a, b, progress)
+        small = a.shape[1] * b.shape[1] <= _SMALL_PAIR
+        return (_pairwise_chamfer_products if small else _pairwise_chamfer_trees)(a, b, progress)
     return pairwise_chamfer_reference(a, b, progress)
 
 
@@ -123,6 +128,29 @@ def _pairwise_chamfer_trees(a: Tensor, b: Tensor, progress: Progress | None) -> 
             lambda s, partners: pool.map(chamfer, repeat(trees_a[s]), trees_b[partners.start :]),
             *(a, b, a is b, progress),
         )
+
+
+def _pairwise_chamfer_products(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
+    """|x|^2 + |y|^2 - 2 x.y for all pairs of points at once, as products of (N, 5) and (5, M) matrices.
+
+    In float64, where the cancellation that rules this form out in float32 costs nothing that matters.
+    """
+    x, y = a.detach().double(), b.detach().double()
+    square_x, square_y = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
+    left = torch.cat([x, square_x, torch.ones_like(square_x)], -1)  # (S, N, 5)
+    right = torch.cat([-2 * y, torch.ones_like(square_y), square_y], -1).permute(2, 0, 1).contiguous()  # (5, R, M)
+    together = max(1, _PRODUCT_COLUMNS // b.shape[1])
+
+    def distances(s: int, partners: range) -> Iterator[float]:
+        for group in right[:, partners.start :].split(together, dim=1):
+            to_y, to_x = x.new_zeros(group.shape[1]), x.new_full(group.shape[1:], torch.inf)
+            for rows in left[s].split(_PRODUCT_ROWS):
+                sqdist = (rows @ group.flatten(1)).view(len(rows), *group.shape[1:])
+                to_y += sqdist.amin(2).clamp_min_(0).sum(0)
+                to_x = torch.minimum(to_x, sqdist.amin(0))
+            yield from (to_y / a.shape[1] + to_x.clamp_min_(0).mean(1)).tolist()
+
+    return _all_pairs(distances, a, b, a is b, progress)
 
 
 def _pairwise_exact(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:

@@ -23,6 +23,9 @@ class VAEConfig:
     The point encoder's mean is ``encoder_scale * network + x`` and the decoder's output is
     ``decoder_scale * network + h_xyz``, so that the VAE starts near the identity; the point latent's
     log standard deviation is the network's minus ``log_sigma_offset``.
+
+    ``occupancy_resolution`` > 0 adds a small head that tells from z0 alone which voxels of the cloud are occupied.
+    It serves training only: without it a short training leaves the shape's details to h0 (not in the published VAE).
     """
 
     shape_encoder: tuple[DownLevel, ...]
@@ -33,6 +36,7 @@ class VAEConfig:
     encoder_scale: float = 0.01
     decoder_scale: float = 0.01
     log_sigma_offset: float = 6.0
+    occupancy_resolution: int = 0
 
     @property
     def point_dim(self) -> int:
@@ -63,6 +67,10 @@ class VAE(nn.Module):
         self.shape_head = nn.Linear(self.shape_encoder.out_channels, 2 * config.shape_dim)
         self.point_encoder = UNet(config.point_encoder, 3, 2 * config.point_dim, config.shape_dim)
         self.decoder = UNet(config.decoder, config.point_dim, 3, config.shape_dim)
+        voxels = config.occupancy_resolution**3
+        self.occupancy_head = (
+            nn.Sequential(nn.Linear(config.shape_dim, 256), nn.SiLU(), nn.Linear(256, voxels)) if voxels else None
+        )
 
     def plan(self, points: Float[Tensor, "B N 3"]) -> PointPlan:
         """The plan that both encoders can share."""

@@ -181,3 +181,16 @@ def test_bad_input(call: Callable[[], Any], message: str) -> None:
 def test_no_triton_kernel_yet(op: Callable[..., Tensor]) -> None:
     with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
         op(X, X, impl="triton")
+
+
+def test_trees_and_products_agree_with_the_reference() -> None:
+    """Which of the two serves a pair depends on its size; both must be right at every size."""
+    from lion_triton.kernels import pairwise
+
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 70, 3, generator=generator) + 5.0
+    b = torch.randn(4, 131, 3, generator=generator) + 5.0
+    for x, y in ((a, b), (a, a)):
+        expected = pairwise_chamfer_reference(x.double(), y.double())
+        for way in (pairwise._pairwise_chamfer_trees, pairwise._pairwise_chamfer_products):
+            torch.testing.assert_close(way(x, y, None).double(), expected, rtol=1e-6, atol=1e-9)

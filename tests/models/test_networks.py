@@ -48,6 +48,7 @@ def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
         lambda_z=1.0,
         lambda_h=1.0,
         reconstruction=ReconstructionWeights(l1=1, l2=1, chamfer=1, emd=1),
+        occupancy_weight=1.0,
     ).loss.backward()
     labels = torch.tensor([0, 1])
     prior_loss(lion, posterior(lion.vae, clouds, key), key, labels).loss.backward()
