@@ -191,6 +191,6 @@ def test_trees_and_products_agree_with_the_reference() -> None:
     a = torch.randn(3, 70, 3, generator=generator) + 5.0
     b = torch.randn(4, 131, 3, generator=generator) + 5.0
     for x, y in ((a, b), (a, a)):
-        expected = pairwise_chamfer_reference(x.double(), y.double())
+        expected = pairwise.pairwise_chamfer_reference(x.double(), y.double())
         for way in (pairwise._pairwise_chamfer_trees, pairwise._pairwise_chamfer_products):
             torch.testing.assert_close(way(x, y, None).double(), expected, rtol=1e-6, atol=1e-9)
