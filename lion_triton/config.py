@@ -130,23 +130,25 @@ class TrainConfig:
 
 def quickstart() -> TrainConfig:
     """A small LION on the embedded furniture: minutes on two CPU cores."""
-    small = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
+    # Much of a short training's success is the number of its steps: one coarse level, few channels in the convolutions.
+    vae_level = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
     vae_unet = UNetConfig(
-        down=(DownLevel(Convolutions(1, 32, 8), small, (32, 64)),),
+        down=(DownLevel(Convolutions(1, 32, 8), vae_level, (64, 128)),),
         up=(UpLevel((64, 64), Convolutions(1, 64, 8)),),
         middle_heads=4,
         head_width=64,
         dropout=0.0,
         skip="convolved",
     )
+    prior_level = SetAbstractionGeometry(centers=32, radius=0.8, neighbors=8)
     prior_unet = UNetConfig(
-        down=(DownLevel(Convolutions(1, 64, 8), small, (64, 128)),),
-        up=(UpLevel((128, 128, 128), Convolutions(1, 64, 8)),),
+        down=(DownLevel(Convolutions(1, 32, 8), prior_level, (64,)),),
+        up=(UpLevel((128, 128, 128, 128), Convolutions(1, 32, 8)),),
         middle_heads=4,
         head_width=128,
         dropout=0.0,
         skip="convolved",
-        time_in_style=True,
+        residual=True,
     )
     classes = 5
     return TrainConfig(
@@ -154,7 +156,7 @@ def quickstart() -> TrainConfig:
         data=DataConfig(num_points=512, num_shapes=2000),
         model=LIONConfig(
             vae=VAEConfig(
-                shape_encoder=(DownLevel(Convolutions(1, 32, 8), small, (64, 128)),),
+                shape_encoder=(DownLevel(Convolutions(1, 32, 8), vae_level, (64, 128)),),
                 point_encoder=vae_unet,
                 decoder=vae_unet,
                 shape_dim=32,
@@ -175,7 +177,7 @@ def quickstart() -> TrainConfig:
             kl_end=1.0,
         ),
         priors=PriorTraining(
-            steps=1700,
+            steps=2500,
             batch_size=32,
             learning_rate=2e-3,
             learning_rate_decay="cosine",
@@ -187,8 +189,8 @@ def quickstart() -> TrainConfig:
         ),
         sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
         log_every=10,
-        picture_every=500,
-        checkpoint_every=250,
+        picture_every=1000,
+        checkpoint_every=500,
     )
 
 

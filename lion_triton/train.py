@@ -332,7 +332,9 @@ def fit_priors(session: Session, checkpoint: Checkpoint | None) -> None:
             yield latents, key + torch.tensor([0, 1], device=session.device), session.labels(label)
 
     objective = PriorObjective(lion, training)
-    ema = AveragedModel(objective, multi_avg_fn=_warm_average(training.ema_decay))
+    # Of the priors alone: a copy of the objective would hold the VAE, too.
+    priors = nn.ModuleDict({"shape_prior": lion.shape_prior, "point_prior": lion.point_prior})
+    ema = AveragedModel(priors, multi_avg_fn=_warm_average(training.ema_decay))
     if continued:
         assert checkpoint is not None
         ema.module.load_state_dict(dict(checkpoint.ema))

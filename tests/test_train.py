@@ -178,6 +178,17 @@ def test_a_run_of_another_architecture_is_refused(finished: Path, capsys: pytest
     assert sorted(p.name for p in finished.rglob("*")) == before
 
 
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = copy_of(finished, tmp_path)
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"shape_dim": 32', '"shape_dim": 48'))
+    assert "is of another architecture" in fails(capsys, sample.main, [str(out)])
+    (out / "config.json").write_text(text.replace('"shape_dim": 32', '"shape_dim": "many"'))
+    assert "config.json is damaged or of another version" in fails(capsys, sample.main, [str(out)])
+
+
 def copy_of(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
     import shutil
 

@@ -54,17 +54,22 @@ class AdaGN(nn.Module):
 
 
 class MLP(nn.Module):
-    """(Linear, AdaGN, SiLU) for each width, shared by all positions: (B, ..., C_in) to (B, ..., widths[-1])."""
+    """(Linear, AdaGN, SiLU) for each width, shared by all positions: (B, ..., C_in) to (B, ..., widths[-1]).
 
-    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int) -> None:
+    ``residual`` adds its input to every layer that is as wide as it.
+    """
+
+    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int, *, residual: bool = False) -> None:
         super().__init__()
+        self.residual = residual
         sizes = [in_channels, *widths]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
         self.norms = nn.ModuleList(AdaGN(width, style_dim, silu=True) for width in widths)
 
     def forward(self, x: Tensor, style: Tensor | None) -> Tensor:
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = norm(linear(x), style)
+            y = norm(linear(x), style)
+            x = x + y if self.residual and y.shape == x.shape else y
         return x
 
 
@@ -140,9 +145,9 @@ class SetAbstraction(nn.Module):
 class FeaturePropagation(nn.Module):
     """PointNet++ up-sampling: interpolate the centres' features, append the skip, MLP."""
 
-    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int) -> None:
+    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int, *, residual: bool = False) -> None:
         super().__init__()
-        self.mlp = MLP(in_channels, widths, style_dim)
+        self.mlp = MLP(in_channels, widths, style_dim, residual=residual)
 
     def forward(
         self, x: Float[Tensor, "B M C"], skip: Float[Tensor, "B N C2"], plan: LevelPlan, style: Tensor | None

@@ -56,8 +56,7 @@ class UNetConfig:
     ``skip``: what goes around the coarser levels. ``input``, a level's input features (at the finest level those
     without the coordinates, so what is known of a point must come back through its three nearest centres), or
     ``convolved``, what the level's convolutions made of them.
-    ``time_in_style`` appends the time embedding to the style, so that it reaches every AdaGN, and not only the
-    features of the coarser levels, to which it is concatenated.
+    ``residual``: feature propagation's MLPs add their input to every layer that is as wide as it.
     """
 
     down: tuple[DownLevel, ...]
@@ -68,7 +67,7 @@ class UNetConfig:
     dropout: float = 0.1
     attention: AttentionKind = "linear"
     skip: Literal["input", "convolved"] = "input"
-    time_in_style: bool = False
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if len(self.up) != len(self.down) or not self.down:
@@ -138,7 +137,6 @@ class UNet(nn.Module):
             self.time_mlp = nn.Sequential(
                 nn.Linear(time_dim, time_dim), nn.LeakyReLU(0.1), nn.Linear(time_dim, time_dim)
             )
-            style_dim += time_dim * config.time_in_style
         common = (style_dim, config.dropout, config.attention)
 
         self.down_convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
@@ -158,7 +156,9 @@ class UNet(nn.Module):
 
         self.propagations, self.up_convolutions = nn.ModuleList(), nn.ModuleList()
         for up, skip in zip(config.up, reversed(skips), strict=True):
-            self.propagations.append(FeaturePropagation(channels + time_dim + skip, up.widths, style_dim))
+            self.propagations.append(
+                FeaturePropagation(channels + time_dim + skip, up.widths, style_dim, residual=config.residual)
+            )
             convolutions = ConvolutionRun(up.widths[-1], up.convolutions, *common)
             self.up_convolutions.append(convolutions)
             channels = convolutions.out_channels
@@ -181,8 +181,6 @@ class UNet(nn.Module):
         if self.time_dim:
             assert t is not None
             time = self.time_mlp(sinusoidal_embedding(t, self.time_dim).to(self.out.weight.dtype))
-            if self.config.time_in_style:
-                style = torch.cat([style, time.to(style.dtype)], dim=-1)
 
         skips = []
         for level, (convolve, abstract) in enumerate(zip(self.down_convolutions, self.set_abstractions, strict=True)):
