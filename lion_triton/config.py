@@ -131,18 +131,19 @@ class TrainConfig:
 def quickstart() -> TrainConfig:
     """A small LION on the embedded furniture: minutes on two CPU cores."""
     # Much of a short training's success is the number of its steps: one coarse level, few channels in the convolutions.
-    vae_level = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
+    encoder_level = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
+    coarse_level = SetAbstractionGeometry(centers=32, radius=0.8, neighbors=8)
     vae_unet = UNetConfig(
-        down=(DownLevel(Convolutions(1, 32, 8), vae_level, (64, 128)),),
-        up=(UpLevel((64, 64), Convolutions(1, 64, 8)),),
+        down=(DownLevel(Convolutions(1, 32, 8), coarse_level, (64,)),),
+        up=(UpLevel((64, 64, 64), Convolutions(1, 32, 8)),),
         middle_heads=4,
         head_width=64,
         dropout=0.0,
         skip="convolved",
+        residual=True,
     )
-    prior_level = SetAbstractionGeometry(centers=32, radius=0.8, neighbors=8)
     prior_unet = UNetConfig(
-        down=(DownLevel(Convolutions(1, 32, 8), prior_level, (64,)),),
+        down=(DownLevel(Convolutions(1, 32, 8), coarse_level, (64,)),),
         up=(UpLevel((128, 128, 128, 128), Convolutions(1, 32, 8)),),
         middle_heads=4,
         head_width=128,
@@ -156,7 +157,7 @@ def quickstart() -> TrainConfig:
         data=DataConfig(num_points=512, num_shapes=2000),
         model=LIONConfig(
             vae=VAEConfig(
-                shape_encoder=(DownLevel(Convolutions(1, 32, 8), vae_level, (64, 128)),),
+                shape_encoder=(DownLevel(Convolutions(1, 32, 8), encoder_level, (64, 128)),),
                 point_encoder=vae_unet,
                 decoder=vae_unet,
                 shape_dim=32,
@@ -177,7 +178,7 @@ def quickstart() -> TrainConfig:
             kl_end=1.0,
         ),
         priors=PriorTraining(
-            steps=2500,
+            steps=2300,
             batch_size=32,
             learning_rate=2e-3,
             learning_rate_decay="cosine",

@@ -150,17 +150,22 @@ def prior_loss(
     *,
     shape_draws: int = 1,
 ) -> PriorLoss:
-    """Weighted eps-MSE of both priors on latents drawn from the posterior, at independent uniform times.
+    """Weighted eps-MSE of both priors on latents drawn from the posterior.
 
+    Times are uniform on 1..T and stratified over the batch: one offset, evenly spaced, so that a batch sees early and
+    late times in equal parts and its loss varies less (low-discrepancy sampling, Kingma et al. 2021, VDM, appendix I).
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
     keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
-    # Uniform times from the same counter-based source: nothing but the key decides what a step sees.
-    uniform = torch.special.ndtr(normal_noise((batch * (shape_draws + 1),), keys[0]))
-    times = (uniform * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
-    t_point, t_shape = times[:batch], times[batch:]
+    offsets = torch.special.ndtr(normal_noise((2,), keys[0]))  # uniform, from the key like all else in a step
+
+    def times(count: int, offset: Tensor) -> Tensor:
+        fraction = (torch.arange(count, device=device) + offset) / count
+        return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+
+    t_point, t_shape = times(batch, offsets[0]), times(batch * shape_draws, offsets[1])
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std

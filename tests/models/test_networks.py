@@ -13,7 +13,7 @@ from lion_triton.models import LION, LIONConfig
 from lion_triton.models.attention import Attention, linear_attention, softmax_attention
 from lion_triton.models.layers import AdaGN, SqueezeExcite, sinusoidal_embedding
 from lion_triton.models.plan import LevelGeometry, SetAbstractionGeometry, plan_points
-from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel
+from lion_triton.models.unet import Convolutions, DownLevel, UNet, UNetConfig, UpLevel
 
 N = 160
 
@@ -87,7 +87,7 @@ def test_vae_starts_at_the_identity(clouds: Tensor) -> None:
     assert (lion.vae.decode(mu, z) - clouds).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("points", [128, 129, 1000])
+@pytest.mark.parametrize("points", [64, 129, 1000])
 def test_any_number_of_points(lion: LION, points: int) -> None:
     out = lion.sample(1, steps=2, sampler="ddim", num_points=points, labels=torch.tensor([0]))
     assert out.shape == (1, points, 3)
@@ -95,8 +95,8 @@ def test_any_number_of_points(lion: LION, points: int) -> None:
 
 
 def test_too_few_points_is_one_clear_line(lion: LION) -> None:
-    with pytest.raises(ValueError, match=r"^points: this network needs at least 128 points .* got 127$"):
-        lion.encode(torch.randn(1, 127, 3))
+    with pytest.raises(ValueError, match=r"^points: this network needs at least 64 points .* got 63$"):
+        lion.encode(torch.randn(1, 63, 3))
 
 
 @pytest.mark.parametrize(
@@ -238,3 +238,45 @@ def test_unet_needs_as_many_levels_up_as_down() -> None:
     down = DownLevel(Convolutions(1, 8, 4), SetAbstractionGeometry(8, 1.0, 4), (8,))
     with pytest.raises(ValueError, match="^up: expected one level for each of the 1 of down, got 2$"):
         UNetConfig(down=(down,), up=(UpLevel((8,), Convolutions(0)),) * 2)
+
+
+@pytest.mark.parametrize("skip", ["input", "convolved"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
+def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor) -> None:
+    """Two levels, so that a skip meets the time embedding; each variant is a different function."""
+    level = SetAbstractionGeometry(32, 0.8, 8)
+    config = UNetConfig(
+        down=(
+            DownLevel(Convolutions(1, 16, 4), level, (16,)),
+            DownLevel(Convolutions(1, 16, 4), replace(level, centers=8), (16, 16)),
+        ),
+        up=(UpLevel((16, 16), Convolutions(0)), UpLevel((16, 16), Convolutions(1, 16, 4))),
+        head_width=16,
+        skip=skip,  # type: ignore[arg-type]
+        residual=residual,
+        attention=attention,  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    unet = UNet(config, 3, 5, style_dim=7, time_dim=8).eval()
+    out = unet(clouds, torch.randn(2, 7), torch.tensor([1, 500]))
+    assert out.shape == (2, N, 5)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+    if residual:
+        plain = UNet(replace(config, residual=False), 3, 5, style_dim=7, time_dim=8).eval()
+        plain.load_state_dict(unet.state_dict())
+        assert not torch.allclose(out, plain(clouds, torch.randn(2, 7), torch.tensor([1, 500])))
+
+
+def test_occupancy_loss_is_that_of_the_occupied_voxels(clouds: Tensor) -> None:
+    from lion_triton.kernels import voxel_coords
+    from lion_triton.objectives import occupancy_loss
+
+    occupied = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    for b, cloud in enumerate(voxel_coords(clouds, 4).round().long()):
+        occupied[b, cloud[:, 0], cloud[:, 1], cloud[:, 2]] = True
+    certain = torch.where(occupied, 30.0, -30.0).flatten(1)
+    assert occupancy_loss(certain, clouds, 4).max() < 1e-6
+    unsure = occupancy_loss(torch.zeros(2, 64), clouds, 4)
+    torch.testing.assert_close(unsure, torch.full((2,), 64 * torch.log(torch.tensor(2.0)).item()))
