@@ -108,7 +108,7 @@ class TrainConfig:
     Attributes:
         seed: decides initial weights, batches, noise and times.
         mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
-        compile: torch.compile the denoisers and the VAE on a GPU.
+        compile: torch.compile the point networks on a GPU.
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
@@ -120,7 +120,7 @@ class TrainConfig:
     priors: PriorTraining
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: bool = True
     log_every: int = 50
     picture_every: int = 5_000
@@ -279,6 +279,49 @@ def with_classes(config: TrainConfig, count: int) -> TrainConfig:
     shape_prior = replace(model.shape_prior, num_classes=count)
     point_prior = replace(model.point_prior, num_classes=count)
     return replace(config, model=replace(model, shape_prior=shape_prior, point_prior=point_prior))
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what could only fail later, perhaps hours into the run.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
+    training: dict[str, VAETraining | PriorTraining] = {"vae": config.vae, "priors": config.priors}
+    at_least = {"seed": (config.seed, 0), "data.workers": (config.data.workers, 0)}
+    at_least |= {f"{stage}.steps": (t.steps, 1) for stage, t in training.items()}
+    at_least |= {f"{stage}.batch-size": (t.batch_size, 1) for stage, t in training.items()}
+    at_least |= {name.replace("_", "-"): (getattr(config, name), 1) for name in ("log_every", "picture_every")}
+    at_least |= {"checkpoint-every": (config.checkpoint_every, 1), "evaluate-shapes": (config.evaluate_shapes, 2)}
+    at_least |= {"priors.cached-draws": (config.priors.cached_draws, 0)}
+    at_least |= {"priors.shape-draws": (config.priors.shape_draws, 1), "data.num-shapes": (config.data.num_shapes, 1)}
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if config.seed >= 2**31:
+        raise ValueError(f"seed: expected less than 2^31, got {config.seed}")
+    for stage, t in training.items():
+        if not t.learning_rate > 0:
+            raise ValueError(f"{stage}.learning-rate: expected a number above 0, got {t.learning_rate}")
+
+    networks = [config.model.vae.point_encoder, config.model.vae.decoder, config.model.point_prior.network]
+    centers = [n.down[0].sample.centers for n in networks if isinstance(n, UNetConfig)]
+    needed = max([*centers, config.model.vae.shape_encoder[0].sample.centers])
+    if config.data.num_points < needed:
+        raise ValueError(f"data.num-points: this model needs at least {needed}, got {config.data.num_points}")
+    reconstruction = config.vae.reconstruction
+    if max(reconstruction.l1, reconstruction.l2, reconstruction.chamfer, reconstruction.emd) <= 0:
+        raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
+
+    sampling, diffusion = config.sampling, config.model.diffusion
+    if sampling.steps is not None and not 1 <= sampling.steps <= diffusion.num_train_timesteps:
+        raise ValueError(f"sampling.steps: expected 1 to {diffusion.num_train_timesteps}, got {sampling.steps}")
+    if not 0 <= sampling.eta <= 1:
+        raise ValueError(f"sampling.eta: expected a number in [0, 1], got {sampling.eta}")
+    if sampling.clip_x0 is not None and not sampling.clip_x0 > 0:
+        raise ValueError(f"sampling.clip-x0: expected a number above 0, got {sampling.clip_x0}")
+    if sampling.sampler == "ode" and (diffusion.prediction, diffusion.schedule) != ("eps", "linear"):
+        raise ValueError("sampling.sampler: ode needs a linear schedule and prediction of eps, this model has others")
 
 
 def from_json(data: dict[str, Any]) -> TrainConfig:

@@ -174,13 +174,15 @@ def to_eps(prediction: Data, x_t: Data, t: Times, schedule: Schedule, kind: Pred
     return alpha * _at_least_float32(prediction) + sigma * _at_least_float32(x_t)
 
 
-def loss_weight(t: Times, schedule: Schedule, prediction: Prediction, kind: WeightKind) -> PerCloud:
+def loss_weight(
+    t: Times, schedule: Schedule, prediction: Prediction, kind: WeightKind, variance: Variance = "fixed_large"
+) -> PerCloud:
     """Weight of the squared error **of eps**: uniform in what the network predicts, or that of the bound.
 
     Two v differ by 1 / alpha_t times the difference of their eps, so 1 / alpha_t^2 makes it the error of v.
     """
     _check_choice("prediction", prediction, Prediction)
-    return schedule.alpha(t) ** -2 if (prediction, kind) == ("v", "uniform") else schedule.weight(t, kind)
+    return schedule.alpha(t) ** -2 if (prediction, kind) == ("v", "uniform") else schedule.weight(t, kind, variance)
 
 
 def diffusion_loss(
@@ -191,6 +193,7 @@ def diffusion_loss(
     key: Key,
     prediction: Prediction = "eps",
     weight_kind: WeightKind = "uniform",
+    variance: Variance = "fixed_large",
 ) -> PerCloud:
     """Weighted squared error, mean over each cloud's elements (DDPM eq. 12 and 14; ``loss_weight``).
 
@@ -203,7 +206,7 @@ def diffusion_loss(
     else:
         x_t = q_sample(x_0, alpha, sigma, key)
     eps = to_eps(model(x_t, t), x_t, t, schedule, prediction)
-    return noise_mse(eps, key, loss_weight(t, schedule, prediction, weight_kind))
+    return noise_mse(eps, key, loss_weight(t, schedule, prediction, weight_kind, variance))
 
 
 def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform") -> Int64[Tensor, " steps"]:

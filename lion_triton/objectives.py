@@ -114,10 +114,8 @@ def vae_loss(
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(z0|x) and, at one sample of z0, q(h0|x,z0): what stage 2 needs of a batch of clouds."""
+    """A sample of q(z0|x) and, at it, q(h0|x,z0): what stage 2 needs of a batch of clouds."""
 
-    z_mu: Float[Tensor, "B Z"]
-    z_log_sigma: Float[Tensor, "B Z"]
     z: Float[Tensor, "B Z"]
     h_mu: Float[Tensor, "B N H"]
     h_log_sigma: Float[Tensor, "B N H"]
@@ -129,7 +127,7 @@ def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) 
     plan = vae.plan(points)
     z_mu, z_log_sigma = vae.encode_shape(points, plan)
     z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
-    return Posterior(z_mu, z_log_sigma, z, *vae.encode_points(points, z, plan))
+    return Posterior(z, *vae.encode_points(points, z, plan))
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def prior_loss(
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
     h_log_sigma = latents.h_log_sigma - lion.h_std.log()
-    common = (config.prediction, config.weight)
+    common = (config.prediction, config.weight, config.variance)
 
     def repeat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.repeat(shape_draws, *[1] * (x.ndim - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lion_triton.config import TrainConfig
 from lion_triton.data.clouds import Normalization
 from lion_triton.data.sources import Sources
 from lion_triton.devices import autocast, best_device, resolve_precision
-from lion_triton.kernels import chamfer_distance, pairwise_chamfer
+from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
 from lion_triton.models.lion import LION
 from lion_triton.objectives import posterior, prior_loss, vae_loss
 from lion_triton.runs import Run, write_text
@@ -27,10 +28,10 @@ ACTIVE_NATS = 0.01  # a latent dimension below this says nothing
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well held-out clouds pass through the VAE; ``points`` in data units."""
+    """How well held-out clouds pass through the VAE, in data units where the normalisation can be inverted."""
 
     points: np.ndarray  # (K, N, 3)
-    chamfer: float  # mean over clouds, data units squared
+    chamfer: float  # mean over clouds, of squared distances
     kl_z: float  # nats, mean over clouds
     active_dimensions: int  # of z0, with more than ACTIVE_NATS on average
 
@@ -40,13 +41,17 @@ def reconstruct(lion: LION, clouds: Tensor, normalization: Normalization, precis
     """Encode and decode normalised clouds (K, N, 3), with latents sampled as in training."""
     device = lion.z_mean.device
     outputs, kls = [], []
-    generator = torch.Generator().manual_seed(0)
+    keys = (torch.tensor([0, offset], device=device) for offset in itertools.count())
     for batch in clouds.split(32):
         with autocast(precision, device):
             batch = batch.to(device)
-            mu, log_sigma = lion.vae.encode_shape(batch)
-            outputs.append(lion.decode(*lion.encode(batch, generator=generator)).float().cpu())
-        kls.append((0.5 * (mu.square() + (2 * log_sigma).exp() - 1) - log_sigma).cpu())
+            plan = lion.vae.plan(batch)
+            z_mu, z_log_sigma = lion.vae.encode_shape(batch, plan)
+            z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, next(keys))
+            h_mu, h_log_sigma = lion.vae.encode_points(batch, z, plan)
+            h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next(keys))
+            outputs.append(lion.decode(h, z).float().cpu())
+        kls.append((0.5 * (z_mu.square() + (2 * z_log_sigma).exp() - 1) - z_log_sigma).cpu())
     points = torch.from_numpy(normalization.invert(torch.cat(outputs).numpy()))
     target = torch.from_numpy(normalization.invert(clouds.numpy()))
     per_dimension = torch.cat(kls).mean(0)
@@ -90,7 +95,7 @@ def in_turn(labels: np.ndarray) -> list[int]:
 def final(
     run: Run, rebuilt: Reconstruction, samples: np.ndarray, references: np.ndarray, fresh: np.ndarray | None
 ) -> None:
-    """Print the run's figures and write them to ``RUN/figures.json``. All clouds in data units."""
+    """Print the run's figures and write them to ``RUN/figures.json``. All clouds in the same units."""
     count = len(references)
     sets = {"generated": samples, "gaussian": gaussian_clouds(references)}
     if fresh is not None:
@@ -105,9 +110,10 @@ def final(
     record = {"held_out_shapes": count, "points": int(references.shape[1]), **figures}
     write_text(run.folder / "figures.json", json.dumps(record, indent=2) + "\n")
 
+    unit = "data units" if run.normalization.kind == "global" else f"units of the normalised {run.normalization.kind}"
     dims = run.config.model.vae.shape_dim
     print(f"\nOn {count} held-out shapes of {references.shape[1]} points:")
-    print(f"  reconstruction Chamfer distance   {figures['reconstruction_chamfer']:.5f} (data units squared)")
+    print(f"  reconstruction Chamfer distance   {figures['reconstruction_chamfer']:.5f} ({unit}, squared)")
     used = f"{rebuilt.active_dimensions} of {dims} dimensions used"
     print(f"  KL of the shape latent z0         {rebuilt.kl_z:.1f} nats, {used}")
     print("  1-NNA by Chamfer distance (0.5 is best: nobody can tell generated from held-out; 1.0 is worst)")
@@ -141,6 +147,10 @@ def dry_run(config: TrainConfig, sources: Sources) -> None:
         copies = 4 if stage == "vae" else 5
         size: float = copies * sum(p.numel() * p.element_size() for p in weights.parameters())
         size += cost.activation_bytes_per_cloud * training.batch_size
+        if stage == "priors":
+            size += sum(p.numel() * p.element_size() for p in lion.vae.parameters())
+            point = config.data.num_points * 2 * config.model.vae.point_dim
+            size += 4 * config.priors.cached_draws * len(sources.train) * (config.model.vae.shape_dim + point)
         total += seconds * training.steps
         print(
             f"stage {stage}: {training.steps} steps of {training.batch_size} shapes, about {seconds:.2f} s each, "
@@ -167,14 +177,11 @@ def _measure(lion: LION, config: TrainConfig, stage: str, device: torch.device) 
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if config.model.shape_prior.num_classes else None
     key = torch.tensor([0, 0], device=device)
     points = torch.randn(batch, config.data.num_points, 3, device=device)
-    elapsed = 0.0
+    elapsed, latents = 0.0, None
     for _ in range(2):
         kept.clear()
         start = time.perf_counter()
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-            autocast(config.mixed_precision, device),
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(config.mixed_precision, device):
             if stage == "vae":
                 training = config.vae
                 loss = vae_loss(
@@ -188,7 +195,9 @@ def _measure(lion: LION, config: TrainConfig, stage: str, device: torch.device) 
                     occupancy_weight=training.occupancy_weight,
                 ).loss
             else:
-                loss = prior_loss(lion, posterior(lion.vae, points, key), key, labels).loss
+                if latents is None or not config.priors.cached_draws:
+                    latents = posterior(lion.vae, points, key)
+                loss = prior_loss(lion, latents, key, labels, shape_draws=config.priors.shape_draws).loss
         loss.backward()
         lion.zero_grad()
         if device.type == "cuda":

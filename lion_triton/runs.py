@@ -17,10 +17,11 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +118,8 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
     Raises:
         ValueError: naming the first differences; first of all the architecture's.
     """
-    lines = differences(config.model, run.config.model, "model.") or differences(config, run.config)
+    ours, theirs = (_without_free_options(c) for c in (config, run.config))
+    lines = differences(config.model, run.config.model, "model.") or differences(ours, theirs)
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         what = "another architecture" if lines[0].startswith("model.") else "other settings"
@@ -126,25 +128,30 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
         )
 
 
+def _without_free_options(config: TrainConfig) -> TrainConfig:
+    """The same for all configurations that differ in nothing but what may change when a run is continued."""
+    data = replace(config.data, workers=0)
+    return replace(config, data=data, log_every=1, picture_every=1, checkpoint_every=1)
+
+
 def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, whole or not at all, and drop all but the newest two."""
     parent = run.folder / "checkpoints"
     target = parent / f"step-{total_step:08d}"
     partial = parent / f".partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for old in parent.glob(".partial-*"):  # of a process that was killed
+        shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _save_tensors(checkpoint.model, partial / "model.safetensors")
         if checkpoint.ema:
             _save_tensors(checkpoint.ema, partial / "ema.safetensors")
-        torch.save(dict(checkpoint.optimizer), partial / "optimizer.pt")
+        _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
         state = {"stage": checkpoint.stage, "step": checkpoint.step, "files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-    except RuntimeError as error:  # torch.save's way of saying that a write failed
-        raise OSError(*_errno_of(error), str(partial)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in run.checkpoints()[:-KEPT_CHECKPOINTS]:
@@ -152,8 +159,8 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
     return target
 
 
-def load_checkpoint(run: Run) -> Checkpoint | None:
-    """The newest checkpoint, or None before the first.
+def load_checkpoint(run: Run, *, with_optimizer: bool = True) -> Checkpoint | None:
+    """The newest checkpoint, or None before the first. Sampling can do without the optimizer's state.
 
     Raises:
         ValueError: if it is damaged or truncated, or its optimizer file would run code; nothing is skipped silently.
@@ -169,6 +176,8 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
         raise _damaged(folder / "state.json", error) from None
     for name, expected in files.items():
         path = folder / name
+        if name == "optimizer.pt" and not with_optimizer:
+            continue
         if not path.is_file():
             raise _damaged(path, "missing")
         if path.stat().st_size != expected["bytes"]:
@@ -180,6 +189,8 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
         ema = safetensors.torch.load_file(folder / "ema.safetensors") if "ema.safetensors" in files else {}
     except (SafetensorError, OSError) as error:
         raise _damaged(folder / "model.safetensors", error) from None
+    if not with_optimizer:
+        return Checkpoint(stage, step, model, ema, {})
     try:
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -193,13 +204,12 @@ def load_model(run: Run) -> LION:
     Raises:
         ValueError: no checkpoint yet, a damaged one, or one of another architecture.
     """
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_checkpoint(run, with_optimizer=False)
     if checkpoint is None:
         raise ValueError(f"run: {run.folder} has no checkpoint yet")
     if checkpoint.stage == "vae":
         raise ValueError(f"run: {run.folder} has no trained priors yet (stage 1, step {checkpoint.step})")
     lion = LION(run.config.model)
-    load_state(lion, checkpoint.model, run)
     load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
     return lion.eval()
 
@@ -223,7 +233,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        safetensors.torch.save_file(on_cpu, path)
+    except SafetensorError as error:  # is no OSError, though it has one's number in its words
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error from error
+
+
+def _save_pickle(content: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # how torch.save reports a failed write; a full disk is by far the likeliest cause
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
@@ -239,14 +261,6 @@ def _line(error: object) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def _errno_of(error: BaseException) -> tuple[int, str]:
-    """errno and text of the OSError behind ``error``, else those of a full disk, by far the likeliest cause."""
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError) and cause.errno:
-        return cause.errno, os.strerror(cause.errno)
-    return errno.ENOSPC, os.strerror(errno.ENOSPC)
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -259,6 +273,9 @@ def _commit() -> str | None:
     """The commit of the checkout this package runs from, with "+" if it has changes; None if it is installed."""
     here = Path(__file__).parent
     try:
+        # Installed into an environment inside somebody else's checkout, this file is not that checkout's.
+        own = ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__]
+        subprocess.run(own, capture_output=True, timeout=10, check=True)
         head = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"],
             capture_output=True,

@@ -94,7 +94,7 @@ def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) ->
     generator = torch.Generator().manual_seed(args.seed)
     sampler = args.sampler or settings.sampler
     # The run's number of steps belongs to the run's sampler.
-    steps = args.steps if args.steps or sampler != settings.sampler else settings.steps
+    steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     clouds = []
     with tqdm(total=args.num_samples, desc="sampling", unit="cloud", disable=None) as bar:
         for start in range(0, args.num_samples, args.batch_size):
@@ -109,7 +109,7 @@ def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) ->
                     steps=steps,
                     sampler=sampler,
                     eta=settings.eta if args.eta is None else args.eta,
-                    num_points=args.num_points or run.config.data.num_points,
+                    num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
                     labels=_tensor(labels[start : start + count], device),
                     clip_x0=settings.clip_x0,

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from lion_triton import report
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining, with_classes, with_networks
+from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining, check, with_classes, with_networks
 from lion_triton.data.clouds import Normalization, TrainingStream, check_all, fixed_batch
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import autocast, best_device, resolve_precision
+from lion_triton.kernels import normal_noise
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.objectives import Posterior, posterior, prior_loss, vae_loss
@@ -64,7 +65,7 @@ class Arguments:
         out: run folder; default runs/PRESET.
         stage: both stages, or one of them.
         attention: kind of attention in the U-Nets, instead of the preset's.
-        denoiser: network of the point prior, instead of the preset's.
+        denoiser: a transformer as the point prior, instead of the preset's U-Net.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
         dry_run: print sizes, parameters, expected time and memory, and stop.
     """
@@ -73,7 +74,7 @@ class Arguments:
     out: Path | None = None
     stage: Literal["all", "vae", "priors"] = "all"
     attention: AttentionKind | None = None
-    denoiser: Literal["unet", "transformer"] | None = None
+    denoiser: Literal["transformer"] | None = None
     strict: bool = False
     dry_run: bool = False
 
@@ -114,7 +115,7 @@ class PriorObjective(nn.Module):
 
 
 @dataclass
-class Session:
+class Context:
     """One process's part in a run: where it computes, what it trains, what it trains on."""
 
     run: Run
@@ -157,7 +158,7 @@ class Log:
     def __init__(self, run: Run, total_step: int) -> None:
         self.path = run.metrics
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["total_step"] <= total_step]
+        kept = [line for line in lines if _total_step(line) <= total_step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=total_step + 1)
 
@@ -169,8 +170,16 @@ class Log:
             self.board.add_scalar(f"{stage}/{name}", value, total_step)
 
 
+def _total_step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that a killed process left unfinished."""
+    try:
+        return json.loads(line)["total_step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def fit(
-    session: Session,
+    context: Context,
     stage: Stage,
     objective: nn.Module,
     training: VAETraining | PriorTraining,
@@ -184,7 +193,7 @@ def fit(
     ``inputs(start)`` yields the objective's arguments for step ``start``, ``start + 1``, ... and nothing but the
     step's number decides them.
     """
-    config, accelerator = session.config, session.accelerator
+    config, accelerator = context.config, context.accelerator
     optimizer = torch.optim.Adam(objective.parameters(), lr=training.learning_rate, betas=training.betas)
     module = objective
     objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -193,17 +202,25 @@ def fit(
         optimizer.load_state_dict(checkpoint.optimizer)
         start = checkpoint.step
     before = config.vae.steps if stage == "priors" else 0
-    log = Log(session.run, before + start) if accelerator.is_main_process else None
+    log = Log(context.run, before + start) if accelerator.is_main_process else None
 
     def save(step: int) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             averaged = {} if ema is None else ema.module.state_dict()
-            state = Checkpoint(stage, step, session.lion.state_dict(), averaged, optimizer.state_dict())
-            save_checkpoint(session.run, before + step, state)
+            state = Checkpoint(stage, step, context.lion.state_dict(), averaged, optimizer.state_dict())
+            save_checkpoint(context.run, before + step, state)
         accelerator.wait_for_everyone()
 
     module.train()
+
+    def finite(losses: dict[str, Tensor], step: int) -> None:
+        if not math.isfinite(losses["loss"].item()):
+            raise ValueError(
+                f"loss: not finite at step {step} of stage {stage}; a smaller {stage}.learning-rate may help; the last "
+                f"checkpoint is kept in {context.run.folder}"
+            )
+
     bar = tqdm(
         total=training.steps,
         initial=start,
@@ -217,7 +234,8 @@ def fit(
             decay = 0.5 * (1 + math.cos(math.pi * step / training.steps))
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * (decay if training.learning_rate_decay == "cosine" else 1)
-            torch.manual_seed((config.seed << 32) + before + step)  # dropout
+            # Dropout: other masks in every step and process, the same when the run is continued.
+            torch.manual_seed((config.seed << 32) + (accelerator.process_index << 26) + before + step)
             losses = objective(*arguments)
             accelerator.backward(losses["loss"])
             limit = training.max_grad_norm if training.max_grad_norm is not None else math.inf
@@ -230,25 +248,21 @@ def fit(
             done = step + 1
 
             if done % config.log_every == 0 or done == training.steps:
+                finite(losses, done)
                 values = {name: value.item() for name, value in losses.items()} | {"grad_norm": float(grad_norm)}
                 if stage == "vae":
                     values["kl_coefficient"] = arguments[-1]
                 elapsed = time.perf_counter() - clock
                 values["shapes_per_second"] = (done - clock_step) * training.batch_size / elapsed
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"loss: not finite at step {done} of stage {stage}; a smaller learning-rate may help, the "
-                        f"last checkpoint is kept in {session.run.folder}"
-                    )
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['shapes_per_second']:.0f} shapes/s")
                 if log is not None:
                     log.write(stage, done, before + done, values)
-            if stop() or done % config.checkpoint_every == 0 or done == training.steps:
+            stopping = stop(accelerator)
+            if stopping or done % config.checkpoint_every == 0 or done == training.steps:
+                finite(losses, done)
                 save(done)
-            if stop():
-                accelerator.print(
-                    f"\nstopped after step {done} of stage {stage}; the same command continues from there"
-                )
+            if stopping:
+                accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues")
                 raise KeyboardInterrupt
             if done % config.picture_every == 0 or done == training.steps:
                 if accelerator.is_main_process:
@@ -258,16 +272,18 @@ def fit(
                 accelerator.wait_for_everyone()
             if done % config.log_every == 0:
                 clock, clock_step = time.perf_counter(), done
+    if log is not None:
+        log.board.close()
     accelerator.free_memory()
 
 
-def fit_vae(session: Session, checkpoint: Checkpoint | None) -> None:
+def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
     """Stage 1: the hierarchical VAE."""
-    config = session.config
+    config = context.config
     training = config.vae
     stream = TrainingStream(
-        session.sources.train,
-        session.run.normalization,
+        context.sources.train,
+        context.run.normalization,
         config.data.num_points,
         training.steps * training.batch_size,
         config.seed,
@@ -275,126 +291,141 @@ def fit_vae(session: Session, checkpoint: Checkpoint | None) -> None:
     )
 
     def inputs(start: int) -> Iterator[tuple[Any, ...]]:
-        for step, (points, _, _) in enumerate(load(session, stream, start, training.batch_size), start):
+        for step, (points, _, _) in enumerate(load(context, stream, start, training.batch_size), start):
             progress = min(step / max(training.kl_anneal * training.steps, 1), 1.0)
             coefficient = training.kl_start + (training.kl_end - training.kl_start) * progress
-            yield points.to(session.device), session.key("vae", KEYS_PER_STEP * step), coefficient
+            yield points.to(context.device), context.key("vae", KEYS_PER_STEP * step), coefficient
 
-    held_out = session.held_out(report.SHOWN)
+    held_out = context.held_out(report.SHOWN)
 
     def picture(total_step: int) -> None:
-        rebuilt = report.reconstruct(session.lion, held_out, session.run.normalization, config.mixed_precision)
+        rebuilt = report.reconstruct(context.lion, held_out, context.run.normalization, config.mixed_precision)
         rows = [
-            ("held out", session.run.normalization.invert(held_out.numpy())),
+            ("held out", context.run.normalization.invert(held_out.numpy())),
             ("reconstruction", rebuilt.points),
         ]
-        draw_grid(rows, session.run.samples / f"step-{total_step:08d}-vae.png")
+        draw_grid(rows, context.run.samples / f"step-{total_step:08d}-vae.png")
 
-    session.lion.vae.requires_grad_(True)
-    fit(session, "vae", VAEObjective(session.lion, training), training, inputs, picture, checkpoint)
+    context.lion.vae.requires_grad_(True)
+    fit(context, "vae", VAEObjective(context.lion, training), training, inputs, picture, checkpoint)
 
 
-def fit_priors(session: Session, checkpoint: Checkpoint | None) -> None:
+def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
     """Stage 2: both priors on the latents of the frozen VAE."""
-    config, lion = session.config, session.lion
+    config, lion = context.config, context.lion
     training = config.priors
     lion.vae.requires_grad_(False).eval()
     stream = TrainingStream(
-        session.sources.train,
-        session.run.normalization,
+        context.sources.train,
+        context.run.normalization,
         config.data.num_points,
         training.steps * training.batch_size,
         config.seed + 1,
         config.data.draw_from,
     )
-    cache = encode_all(session, training.cached_draws) if training.cached_draws else None
+    cache = encode_all(context, training.cached_draws) if training.cached_draws else None
     continued = checkpoint is not None and checkpoint.stage == "priors"
     if training.standardize and not continued:
-        latents = cache or encode_all(session, 1, STATISTICS_SHAPES)
-        h = latents.h_mu + latents.h_log_sigma.exp() * torch.randn_like(latents.h_mu)
+        latents = cache or encode_all(context, 1, STATISTICS_SHAPES)
+        noise = normal_noise(latents.h_mu.shape, torch.tensor([config.seed, 0]))
+        h = latents.h_mu + latents.h_log_sigma.exp() * noise
         lion.set_latent_statistics(h.flatten(0, 1), latents.z.flatten(0, 1))
-    labels = torch.from_numpy(session.sources.train.labels)
+    labels = torch.from_numpy(context.sources.train.labels)
 
     def inputs(start: int) -> Iterator[tuple[Any, ...]]:
         if cache is not None:
-            shapes = len(session.sources.train)
+            shapes = len(context.sources.train)
             for step in range(start, training.steps):
-                numbers = session.share(range(step * training.batch_size, (step + 1) * training.batch_size))
+                numbers = context.share(range(step * training.batch_size, (step + 1) * training.batch_size))
                 index = torch.tensor([stream.shape(i) for i in numbers])
                 draw = torch.tensor([i // shapes % training.cached_draws for i in numbers])
-                latents = Posterior(*(getattr(cache, f.name)[draw, index].to(session.device) for f in fields(cache)))
-                yield latents, session.key("priors", KEYS_PER_STEP * step), session.labels(labels[index])
+                latents = Posterior(*(getattr(cache, f.name)[draw, index].to(context.device) for f in fields(cache)))
+                yield latents, context.key("priors", KEYS_PER_STEP * step), context.labels(labels[index])
             return
-        for step, (points, label, _) in enumerate(load(session, stream, start, training.batch_size), start):
-            key = session.key("priors", KEYS_PER_STEP * step)
-            with autocast(config.mixed_precision, session.device):
-                latents = posterior(lion.vae, points.to(session.device), key)
-            yield latents, key + torch.tensor([0, 1], device=session.device), session.labels(label)
+        for step, (points, label, _) in enumerate(load(context, stream, start, training.batch_size), start):
+            key = context.key("priors", KEYS_PER_STEP * step)
+            with autocast(config.mixed_precision, context.device):
+                latents = posterior(lion.vae, points.to(context.device), key)
+            yield latents, key + torch.tensor([0, 1], device=context.device), context.labels(label)
 
     objective = PriorObjective(lion, training)
     # Of the priors alone: a copy of the objective would hold the VAE, too.
+    steps_done = checkpoint.step if continued and checkpoint is not None else 0
     priors = nn.ModuleDict({"shape_prior": lion.shape_prior, "point_prior": lion.point_prior})
-    ema = AveragedModel(priors, multi_avg_fn=_warm_average(training.ema_decay))
+    ema = AveragedModel(priors, multi_avg_fn=_warm_average(training.ema_decay, steps_done))
     if continued:
         assert checkpoint is not None
         ema.module.load_state_dict(dict(checkpoint.ema))
-        ema.n_averaged.fill_(checkpoint.step)
+        ema.n_averaged.fill_(steps_done)
 
     def picture(total_step: int) -> None:
         current = {k: v.clone() for k, v in objective.state_dict().items()}
         objective.load_state_dict(ema.module.state_dict())
-        args = SampleArguments(session.run.folder, num_samples=report.SHOWN)
-        clouds = generate(session.run, lion, args, class_labels(session.run, args))
+        args = SampleArguments(context.run.folder, num_samples=report.SHOWN)
+        clouds = generate(context.run, lion, args, class_labels(context.run, args))
         objective.load_state_dict(current)
-        rows = [("generated", session.run.normalization.invert(clouds))]
-        draw_grid(rows, session.run.samples / f"step-{total_step:08d}-generated.png")
+        rows = [("generated", context.run.normalization.invert(clouds))]
+        draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    fit(session, "priors", objective, training, inputs, picture, checkpoint, ema)
+    fit(context, "priors", objective, training, inputs, picture, checkpoint, ema)
 
 
-def load(session: Session, stream: TrainingStream, start: int, batch_size: int) -> DataLoader[Any]:
+def load(context: Context, stream: TrainingStream, start: int, batch_size: int) -> DataLoader[Any]:
     """This process's part of every global batch from step ``start`` on."""
     steps = range(start, len(stream) // batch_size)
-    batches = [list(session.share(range(step * batch_size, (step + 1) * batch_size))) for step in steps]
-    return DataLoader(stream, batch_sampler=batches, num_workers=session.config.data.workers)
+    # Ranges, not lists: the published recipe has hundreds of millions of sample numbers.
+    batches: Any = [context.share(range(step * batch_size, (step + 1) * batch_size)) for step in steps]
+    return DataLoader(stream, batch_sampler=batches, num_workers=context.config.data.workers)
 
 
 @torch.no_grad()
-def encode_all(session: Session, draws: int, shapes: int | None = None) -> Posterior:
-    """The posteriors of ``draws`` random draws of points from each training shape: tensors (draws, S, ...), CPU."""
-    config, clouds = session.config, session.sources.train
-    count = min(shapes or len(clouds), len(clouds))
-    chunks = [range(i, min(i + 64, count)) for i in range(0, count, 64)]
+def encode_all(context: Context, draws: int, shapes: int | None = None) -> Posterior:
+    """The posteriors of ``draws`` random draws of points from each training shape: tensors (draws, S, ...), CPU.
+
+    Of ``shapes`` evenly spaced shapes only, if given. The same in every process.
+    """
+    config, clouds = context.config, context.sources.train
+    every = max(1, len(clouds) // shapes) if shapes else 1
+    chosen = range(0, len(clouds), every)
+    count = len(chosen)
+    chunks = [chosen[i : i + 64] for i in range(0, count, 64)]
+    seed = 2 * config.seed + 1
     rows = []
     with tqdm(total=draws * count, desc="encoding", unit="cloud", leave=False, disable=None) as bar:
         for draw in range(draws):
             parts = []
-            for chunk in chunks:
-                seed = config.seed + 2 + draw
-                points = fixed_batch(clouds, chunk, config.data.num_points, seed, session.run.normalization)
+            for number, chunk in enumerate(chunks, draw * len(chunks)):
+                drawn = config.seed + 2 + draw
+                points = fixed_batch(clouds, chunk, config.data.num_points, drawn, context.run.normalization)
                 # Offsets below 0 are free: the steps' keys count up from 0.
-                key = session.key("priors", -1 - (draw * len(chunks) + chunk.start // 64))
-                with autocast(config.mixed_precision, session.device):
-                    part = posterior(session.lion.vae, points.to(session.device), key)
+                key = torch.tensor([seed * 4096, -1 - number], device=context.device)
+                with autocast(config.mixed_precision, context.device):
+                    part = posterior(context.lion.vae, points.to(context.device), key)
                 parts.append([getattr(part, f.name).cpu() for f in fields(part)])
                 bar.update(len(chunk))
             rows.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
     return Posterior(*(torch.stack(tensors) for tensors in zip(*rows, strict=True)))
 
 
-def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:
+def _warm_average(decay: float, steps_done: int) -> Callable[[Any, Any, Any], None]:
     """EMA whose decay rises with the number of steps k as (1 + k) / (10 + k), so that a short run forgets its start."""
 
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        k = int(count)
+    k = steps_done  # counted here, as AveragedModel's own count may be on a GPU and reading it would wait for that
+
+    def update(averaged: Any, current: Any, _: Any) -> None:
+        nonlocal k
+        k += 1
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + k) / (10 + k)))
 
     return update
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM lets the step finish and asks for a checkpoint instead of breaking off."""
+def stop_requests() -> Iterator[Callable[[Accelerator], bool]]:
+    """Ctrl-C or SIGTERM lets the step finish and asks for a checkpoint instead of breaking off.
+
+    Yields a function that says whether to stop; all processes get the same answer.
+    """
     requested = False
 
     def request(*_: object) -> None:
@@ -403,7 +434,14 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: requested
+
+        def stop(accelerator: Accelerator) -> bool:
+            if accelerator.num_processes == 1:
+                return requested
+            anyone = accelerator.reduce(torch.tensor(float(requested), device=accelerator.device), "max")
+            return bool(anyone.item() > 0)
+
+        yield stop
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -416,27 +454,47 @@ def train(args: Arguments) -> None:
         ValueError: bad data, a run folder of another configuration, a damaged checkpoint, a loss that is not finite.
     """
     config = with_networks(args.config, args.attention, args.denoiser)
+    check(config)
     folder = args.out or Path("runs") / config.preset
     sources = load_sources(config.data, config.evaluate_shapes)
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
         return
-    for clouds in (sources.train, sources.held_out):
-        short = check_all(clouds, config.data.num_points, args.strict)
-        if short:
-            print(f"{short} of {len(clouds)} clouds have fewer than {config.data.num_points} points: points repeat")
+    device = best_device()
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(config.mixed_precision, device), cpu=device.type == "cpu"
+    )
+    for name, batch_size in (("vae", config.vae.batch_size), ("priors", config.priors.batch_size)):
+        if batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"{name}.batch-size: expected a multiple of the {accelerator.num_processes} processes, got {batch_size}"
+            )
 
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.mixed_precision, best_device()))
-    if config.vae.batch_size % accelerator.num_processes or config.priors.batch_size % accelerator.num_processes:
-        raise ValueError(f"batch-size: expected a multiple of the {accelerator.num_processes} processes")
-    if (folder / "config.json").exists():
-        run = open_run(folder)
-        check_same_run(run, config)
-    else:
+    continued = (folder / "config.json").exists()
+    for clouds in (sources.train, sources.held_out):
+        short = check_all(clouds, config.data.num_points, args.strict, read=not continued)
+        if short:
+            accelerator.print(
+                f"{short} of {len(clouds)} clouds have fewer than {config.data.num_points} points: points repeat"
+            )
+    accelerator.wait_for_everyone()
+    if not continued and args.stage == "priors":
+        raise ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
+    if not continued and accelerator.is_main_process:
         normalization = Normalization.fit(sources.train, config.data.normalization)
-        run = create_run(folder, config, sources.train.classes, normalization)
+        create_run(folder, config, sources.train.classes, normalization)
+    accelerator.wait_for_everyone()
+    run = open_run(folder)
+    check_same_run(run, config)
+    if run.classes != sources.train.classes:
+        raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    run = replace(run, config=config)
     checkpoint = load_checkpoint(run)
+    if args.stage == "priors" and (
+        checkpoint is None or (checkpoint.stage == "vae" and checkpoint.step < config.vae.steps)
+    ):
+        raise ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
 
     torch.manual_seed(config.seed)
     lion = LION(config.model)
@@ -453,22 +511,20 @@ def train(args: Arguments) -> None:
         ):
             network.compile()
 
-    session = Session(run, sources, accelerator, lion)
-    if args.stage == "priors" and checkpoint is None:
-        raise ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
+    context = Context(run, sources, accelerator, lion)
     if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
-        fit_vae(session, checkpoint)
+        fit_vae(context, checkpoint)
     if args.stage != "vae":
-        fit_priors(session, checkpoint)
+        fit_priors(context, checkpoint)
         if accelerator.is_main_process:
-            finish(session)
+            finish(context)
 
 
-def finish(session: Session) -> None:
+def finish(context: Context) -> None:
     """Sample with the averaged weights, and show what was learned in a picture and in figures."""
-    config, run, count = session.config, session.run, session.config.evaluate_shapes
-    lion = load_model(run).to(session.device)
-    held_out = session.held_out(count)
+    config, run, count = context.config, context.run, context.config.evaluate_shapes
+    lion = load_model(run).to(context.device)
+    held_out = context.held_out(count)
     samples = sample(SampleArguments(run.folder, num_samples=len(held_out), out=run.samples / "final"))
     rebuilt = report.reconstruct(lion, held_out, run.normalization, config.mixed_precision)
     references = run.normalization.invert(held_out.numpy())
@@ -477,9 +533,9 @@ def finish(session: Session) -> None:
     rows.append(("generated", samples.points[:shown]))
     draw_grid(rows, run.samples / "overview.png")
     fresh = None
-    if session.sources.fresh is not None:
+    if context.sources.fresh is not None:
         clouds = fixed_batch(
-            session.sources.fresh,
+            context.sources.fresh,
             range(len(held_out)),
             config.data.num_points,
             config.seed,

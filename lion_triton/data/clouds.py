@@ -118,6 +118,12 @@ class Clouds:
     def __iter__(self) -> Iterator[Float32[np.ndarray, "P 3"]]:
         return (self[i] for i in range(len(self)))
 
+    def subset(self, indices: Sequence[int]) -> Clouds:
+        """The clouds at ``indices``, in that order, with the same classes."""
+        chosen = list(indices)
+        source = self.source[chosen] if isinstance(self.source, np.ndarray) else tuple(self.source[i] for i in chosen)
+        return Clouds(source, self.labels[chosen], self.classes, tuple(self.names[i] for i in chosen))
+
     def num_points(self, i: int) -> int:
         """P_i. For a cloud on disk this reads the header of its file and nothing else."""
         item = self.source[i]
@@ -190,11 +196,11 @@ def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = N
     return Clouds(tuple(paths), np.array(labels, dtype=np.int64), classes, names)
 
 
-def check_all(clouds: Clouds, num_points: int, strict: bool = False) -> int:
+def check_all(clouds: Clouds, num_points: int, strict: bool = False, *, read: bool = False) -> int:
     """Look at every cloud once, before a run, and count those with fewer than ``num_points`` points.
 
-    In memory every coordinate is checked. On disk only headers and file sizes are, which finds missing,
-    foreign and truncated files; that the numbers are finite is checked whenever a cloud is read.
+    In memory every coordinate is checked. On disk, unless ``read``, only headers and file sizes are, which finds
+    missing, foreign and truncated files; that the numbers are finite is checked whenever a cloud is read.
 
     Raises:
         ValueError: an unreadable cloud; with ``strict``, also a cloud of fewer than ``num_points`` points.
@@ -204,7 +210,8 @@ def check_all(clouds: Clouds, num_points: int, strict: bool = False) -> int:
             _check_finite(name, cloud)
         counts = [clouds.source.shape[1]] * len(clouds)
     else:
-        counts = list(_map_clouds(clouds.num_points, len(clouds), "checking clouds"))
+        count = (lambda i: len(clouds[i])) if read else clouds.num_points
+        counts = list(_map_clouds(count, len(clouds), "checking clouds"))
     short = [i for i, count in enumerate(counts) if count < num_points]
     if strict and short:
         raise ValueError(

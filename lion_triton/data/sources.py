@@ -22,7 +22,7 @@ class Sources:
 
 
 def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
-    """Open what ``config`` names.
+    """Open what ``config`` names. Of a folder without val and test, every tenth training shape is held out.
 
     Raises:
         ValueError: unknown categories, or a folder without shapes.
@@ -41,8 +41,16 @@ def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
         return Sources(made["train"], made["held_out"], made["fresh"])
     root, categories = Path(config.source), config.categories or None
     train = folder_clouds(root, "train", categories)
-    try:
-        held_out = folder_clouds(root, "val", categories)
-    except ValueError:  # some copies of ShapeNet come without it
-        held_out = folder_clouds(root, "test", categories)
-    return Sources(train, held_out, None)
+    for split in ("val", "test"):  # some copies of ShapeNet, and small collections, come without val
+        try:
+            return Sources(train, folder_clouds(root, split, categories), None)
+        except ValueError:
+            continue
+    if len(train) < 2:
+        raise ValueError(
+            f"data.source: expected at least 2 shapes in {root}, one of them to hold out, got {len(train)}"
+        )
+    print(f"{root} has no val or test shapes: every tenth training shape is held out")
+    held_out = range(0, len(train), 10)
+    kept = [i for i in range(len(train)) if i not in held_out]
+    return Sources(train.subset(kept), train.subset(held_out), None)

@@ -84,12 +84,12 @@ class LION(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
 
     def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
-        """Standardise by these latents: z per channel, h by one mean and std for xyz and one per feature."""
+        """Standardise by these latents: z per channel; h by a mean per channel, one std for xyz and one per feature."""
         z, h = z.double(), h.double().flatten(0, 1)
         self.z_mean.copy_(z.mean(0))
-        self.z_std.copy_(z.std(0).clamp_min(1e-3))
+        self.z_std.copy_(z.std(0, correction=0).clamp_min(1e-3))
         self.h_mean.copy_(h.mean(0))
-        std = h.std(0)
+        std = h.std(0, correction=0)
         std[:3] = (h[:, :3] - h[:, :3].mean(0)).square().mean().sqrt()  # one scale: keep the geometry
         self.h_std.copy_(std.clamp_min(1e-3))
 

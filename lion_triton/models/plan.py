@@ -63,15 +63,12 @@ class PointPlan:
     geometry: tuple[LevelGeometry, ...]
     levels: tuple[LevelPlan, ...]
 
-    @property
-    def coarsest(self) -> Tensor:
-        return self.levels[-1].points
-
     def serves(self, geometry: Sequence[LevelGeometry]) -> bool:
         """True if this plan's first levels are exactly the ones asked for."""
         return self.geometry[: len(geometry)] == tuple(geometry)
 
 
+@torch.compiler.disable  # thousands of small steps: nothing to gain there, and much to compile
 def plan_points(points: Float[Tensor, "B N 3"], geometry: Sequence[LevelGeometry]) -> PointPlan:
     """Compute the plan of ``points`` (float32 coordinates).
 

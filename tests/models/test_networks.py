@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.config import quickstart, with_networks
+from lion_triton.config import PRESETS, quickstart, with_networks
 from lion_triton.models import LION, LIONConfig
 from lion_triton.models.attention import Attention, linear_attention, softmax_attention
 from lion_triton.models.layers import AdaGN, SqueezeExcite, sinusoidal_embedding
@@ -74,6 +74,8 @@ def test_published_ratio_of_the_elbo(lion: LION, clouds: Tensor) -> None:
             lambda_h=1 / batch,
             reconstruction=ReconstructionWeights(),
         )
+    recipe = PRESETS["lion"]().vae
+    assert (recipe.lambda_z, recipe.lambda_h, recipe.kl_end, recipe.kl_anneal) == (1 / 32, 1 / 32, 0.5, 0.5)
     published = loss.reconstruction * batch + 0.5 * (loss.kl_z + loss.kl_h_xyz + loss.kl_h_feature)
     torch.testing.assert_close(loss.loss * batch, published)
 
@@ -244,7 +246,7 @@ def test_unet_needs_as_many_levels_up_as_down() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor) -> None:
-    """Two levels, so that a skip meets the time embedding; each variant is a different function."""
+    """Two levels, so that a skip meets the time embedding; residual connections change the function."""
     level = SetAbstractionGeometry(32, 0.8, 8)
     config = UNetConfig(
         down=(
@@ -259,14 +261,15 @@ def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor
     )
     torch.manual_seed(0)
     unet = UNet(config, 3, 5, style_dim=7, time_dim=8).eval()
-    out = unet(clouds, torch.randn(2, 7), torch.tensor([1, 500]))
+    style, t = torch.randn(2, 7), torch.tensor([1, 500])
+    out = unet(clouds, style, t)
     assert out.shape == (2, N, 5)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
     if residual:
         plain = UNet(replace(config, residual=False), 3, 5, style_dim=7, time_dim=8).eval()
         plain.load_state_dict(unet.state_dict())
-        assert not torch.allclose(out, plain(clouds, torch.randn(2, 7), torch.tensor([1, 500])))
+        assert not torch.allclose(out, plain(clouds, style, t))
 
 
 def test_occupancy_loss_is_that_of_the_occupied_voxels(clouds: Tensor) -> None:
