@@ -8,7 +8,7 @@ train: .venv/.installed  ## train the quickstart, sample from it and draw what i
 	$(BIN)/python -m lion_triton.train quickstart
 
 test: .venv/.installed-test check  ## lint, types, and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -178,7 +178,7 @@ def quickstart() -> TrainConfig:
             kl_end=1.0,
         ),
         priors=PriorTraining(
-            steps=2300,
+            steps=2500,
             batch_size=32,
             learning_rate=2e-3,
             learning_rate_decay="cosine",

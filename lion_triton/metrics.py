@@ -32,14 +32,17 @@ def nearest_neighbor_accuracy(
     sample_to_reference: Float[Tensor, "S R"],
     reference_to_reference: Float[Tensor, "R R"],
 ) -> float:
-    """1-NNA: leave-one-out accuracy of a nearest-neighbour classifier, sample or reference; 0.5 is best."""
+    """1-NNA: leave-one-out accuracy of a nearest-neighbour classifier, sample or reference; 0.5 is best.
+
+    A cloud's neighbours are looked for down its column, as published; the approximate EMD is not symmetric.
+    """
     samples = len(sample_to_sample)
     top = torch.cat([sample_to_sample, sample_to_reference], dim=1)
     bottom = torch.cat([sample_to_reference.T, reference_to_reference], dim=1)
     distances = torch.cat([top, bottom]).clone()
     distances.fill_diagonal_(torch.inf)
     is_sample = torch.arange(len(distances), device=distances.device) < samples
-    nearest = distances.min(dim=1).indices
+    nearest = distances.min(dim=0).indices
     return (is_sample[nearest] == is_sample).double().mean().item()
 
 

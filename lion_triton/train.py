@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -229,7 +229,7 @@ def fit(
         disable=None if accelerator.is_main_process else True,
     )
     clock, clock_step = time.perf_counter(), start
-    with bar, stop_requests() as stop:
+    with bar, stop_requests() as stop, nullcontext() if log is None else closing(log.board):
         for step, arguments in zip(range(start, training.steps), inputs(start), strict=False):
             decay = 0.5 * (1 + math.cos(math.pi * step / training.steps))
             for group in optimizer.param_groups:
@@ -272,8 +272,8 @@ def fit(
                 accelerator.wait_for_everyone()
             if done % config.log_every == 0:
                 clock, clock_step = time.perf_counter(), done
-    if log is not None:
-        log.board.close()
+        if stop(accelerator):  # asked for while the last step was being saved
+            raise KeyboardInterrupt
     accelerator.free_memory()
 
 

@@ -211,12 +211,12 @@ def test_a_damaged_checkpoint_is_named(
     out, checkpoint = copy_of(finished, tmp_path)
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:-20])
-    for command, args in ((sample.main, [str(out)]), (run, out)):
-        line = fails(capsys, command, args)
-        assert f"{path} is damaged" in line
+    assert f"{path} is damaged" in fails(capsys, run, out)
+    if name != "optimizer.pt":  # which sampling does not read
+        assert f"{path} is damaged" in fails(capsys, sample.main, [str(out)])
     content = (finished / checkpoint.relative_to(out) / name).read_bytes()
     path.write_bytes(content[:-5] + b"\xff" + content[-4:])
-    assert f"{path} is damaged" in fails(capsys, sample.main, [str(out)])
+    assert f"{path} is damaged" in fails(capsys, run, out)
 
 
 class Touch:

