@@ -91,7 +91,7 @@ def evaluate(
             assert emd is not None
             return pairwise_emd(a, b, method=emd)
 
-        cross = matrix(samples, references)
+        cross = matrix(references, samples).T  # references first, as published: the approximate EMD is not symmetric
         results[f"mmd_{name}"] = minimum_matching_distance(cross)
         results[f"cov_{name}"] = coverage(cross)
         results[f"1nna_{name}"] = nearest_neighbor_accuracy(

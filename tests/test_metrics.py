@@ -24,14 +24,16 @@ def stored(fraction: np.ndarray) -> object:
     return pytest.approx(float(fraction), abs=1e-7)
 
 
-def test_golden_chamfer_figures(golden: dict[str, np.ndarray]) -> None:
+def test_golden_figures(golden: dict[str, np.ndarray]) -> None:
     samples, references = torch.from_numpy(golden["samples"]), torch.from_numpy(golden["refs"])
-    got = metrics.evaluate(samples, references, emd=None)
+    got = metrics.evaluate(samples, references)
     assert got["mmd_cd"] == pytest.approx(float(golden["cd_mmd"]), rel=1e-5)
     assert got["cov_cd"] == stored(golden["cd_cov"])
     assert got["1nna_cd"] == stored(golden["cd_1nna"])
     assert got["jsd"] == pytest.approx(float(golden["jsd"]), rel=1e-4)
-    assert "mmd_emd" not in got
+    assert got["mmd_emd"] == pytest.approx(float(golden["emd_approx_mmd"]), rel=1e-4)
+    assert got["cov_emd"] == stored(golden["emd_approx_cov"])
+    assert got["1nna_emd"] == stored(golden["emd_approx_1nna"])
 
 
 def test_golden_emd_figures_from_the_golden_matrices(golden: dict[str, np.ndarray]) -> None:
@@ -51,6 +53,7 @@ def test_identical_and_distant_sets() -> None:
     assert same["cov_cd"] == 1
     assert same["1nna_cd"] == 0  # every cloud's nearest is its copy in the other set
     assert same["jsd"] == pytest.approx(0, abs=1e-9)
+    assert "mmd_emd" not in same
     far = metrics.evaluate(a, a + 0.3, emd=None)
     assert far["1nna_cd"] == 1
     assert far["jsd"] > 0.5

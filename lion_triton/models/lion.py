@@ -134,7 +134,7 @@ class LION(nn.Module):
             sampler: "ddpm" (ancestral), "ddim", or "ode" (probability flow).
             eta: DDIM's stochasticity, 0 (deterministic) to 1.
             num_points: P; may differ from training.
-            generator: source of the randomness, on the CPU; the same generator state gives the same clouds.
+            generator: source of the randomness, on any device; the same generator state gives the same clouds.
             labels: class of each cloud, for class-conditional models.
             clip: CLIP embedding of each cloud, for CLIP-conditional models.
             clip_x0: clamp the predicted (standardised) latent to +- this in every step.
@@ -213,6 +213,7 @@ class _Run:
 
 
 def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int[Tensor, " 2"]:
-    """A fresh noise key (seed, 0) on ``device``, drawn from a CPU generator (None: PyTorch's default)."""
-    seed = torch.randint(2**62, (1,), generator=generator)
+    """A fresh noise key (seed, 0) on ``device``, drawn from ``generator`` (None: PyTorch's default one on the CPU)."""
+    source = None if generator is None else generator.device
+    seed = torch.randint(2**62, (1,), generator=generator, device=source)
     return torch.cat([seed, torch.zeros_like(seed)]).to(device)
