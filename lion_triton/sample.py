@@ -171,7 +171,8 @@ def _write(run: Run, args: SampleArguments, points: np.ndarray, labels: np.ndarr
 
 def main(args: list[str] | None = None) -> None:
     """The command line."""
-    run_cli(lambda: sample(tyro.cli(SampleArguments, args=sys.argv[1:] if args is None else args)))
+    args = sys.argv[1:] if args is None else args
+    run_cli(lambda: sample(tyro.cli(SampleArguments, args=args, prog="python -m lion_triton.sample")))
 
 
 if __name__ == "__main__":
