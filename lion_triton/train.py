@@ -350,13 +350,12 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
 
     objective = PriorObjective(lion, training)
     # Of the priors alone: a copy of the objective would hold the VAE, too.
-    steps_done = checkpoint.step if continued and checkpoint is not None else 0
     priors = nn.ModuleDict({"shape_prior": lion.shape_prior, "point_prior": lion.point_prior})
-    ema = AveragedModel(priors, multi_avg_fn=_warm_average(training.ema_decay, steps_done))
+    ema = AveragedModel(priors, multi_avg_fn=_warm_average(training.ema_decay))
     if continued:
         assert checkpoint is not None
         ema.module.load_state_dict(dict(checkpoint.ema))
-        ema.n_averaged.fill_(steps_done)
+        ema.n_averaged.fill_(checkpoint.step)
 
     def picture(total_step: int) -> None:
         current = {k: v.clone() for k, v in objective.state_dict().items()}
@@ -407,14 +406,11 @@ def encode_all(context: Context, draws: int, shapes: int | None = None) -> Poste
     return Posterior(*(torch.stack(tensors) for tensors in zip(*rows, strict=True)))
 
 
-def _warm_average(decay: float, steps_done: int) -> Callable[[Any, Any, Any], None]:
+def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """EMA whose decay rises with the number of steps k as (1 + k) / (10 + k), so that a short run forgets its start."""
 
-    k = steps_done  # counted here, as AveragedModel's own count may be on a GPU and reading it would wait for that
-
-    def update(averaged: Any, current: Any, _: Any) -> None:
-        nonlocal k
-        k += 1
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        k = int(count)  # AveragedModel's own count, which a continued run restores
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + k) / (10 + k)))
 
     return update

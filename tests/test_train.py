@@ -73,7 +73,9 @@ def test_a_run_folder_explains_itself(finished: Path) -> None:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(runs.open_run(out).checkpoints()[-1] / "model.safetensors")
+    folder = runs.open_run(out).checkpoints()[-1]
+    averaged = {f"ema.{name}": value for name, value in load_file(folder / "ema.safetensors").items()}
+    return load_file(folder / "model.safetensors") | averaged
 
 
 @pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("vae", 4), ("priors", 2)])

@@ -1,15 +1,11 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""What every kernel test shares."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
