@@ -1,0 +1,344 @@
+"""Rows times a sparse matrix: the one gather behind every scatter, gather and interpolation of this package.
+
+    product     y[r] = sum_{e in row r} weight[e] x[column[e]]    dx = transpose(matrix) dy
+    take_rows   y[r] = sum_k weight[r, k] x[index[r, k]]          dx[i] = sum_{r, k: index[r, k] = i} weight[r, k] dy[r]
+                                                                  dweight[r, k] = dy[r] . x[index[r, k]]
+
+Nothing is ever scattered: the transpose of a matrix lists, for each row of its result, what adds up there, so that
+every output row is written once, its terms are added in a fixed order and two runs agree bit for bit. For
+``product`` the caller holds the transpose (a plan); ``take_rows`` makes it in its backward by a stable sort.
+
+Legend: n rows of x, E entries, K entries per row, C channels. Sums are float32 (float64 in the reference of float64
+input), rounded once. Bytes of a pass: s C (E + rows) for features of s bytes, and 8 E + 4 rows for the matrix;
+operations: 2 E C.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lion_triton.kernels._checks import Impl, upcast, use_triton
+from lion_triton.kernels._triton import tl, triton
+
+# Elements per program and warps: eight elements a thread, 128-bit accesses from 4 channels up. Chosen by machine
+# code, not by timing.
+_ELEMENTS, _WARPS = 1024, 4
+_MOST_CHANNELS = 128  # per program
+
+
+class SparseRows(NamedTuple):
+    """A sparse matrix by rows: row r has the entries ``start[r]`` to ``start[r + 1] - 1``.
+
+    With as many entries in every row, ``start`` is None and the others are (rows, K). No ``weight`` means ones.
+    """
+
+    column: Int[Tensor, " ..."]
+    start: Int[Tensor, " rows_plus_1"] | None = None
+    weight: Float[Tensor, " ..."] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.column.shape[0] if self.start is None else self.start.shape[0] - 1
+
+
+def product_reference(x: Float[Tensor, "n C"], matrix: SparseRows, transpose: SparseRows) -> Float[Tensor, "rows C"]:
+    """Plain PyTorch form of :func:`product`."""
+    rows = upcast(x)
+    return _Product.apply(rows, *_weights_like(rows, matrix), *_weights_like(rows, transpose)).to(x.dtype)
+
+
+def take_rows_reference(
+    x: Float[Tensor, "n C"], index: Int[Tensor, "rows K"], weight: Float[Tensor, "rows K"] | None = None
+) -> Float[Tensor, "rows C"]:
+    """Plain PyTorch form of :func:`take_rows`."""
+    if weight is None and index.shape[1] == 1:
+        return _Take.apply(x, index, None)
+    dtype = upcast(x).dtype if weight is None else torch.promote_types(upcast(x).dtype, weight.dtype)
+    return _Take.apply(x.to(dtype), index, None if weight is None else weight.to(dtype)).to(x.dtype)
+
+
+def product(
+    x: Float[Tensor, "n C"], matrix: SparseRows, transpose: SparseRows, *, impl: Impl = "auto"
+) -> Float[Tensor, "rows C"]:
+    """``matrix @ x``, in the dtype of x; differentiable in x alone, any number of times.
+
+    matrix: (rows, n); transpose: the same matrix, transposed. Neither is checked: they come from a plan.
+    """
+    if not use_triton(impl, x):
+        return product_reference(x, matrix, transpose)
+    return _product_op(x, *matrix, *transpose)
+
+
+def take_rows(
+    x: Float[Tensor, "n C"],
+    index: Int[Tensor, "rows K"],
+    weight: Float[Tensor, "rows K"] | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Float[Tensor, "rows C"]:
+    """Sum of K (weighted) rows of x, in the dtype of x; differentiable in x and weight (once, by Triton).
+
+    index: in [0, n), unchecked.
+    """
+    if not use_triton(impl, x):
+        return take_rows_reference(x, index, weight)
+    return _take_rows_op(x, index, weight)
+
+
+def sort_by_target(index: Int[Tensor, " E"], num_rows: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
+    """The entries in order of the row they point at (stable), and where each row's run starts. No host sync."""
+    target, order = index.sort(stable=True)
+    rows = torch.arange(num_rows + 1, dtype=index.dtype, device=index.device)
+    return order, torch.searchsorted(target, rows)
+
+
+# References
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *matrices: Any) -> Tensor:
+        ctx.save_for_backward(*matrices)
+        return _bags(x, *matrices[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        matrices = ctx.saved_tensors
+        return _Product.apply(grads[0], *matrices[3:], *matrices[:3]), *[None] * 6
+
+
+class _Take(torch.autograd.Function):
+    """The backward is 2 to 3 times faster on a CPU than the scatter that autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, index, weight)
+        return (
+            x.index_select(0, index[:, 0]) if weight is None and index.shape[1] == 1 else _bags(x, index, None, weight)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, weight = ctx.saved_tensors
+        grad, dx, dweight = grads[0].contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            dx = _bags(grad, *_transpose(index, weight, x.shape[0]))
+        if ctx.needs_input_grad[2]:
+            dweight = torch.stack([(x[i] * grad).sum(-1) for i in index.unbind(1)], 1)
+        return dx, None, dweight
+
+
+def _bags(x: Tensor, column: Tensor, start: Tensor | None, weight: Tensor | None) -> Tensor:
+    # On a CPU 10 to 100 times faster than gathering (rows, K, C) and summing.
+    last = start is not None
+    return F.embedding_bag(column, x, start, mode="sum", per_sample_weights=weight, include_last_offset=last)
+
+
+def _transpose(index: Tensor, weight: Tensor | None, num_rows: int) -> SparseRows:
+    order, start = sort_by_target(index.flatten(), num_rows)
+    return SparseRows(order // index.shape[1], start, None if weight is None else weight.flatten()[order])
+
+
+def _weights_like(x: Tensor, matrix: SparseRows) -> SparseRows:
+    return matrix if matrix.weight is None else matrix._replace(weight=matrix.weight.to(x.dtype))
+
+
+# Kernels
+
+
+@triton.jit
+def _product_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    column_ptr,
+    start_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    C,
+    PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    in_rows = r < num_rows
+    in_channels = (c < C)[None, :]
+    if start_ptr is not None:
+        first = tl.load(start_ptr + r, mask=in_rows, other=0)
+        count = tl.load(start_ptr + r + 1, mask=in_rows, other=0) - first
+        longest = tl.max(count)
+    else:
+        first = r * PER_ROW
+        count = tl.where(in_rows, PER_ROW, 0)
+        longest = PER_ROW
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for k in range(longest):
+        live = k < count
+        column = tl.load(column_ptr + first + k, mask=live, other=0).to(tl.int64)
+        value = tl.load(x_ptr + column[:, None] * C + c[None, :], mask=live[:, None] & in_channels, other=0.0)
+        value = value.to(tl.float32)
+        if weight_ptr is not None:
+            value *= tl.load(weight_ptr + first + k, mask=live, other=0.0).to(tl.float32)[:, None]
+        total += value
+    out = out_ptr + r[:, None] * C + c[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_channels)
+
+
+@triton.jit
+def _row_dots_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, y_ptr, index_ptr, out_ptr, num_rows, C, PER_ROW: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """out[r, k] = y[r] . x[index[r, k]]"""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = r < num_rows
+    for k in tl.static_range(PER_ROW):
+        column = tl.load(index_ptr + r * PER_ROW + k, mask=in_rows, other=0).to(tl.int64)
+        total = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for first in range(0, C, CHANNELS):
+            c = first + tl.arange(0, CHANNELS)
+            mask = in_rows[:, None] & (c < C)[None, :]
+            x = tl.load(x_ptr + column[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + r[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += x * y
+        dot = tl.sum(total, 1)
+        tl.store(out_ptr + r * PER_ROW + k, dot.to(out_ptr.dtype.element_ty), mask=in_rows)
+
+
+# Launching and registration
+
+
+def _blocks(channels: int) -> tuple[int, int]:
+    """Rows and channels per program."""
+    block = min(max(triton.next_power_of_2(channels), 4), _MOST_CHANNELS)
+    return _ELEMENTS // block, block
+
+
+def _launch_product(x: Tensor, matrix: SparseRows) -> Tensor:
+    C = x.shape[1]
+    out = torch.empty((matrix.num_rows, C), dtype=x.dtype, device=x.device)
+    per_row = matrix.column.shape[1] if matrix.start is None else 0
+    dense = (None if t is None else t.contiguous() for t in matrix)
+    rows, channels = _blocks(C)
+    grid = (triton.cdiv(matrix.num_rows, rows), triton.cdiv(C, channels))
+    if out.numel():
+        with torch.cuda.device_of(x):
+            _product_kernel[grid](
+                x.contiguous(),
+                *dense,
+                out,
+                matrix.num_rows,
+                C,
+                PER_ROW=per_row,
+                ROWS=rows,
+                CHANNELS=channels,
+                num_warps=_WARPS,
+            )
+    return out
+
+
+@torch.library.custom_op("lion_triton::product", mutates_args=())
+def _product_op(
+    x: Tensor,
+    column: Tensor,
+    start: Tensor | None,
+    weight: Tensor | None,
+    column_t: Tensor,
+    start_t: Tensor | None,
+    weight_t: Tensor | None,
+) -> Tensor:
+    return _launch_product(x, SparseRows(column, start, weight))
+
+
+@_product_op.register_fake
+def _(
+    x: Tensor,
+    column: Tensor,
+    start: Tensor | None,
+    weight: Tensor | None,
+    column_t: Tensor,
+    start_t: Tensor | None,
+    weight_t: Tensor | None,
+) -> Tensor:
+    return x.new_empty((SparseRows(column, start, weight).num_rows, x.shape[1]))
+
+
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    matrices = ctx.saved_tensors
+    return _product_op(grad, *matrices[3:], *matrices[:3]), *[None] * 6
+
+
+_product_op.register_autograd(_product_backward, setup_context=_product_setup)
+
+
+@torch.library.custom_op("lion_triton::take_rows", mutates_args=())
+def _take_rows_op(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    return _launch_product(x, SparseRows(index, None, weight))
+
+
+@_take_rows_op.register_fake
+def _(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    return x.new_empty((index.shape[0], x.shape[1]))
+
+
+@torch.library.custom_op("lion_triton::take_rows_bwd", mutates_args=())
+def _take_rows_bwd_op(grad: Tensor, index: Tensor, weight: Tensor | None, num_rows: int) -> Tensor:
+    return _launch_product(grad, _transpose(index, weight, num_rows))
+
+
+@_take_rows_bwd_op.register_fake
+def _(grad: Tensor, index: Tensor, weight: Tensor | None, num_rows: int) -> Tensor:
+    return grad.new_empty((num_rows, grad.shape[1]))
+
+
+@torch.library.custom_op("lion_triton::row_dots", mutates_args=())
+def _row_dots_op(x: Tensor, y: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """``out[r, k] = y[r] . x[index[r, k]]`` in the dtype of ``like``."""
+    out = torch.empty(index.shape, dtype=like.dtype, device=x.device)
+    rows, channels = _blocks(x.shape[1])
+    if out.numel():
+        with torch.cuda.device_of(x):
+            _row_dots_kernel[(triton.cdiv(index.shape[0], rows),)](
+                x.contiguous(),
+                y.contiguous(),
+                index.contiguous(),
+                out,
+                *y.shape,
+                PER_ROW=index.shape[1],
+                ROWS=rows,
+                CHANNELS=channels,
+                num_warps=_WARPS,
+            )
+    return out
+
+
+@_row_dots_op.register_fake
+def _(x: Tensor, y: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    return torch.empty(index.shape, dtype=like.dtype, device=x.device)
+
+
+def _take_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, weight = inputs
+    ctx.num_rows = x.shape[0]
+    ctx.save_for_backward(None if weight is None else x, index, weight)
+
+
+def _take_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, index, weight = ctx.saved_tensors
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = _take_rows_bwd_op(grad, index, weight, ctx.num_rows)
+    if ctx.needs_input_grad[2]:
+        dweight = _row_dots_op(x, grad, index, weight)
+    return dx, None, dweight
+
+
+_take_rows_op.register_autograd(_take_rows_backward, setup_context=_take_rows_setup)
