@@ -1,0 +1,340 @@
+"""What the compiler makes of every kernel, at the shapes and dtypes of LION's layers. It needs no GPU.
+
+    python -m lion_triton.kernels.census                 a table of registers, spills, shared memory and accesses
+    python -m lion_triton.kernels.census --check         exit 1 on a spill or on too much shared memory
+    python -m lion_triton.kernels.census --device        compare with what this machine's GPU really ran
+
+Every op is called, forward and backward, as a user would call it; only the last step of a launch is left out. The
+launch goes through Triton's own specialisation of arguments (dtypes, divisibility by 16, constants), so that what is
+compiled here is what would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from lion_triton import kernels
+from lion_triton.kernels import _checks
+from lion_triton.kernels._triton import triton
+
+BATCH = 32
+FEATURE_DTYPES = (torch.float32, torch.bfloat16)
+
+# The layers of the published networks: points of each level, and the centres sampled from them.
+LEVELS = ((2048, 1024), (1024, 256), (256, 64), (64, 16))
+NEIGHBORS = 32
+# (points, voxels per side): channels
+VOXELS = {(2048, 32): (3, 4, 32, 64), (1024, 16): (32, 64, 128), (256, 8): (128, 192), (64, 8): (128,)}
+# points of a level: channels
+GROUPED = {2048: (3, 32), 1024: (3, 32, 64), 256: (3, 128), 64: (3, 192, 256)}
+INTERPOLATED = (128, 192)
+# (positions, channels); the PVConvs' grids, the MLPs on neighbours and on points
+NORMALIZED = (
+    *((32**3, c) for c in (32, 64)),
+    *((16**3, c) for c in (32, 64, 128)),
+    (8**3, 128),
+    *((1024 * NEIGHBORS, c) for c in (32, 64)),
+    *((256 * NEIGHBORS, c) for c in (32, 64, 128)),
+    *((64 * NEIGHBORS, c) for c in (128, 256)),
+    (16 * NEIGHBORS, 128),
+    *((2048, c) for c in (32, 64, 128)),
+    *((1024, c) for c in (32, 64, 128)),
+    *((256, 128), (64, 128)),
+)
+LATENTS = ((2048 * 4,), (128,))  # of points and of shape
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and the shared memory that one program may take there, in bytes."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    registers: int
+    spills: int
+    shared: int
+    loads: str
+    stores: str
+
+
+def run_all(device: torch.device) -> None:
+    """Launch every kernel, forward and backward, at every shape of LION's layers. Values do not matter."""
+
+    def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(BATCH, *shape, dtype=dtype, device=device, requires_grad=True)
+
+    def cloud(n: int) -> Tensor:
+        return torch.zeros(BATCH, n, 3, device=device)
+
+    def index(*shape: int) -> Tensor:
+        return torch.zeros(BATCH, *shape, dtype=torch.int32, device=device)
+
+    def backward(out: Tensor) -> None:
+        out.backward(torch.zeros_like(out))
+
+    key = torch.zeros(2, dtype=torch.int64, device=device)
+    scalar = torch.ones(BATCH, device=device)
+    learned = scalar.clone().requires_grad_()
+    for shape, dtype in product(LATENTS, FEATURE_DTYPES):
+        x = features(*shape, dtype=dtype)
+        kernels.normal_noise(x.shape, key, impl="triton")
+        for alpha in (scalar, learned):
+            backward(kernels.q_sample(x, alpha, scalar, key, impl="triton"))
+            backward(kernels.posterior_q_sample(x, x, alpha, scalar, key, impl="triton"))
+        backward(kernels.noise_mse(x, key, impl="triton"))
+        backward(kernels.ancestral_step(x, x, scalar, scalar, scalar, key, impl="triton"))
+        backward(kernels.gaussian_kl(x, x, impl="triton"))
+
+    for (n, r), channels in VOXELS.items():
+        plan = kernels.plan_voxels(cloud(n), r, impl="triton")
+        for c, dtype in product(channels, FEATURE_DTYPES):
+            backward(kernels.avg_voxelize(features(n, c, dtype=dtype), plan.coords, r, plan=plan, impl="triton"))
+            grid = features(r, r, r, c, dtype=dtype)
+            backward(kernels.trilinear_devoxelize(grid, plan.coords, plan=plan, impl="triton"))
+
+    for n, m in LEVELS:
+        kernels.furthest_point_sample(cloud(n), m, impl="triton")
+        kernels.ball_query(cloud(m), cloud(n), 0.1, NEIGHBORS, impl="triton")
+        kernels.three_nn(cloud(n), cloud(m), impl="triton")
+        for c, k, dtype in product(GROUPED[n], (1, NEIGHBORS), FEATURE_DTYPES):
+            backward(kernels.group(features(n, c, dtype=dtype), index(m, k), impl="triton"))
+        for c, dtype in product(INTERPOLATED, FEATURE_DTYPES):
+            weights = cloud(n).requires_grad_()
+            backward(kernels.three_interpolate(features(m, c, dtype=dtype), weights, index(n, 3), impl="triton"))
+
+    for (p, c), dtype, act in product(NORMALIZED, FEATURE_DTYPES, ("silu", None)):
+        style, affine = features(c), torch.ones(c, device=device, requires_grad=True)
+        backward(kernels.adagn(features(p, c, dtype=dtype), style, style, affine, affine, 8, act=act, impl="triton"))
+
+    x = features(2048, 3)
+    backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
+    backward(kernels.chamfer_distance(x, x, impl="triton"))
+    backward(kernels.approx_emd(x, x, impl="triton"))
+    few = x[:4].detach()
+    kernels.pairwise_chamfer(few, few, impl="triton")
+    kernels.pairwise_chamfer(few, few.clone(), impl="triton")
+    kernels.pairwise_emd(few, few, impl="triton")
+
+
+class _NoGPU:
+    """Stands for Triton's driver: tells it what to compile for."""
+
+    def __init__(self, target: Target) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(target.backend, target.arch, target.warp_size)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"no {self.target}"  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def recording(target: Target | None) -> Iterator[dict[str, Any]]:
+    """Collect the compiled kernels, by Triton's hash, of all launches in this block.
+
+    With a target kernels are compiled for it and not run: their outputs hold zeros (integers) or anything.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: dict[str, Any] = {}
+    launch = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=warmup or target is not None, **kwargs)
+        compiled[kernel.hash] = kernel
+        for x in args if target is not None else ():
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                x.data.zero_()  # what comes next may index with it
+        return kernel
+
+    before = driver._active
+    with patch.object(JITFunction, "run", record):
+        if target is None:
+            yield compiled
+            return
+        driver.set_active(_NoGPU(target))
+        try:
+            with patch.object(_checks, "interpreting", lambda: True):
+                yield compiled
+        finally:
+            driver._active = before
+
+
+def compile_all(target: Target) -> dict[str, Any]:
+    """Every kernel compiled for a target, by Triton's hash."""
+    with recording(target) as compiled:
+        run_all(torch.device("cpu"))
+    return compiled
+
+
+def describe(kernel: Any) -> Row:
+    """Read one compiled kernel's machine code."""
+    source = kernel.src
+    names = [re.sub(r"_ptr$", "", p.name) for p in source.fn.params]
+    constants = {names[k[0]]: v for k, v in source.constants.items() if isinstance(v, (int, bool))}
+    dtypes = Counter(ty[1:] for ty in source.signature.values() if ty.startswith("*"))
+    variant = " ".join(
+        ["/".join(dtypes), *(f"{k}={v}" for k, v in constants.items()), f"warps={kernel.metadata.num_warps}"]
+    )
+    read = _read_amdgcn if "amdgcn" in kernel.asm else _read_cubin
+    registers, spills, loads, stores = read(kernel.asm)
+    return Row(kernel.name.strip("_"), variant, registers, spills, kernel.metadata.shared, loads, stores)
+
+
+def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        code = _tool("nvdisasm", "-c", str(cubin))
+    registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", usage))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    width = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+
+    def accesses(name: str) -> str:
+        found = (m.split(".") for m in re.findall(rf"\b{name}((?:\.\w+)*)", code))
+        return _widths(next((width[part] for part in parts if part in width), 32) for parts in found)
+
+    return registers, spills, accesses("LDG"), accesses("STG")
+
+
+def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str, str]:
+    code = asm["amdgcn"]
+    registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[0])
+    spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", code))
+    width = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+
+    def accesses(name: str) -> str:
+        return _widths(
+            width[m] for m in re.findall(rf"\b(?:global|buffer|flat)_{name}_[us]?(byte|short|dword(?:x[234])?)\b", code)
+        )
+
+    return registers, spills, accesses("load"), accesses("store")
+
+
+def _widths(bits: Iterator[int]) -> str:
+    """``4x128 1x32``: how many accesses of how many bits."""
+    return " ".join(f"{n}x{b}" for b, n in sorted(Counter(bits).items(), reverse=True))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the CUDA tools that Triton's package brings."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def faults(row: Row, target: Target) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    found = [f"{row.spills} accesses to spilled registers"] if row.spills else []
+    if row.shared > target.shared:
+        found.append(f"{row.shared} bytes of shared memory, {target.shared} at most")
+    return found
+
+
+def device_differences() -> list[str]:
+    """Run every case on this machine's GPU; what it ran that the census did not compile, or that uses more there."""
+    major, minor = torch.cuda.get_device_capability()
+    target = next((t for t in TARGETS.values() if t.arch == 10 * major + minor), None)
+    if target is None:
+        return [f"this GPU (sm_{major}{minor}) is no target of the census"]
+    with recording(None) as ran:
+        run_all(torch.device("cuda"))
+    torch.cuda.synchronize()
+    compiled = compile_all(target)
+    found = []
+    for key, kernel in ran.items():
+        row = describe(kernel)
+        if key not in compiled:
+            found.append(f"{row.kernel} {row.variant}: ran here, but the census does not compile it")
+        elif (kernel.n_regs, kernel.n_spills) != (row.registers, 0):
+            found.append(
+                f"{row.kernel} {row.variant}: {kernel.n_regs} registers and {kernel.n_spills} spills on the GPU, "
+                f"{row.registers} and 0 in the census"
+            )
+    found += [
+        f"{describe(compiled[k]).kernel}: in the census, but never ran here" for k in compiled.keys() - ran.keys()
+    ]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lion_triton.kernels.census", description="Compile every kernel.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--check", action="store_true", help="exit 1 on a spill or too much shared memory")
+    parser.add_argument("--device", action="store_true", help="compare with what this machine's GPU runs")
+    options = parser.parse_args()
+    if unknown := set(options.targets) - TARGETS.keys():
+        parser.error(f"target: expected one of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET: expected to be unset, got 1 (nothing is compiled then)")
+    if options.device and not torch.cuda.is_available():
+        parser.error("--device: expected a GPU, found none")
+
+    wrong = []
+    for name in options.targets or TARGETS:
+        with ThreadPoolExecutor() as pool:
+            rows = sorted(
+                set(pool.map(describe, compile_all(TARGETS[name]).values())), key=lambda row: (row.kernel, row.variant)
+            )
+        _print_table(name, rows)
+        wrong += [f"{name} {row.kernel} {row.variant}: {fault}" for row in rows for fault in faults(row, TARGETS[name])]
+    if options.device:
+        wrong += device_differences()
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong and (options.check or options.device) else 0
+
+
+def _print_table(target: str, rows: list[Row]) -> None:
+    header = ("kernel", "variant", "regs", "spills", "shared", "loads x bits", "stores x bits")
+    table = [header, *((r.kernel, r.variant, r.registers, r.spills, r.shared, r.loads, r.stores) for r in rows)]
+    widths = [max(len(str(row[i])) for row in table) for i in range(len(header))]
+    print(f"\n{target}: {len(rows)} kernels")
+    for row in table:
+        print("  ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
