@@ -1,8 +1,9 @@
 # Two commands on a fresh machine: `make train` and `make test`. Each sets up its own environment in .venv.
+# `make gpu`, on a machine with a GPU, uses the Python it is given (PYTHON=...) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check clean
+.PHONY: train test check census gpu clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
@@ -14,6 +15,12 @@ check: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+census: .venv/.installed  ## registers, spills and shared memory of every kernel on four GPUs, without one
+	$(BIN)/python -m lion_triton.kernels.census --check
+
+gpu:  ## the test suite, the census and the benchmark on this machine's GPU
+	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
 .venv/bin/python:

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lion_triton import kernels
+from lion_triton.kernels import census
+from lion_triton.models import layers, plan
+from lion_triton.models.lion import LION, LIONConfig
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Python without the interpreter of kernels, which compiles nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_every_kernel_compiles_without_spills() -> None:
+    """For one GPU; ``make census`` does it for all."""
+    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check")
+    assert result.returncode == 0, result.stderr
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
+    compiled = {line.split()[0] for line in result.stdout.splitlines() if "warps=" in line}
+    assert defined
+    assert defined - compiled == set()
+
+
+SPILLING = """
+import sys, torch, triton, triton.language as tl
+from lion_triton.kernels import census
+
+@triton.jit
+def _greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, x / tl.sum(x))
+
+@triton.jit
+def _large_kernel(x_ptr, out_ptr):
+    i = tl.arange(0, 32)
+    t = tl.load(x_ptr + i[:, None] * 32 + i[None, :])
+    tl.store(out_ptr + i[:, None] * 32 + i[None, :], tl.dot(t, t))
+
+def run_all(device):
+    x = torch.zeros(65536, device=device)
+    _greedy_kernel[(1,)](x, x, BLOCK=8192, num_warps=1)
+    _large_kernel[(1,)](x, x)
+
+census.run_all = run_all
+census.TARGETS["sm_90"] = census.Target("cuda", 90, 32, shared=16)
+sys.exit(census.main())
+"""
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_spills_and_too_much_shared_memory_fail_the_check(tmp_path: Path, check: bool) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SPILLING)
+    result = run(str(script), "sm_90", *["--check"] * check)
+    assert result.returncode == (1 if check else 0), result.stderr
+    faults = result.stderr.strip().splitlines()
+    assert any("sm_90 greedy_kernel" in line and "accesses to spilled registers" in line for line in faults)
+    assert any("sm_90 large_kernel" in line and "bytes of shared memory, 16 at most" in line for line in faults)
+
+
+def test_widths_are_read_from_machine_code(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SPILLING.replace("BLOCK=8192", "BLOCK=128").replace("x / tl.sum(x)", "1.0"))
+    result = run(str(script), "sm_90")
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("greedy_kernel"))
+    assert row.split()[-1] == "1x128"  # 128 floats by one warp: one store of 16 bytes a thread
+    assert "BLOCK=128 warps=1" in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sm_10"], "expected one of sm_80, sm_90, sm_100, gfx942, got sm_10"),
+        (["--device"], "expected a GPU, found none"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    if torch.cuda.is_available() and "--device" in arguments:
+        pytest.skip("this machine has a GPU")
+    result = run("-m", "lion_triton.kernels.census", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the published networks ask of the ops is among the census's shapes."""
+    seen: set[tuple[str, Any]] = set()
+
+    def watch(module: Any, name: str, key: Any) -> None:
+        op = getattr(module, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.add((name, key(*args)))
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(layers, "adagn", lambda x, *_: (x[0, ..., 0].numel(), x.shape[-1]))
+    watch(layers, "avg_voxelize", lambda x, coords, r: (x.shape[1], r, x.shape[2]))
+    watch(layers, "trilinear_devoxelize", lambda v, coords: (coords.shape[1], v.shape[1], v.shape[-1]))
+    watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
+    watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
+    watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
+    watch(plan, "ball_query", lambda centers, x, radius, k: (x.shape[1], centers.shape[1], k))
+    for module in (layers, plan):
+        watch(module, "group", lambda x, idx: (x.shape[1], *idx.shape[1:], x.shape[2]))
+    with torch.no_grad():
+        lion = LION(LIONConfig()).eval()
+        h, z = lion.encode(torch.randn(1, 2048, 3, generator=torch.Generator().manual_seed(0)))
+        lion.decode(h, z)
+        lion.point_prior(h, torch.tensor([5]), z)
+
+    voxels = {(n, r, c) for (n, r), channels in census.VOXELS.items() for c in channels}
+    covered = {("adagn", shape) for shape in census.NORMALIZED}
+    covered |= {(name, shape) for name in ("avg_voxelize", "trilinear_devoxelize") for shape in voxels}
+    for n, m in census.LEVELS:
+        covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, census.NEIGHBORS))}
+        covered |= {("three_interpolate", (n, m, c)) for c in census.INTERPOLATED}
+        covered |= {("group", (n, m, k, c)) for k in (1, census.NEIGHBORS) for c in census.GROUPED[n]}
+    assert len(seen) > 50
+    assert seen - covered == set()
