@@ -1,16 +1,50 @@
-"""Speed comparisons: ``pytest bench/``. Every row's output is checked against its baseline before it is timed."""
+"""What ``pytest bench/`` shares: one run's guards and rows, and the table at its end."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-import torch
+
+from bench import driver, guards, machine, report
+
+ROWS = pytest.StashKey[list[driver.Row]]()
 
 
-def pytest_report_header() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"device: {device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--guards-passed", type=Path, metavar="FILE", help="JUnit report of the kernels' tests, instead of running them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def failed_guards(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Why a test file does not vouch for its ops, for the files that the chosen benchmarks need."""
+    files = {file for item in request.session.items for file in _op_tests(item)}
+    return guards.failures(request.config.getoption("--guards-passed") or guards.run(files), files)
+
+
+def _op_tests(item: Any) -> tuple[str, ...]:
+    return item.callspec.params["op"].tests if hasattr(item, "callspec") else ()
+
+
+@pytest.fixture(scope="session")
+def rows(request: pytest.FixtureRequest) -> list[driver.Row]:
+    return request.config.stash[ROWS]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    device = driver.device()
+    document = machine.describe(device) | {"limits": machine.limits(device), "rows": rows}
+    if device.type == "cuda":
+        driver.judge(rows, document["limits"])
+    terminalreporter.section("bench")
+    terminalreporter.write(report.markdown(document))

@@ -1,0 +1,1 @@
+"""Speed comparisons: a registry of ops, one driver, and ``pytest bench/``."""
