@@ -17,13 +17,29 @@ Costs are means of SQUARED distances; the two differ, and both differ from the s
 The approximate cost is not symmetric (x offers, y takes): exchanging the clouds moves it by several per cent, and
 of a cloud to itself it is small but not 0.
 
-Legend: B clouds, N points of x, M points of y. Float32 (float64 where the input is).
+The kernels go through all pairs of points in 21 launches and keep neither match nor distances: a pass over
+the rows for the first offers; then for each level a pass over the columns (what arrives and is taken, what is still
+wanted) and one over the rows, which finishes the level (what is left, the cost) and makes the offers of the next.
+There e_kl is the fourth root of this level's, so one exponential serves both. A program holds a block of points in
+registers and walks the other cloud one point at a time; sums are added tile by tile, in a fixed order. The gradients
+are sums of the same terms at the same distances, so they are made on the way (where asked for), not by a backward
+pass, which would take every exponential again; the backward only scales them.
+Operations per pair of points (sm_90): 10 instructions in a column pass and 15 in a row pass, 250 in all with 19
+exponentials; with its gradient 5 and 3 more in a pass. Bytes: a pass reads the other cloud once per block and a few
+floats per point; scratch is 4 (3 N + 2 M) bytes per pair of clouds, with the gradients 12 N and 12 M more.
+Rounding: exp(a) is exp2(a log2(e)), and the fourth power makes errors about half as large again as the reference's
+(mean over clouds; what is left to match is a difference of nearly equal sums, so single clouds may err more: up to
+5e-6 of the cost). The reference floors e_kl at exp(-80), here it may vanish: neither moves a digit.
+
+Legend: B clouds, N points of x, M points of y, P pairs of clouds. Float32 (float64 where the input is, but float32
+inside the kernels).
 Source: Fan, Su and Guibas, "A Point Set Generation Network for 3D Object Reconstruction from a Single Image",
 CVPR 2017 (approximate matching).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +50,8 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lion_triton.kernels._checks import Impl, reference_only, upcast
+from lion_triton.kernels._checks import Impl, upcast, use_triton
+from lion_triton.kernels._triton import tl, triton
 from lion_triton.kernels.neighbors import (
     block_size,
     check_clouds,
@@ -44,53 +61,19 @@ from lion_triton.kernels.neighbors import (
 
 _LEVELS = (*(-(4.0**j) for j in range(7, -2, -1)), 0.0)
 
+# Points per program of one warp: 2 a thread where there are few points, else 8, or 4 with a gradient, whose sums take
+# registers too. Then points of the other cloud per partial sum, and per turn of the loop: beyond 4 the code of a turn
+# outgrows the instruction cache next to the cores. Chosen by machine code, not by timing.
+_FEW_POINTS, _SMALL_BLOCK, _GRAD_BLOCK, _BLOCK = 1 << 17, 64, 128, 256
+_TILE, _UNROLL = 64, 4
+
+
+# References
+
 
 def approx_emd_reference(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -> Float[Tensor, " B"]:
     """Plain PyTorch form of :func:`approx_emd`."""
     return _ApproxCost.apply(upcast(x), upcast(y))
-
-
-def approx_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], *, impl: Impl = "auto") -> Float[Tensor, " B"]:
-    """Approximate earth mover's distance: the cost of a soft matching, over N.
-
-    x: (B, N, 3), y: (B, M, 3), of one dtype. Returns (B,) float32 (float64 for float64), in squared units of the
-    coordinates: the sum of match x squared distance, divided by the number of points of x. Not symmetric. For
-    N != M the masses are max(1, M/N) and max(1, N/M), unrounded (the published code divides integers, the same
-    where one count divides the other). Differentiable in x and y at fixed match, once. Deterministic.
-    Source: Fan et al. 2017. ValueError: shapes, dtypes or devices that do not fit.
-    """
-    check_clouds(x=x, y=y)
-    reference_only("approx_emd", impl, x)
-    return approx_emd_reference(x, y)
-
-
-def exact_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B N 3"]) -> Float[Tensor, " B"]:
-    """Earth mover's distance by optimal assignment: the mean SQUARED distance between assigned points.
-
-    x, y: (B, N, 3), of one dtype, finite. Returns (B,) float32 (float64 for float64), in squared units of the
-    coordinates. The assignment is found on the CPU in float64 (about a second per cloud of 2048 points);
-    differentiable in x and y at fixed assignment. Deterministic.
-    ValueError: shapes, dtypes or devices that do not fit; N differs; values that are not finite.
-    """
-    check_clouds(x=x, y=y)
-    check_equal_sizes(x=x, y=y)
-    check_finite(x=x, y=y)
-    x, y = upcast(x), upcast(y)
-    target = torch.empty(x.shape[:2], dtype=torch.int64)
-    for b, (cloud_x, cloud_y) in enumerate(zip(to_numpy(x), to_numpy(y), strict=True)):
-        target[b] = torch.from_numpy(assign(cloud_x, cloud_y))
-    assigned = group_reference(y, target[..., None].to(y.device)).squeeze(2)
-    return (x - assigned).square().sum(-1).mean(-1)
-
-
-def assign(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Index of the point of y (N, 3) that the optimal assignment gives to each point of x (N, 3)."""
-    return linear_sum_assignment(cdist(x, y, "sqeuclidean"))[1]
-
-
-def to_numpy(clouds: Float[Tensor, "B N 3"]) -> np.ndarray:
-    """Float64 on the CPU, as SciPy takes them."""
-    return clouds.detach().double().cpu().numpy()
 
 
 class _ApproxCost(torch.autograd.Function):
@@ -138,6 +121,302 @@ def _approx_match(sqdist: Float[Tensor, "B N M"]) -> Float[Tensor, "B N M"]:
         left = (left - flow.sum(2, keepdim=True)).clamp(min=0)
         match += flow
     return match
+
+
+# Kernels. One program makes one block of points of one pair of clouds.
+
+
+@triton.jit
+def load_points(points_ptr, cloud, i, N):  # type: ignore[no-untyped-def]
+    """Coordinates of points i of a cloud, and which of them it has."""
+    inside = i < N
+    ptr = points_ptr + cloud * N * 3 + 3 * i
+    p0 = tl.load(ptr, mask=inside, other=0.0)
+    p1 = tl.load(ptr + 1, mask=inside, other=0.0)
+    p2 = tl.load(ptr + 2, mask=inside, other=0.0)
+    return inside, p0, p1, p2
+
+
+@triton.jit
+def _add(ptr, value, inside):  # type: ignore[no-untyped-def]
+    tl.store(ptr, tl.load(ptr, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "repeat", "count"])
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    left_ptr,
+    right_ptr,
+    offer_ptr,
+    taken_ptr,
+    cost_ptr,
+    grad_ptr,
+    N,
+    M,
+    first,
+    repeat,
+    count,
+    scale,
+    FINISH: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Finish a level with e_kl = exp2(scale d_kl)^FINISH, start one with exp2(scale d_kl)^START; either may be None."""
+    blocks = tl.cdiv(N, BLOCK)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside, x0, x1, x2 = load_points(x_ptr, (first + pair) // repeat, k, N)
+    y_ptr += (first + pair) % count * M * 3
+    right_ptr += pair * M
+    taken_ptr += pair * M
+    zero = tl.zeros((BLOCK,), tl.float32)
+    flow, cost, reach = zero, zero, zero
+    g0, g1, g2 = zero, zero, zero
+    for start in range(0, M, TILE):
+        tile_flow, tile_cost, tile_reach = zero, zero, zero
+        for l in tl.range(start, tl.minimum(start + TILE, M), loop_unroll_factor=UNROLL):
+            d0 = x0 - tl.load(y_ptr + 3 * l)
+            d1 = x1 - tl.load(y_ptr + 3 * l + 1)
+            d2 = x2 - tl.load(y_ptr + 3 * l + 2)
+            sqdist = d0 * d0 + d1 * d1 + d2 * d2
+            e = tl.exp2(scale * sqdist)
+            if FINISH is not None:
+                match = tl.load(taken_ptr + l)
+                if FINISH == 1:
+                    match = match * e
+                elif FINISH == 4:
+                    square = e * e
+                    match = match * (square * square)
+                tile_flow += match
+                tile_cost += match * sqdist
+                if grad_ptr is not None:
+                    g0 += match * d0
+                    g1 += match * d1
+                    g2 += match * d2
+            if START is not None:
+                wanted = tl.load(right_ptr + l)
+                if START == 1:
+                    wanted = wanted * e
+                tile_reach += wanted
+        flow += tile_flow
+        cost += tile_cost
+        reach += tile_reach
+    row = pair * N + k
+    left = tl.load(left_ptr + row, mask=inside, other=0.0)
+    if FINISH is not None:
+        offer = tl.load(offer_ptr + row, mask=inside, other=0.0)
+        left = tl.maximum(left - offer * flow, 0.0)
+        tl.store(left_ptr + row, left, mask=inside)
+        _add(cost_ptr + row, offer * cost, inside)
+        if grad_ptr is not None:
+            grad_ptr += pair * 3 * N + k
+            _add(grad_ptr, offer * g0, inside)
+            _add(grad_ptr + N, offer * g1, inside)
+            _add(grad_ptr + 2 * N, offer * g2, inside)
+    if START is not None:
+        tl.store(offer_ptr + row, tl.div_rn(left, reach + 1e-9), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "repeat", "count"])
+def _columns_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    right_ptr,
+    offer_ptr,
+    taken_ptr,
+    grad_ptr,
+    N,
+    M,
+    first,
+    repeat,
+    count,
+    scale,
+    POWER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """What arrives and is taken in a level with e_kl = exp2(scale d_kl)^POWER."""
+    blocks = tl.cdiv(M, BLOCK)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    l = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside, y0, y1, y2 = load_points(y_ptr, (first + pair) % count, l, M)
+    x_ptr += (first + pair) // repeat * N * 3
+    offer_ptr += pair * N
+    zero = tl.zeros((BLOCK,), tl.float32)
+    arriving = zero
+    g0, g1, g2 = zero, zero, zero
+    for start in range(0, N, TILE):
+        tile_arriving = zero
+        for k in tl.range(start, tl.minimum(start + TILE, N), loop_unroll_factor=UNROLL):
+            d0 = y0 - tl.load(x_ptr + 3 * k)
+            d1 = y1 - tl.load(x_ptr + 3 * k + 1)
+            d2 = y2 - tl.load(x_ptr + 3 * k + 2)
+            flow = tl.load(offer_ptr + k)
+            if POWER == 1:
+                flow = flow * tl.exp2(scale * (d0 * d0 + d1 * d1 + d2 * d2))
+            tile_arriving += flow
+            if grad_ptr is not None:
+                g0 += flow * d0
+                g1 += flow * d1
+                g2 += flow * d2
+        arriving += tile_arriving
+    column = pair * M + l
+    right = tl.load(right_ptr + column, mask=inside, other=0.0)
+    arriving *= right
+    taken = right * tl.minimum(tl.div_rn(right, arriving + 1e-9), 1.0)
+    tl.store(taken_ptr + column, taken, mask=inside)
+    tl.store(right_ptr + column, tl.maximum(right - arriving, 0.0), mask=inside)
+    if grad_ptr is not None:
+        grad_ptr += pair * 3 * M + l
+        _add(grad_ptr, taken * g0, inside)
+        _add(grad_ptr + M, taken * g1, inside)
+        _add(grad_ptr + 2 * M, taken * g2, inside)
+
+
+# Launching and registration
+
+
+def match_costs(
+    x: Float[Tensor, "S N 3"],
+    y: Float[Tensor, "R M 3"],
+    *,
+    first: int,
+    pairs: int,
+    repeat: int,
+    need_x: bool = False,
+    need_y: bool = False,
+) -> tuple[Float[Tensor, " P"], Float[Tensor, "P N 3"] | None, Float[Tensor, "P M 3"] | None]:
+    """Costs of P pairs of clouds, by the kernels, and where needed their gradients to x and to y.
+
+    x, y: float32, contiguous. Pair p is x[(first + p) // repeat] and y[(first + p) % R].
+    """
+    N, M = x.shape[1], y.shape[1]
+    left, right = x.new_full((pairs, N), max(1.0, M / N)), x.new_full((pairs, M), max(1.0, N / M))
+    offer, taken, costs = torch.empty_like(left), torch.empty_like(right), torch.zeros_like(left)
+    grad_x = x.new_zeros(pairs, 3, N) if need_x else None
+    grad_y = x.new_zeros(pairs, 3, M) if need_y else None
+
+    def launch(kernel: Any, points: int, tensors: tuple[Tensor | None, ...], level: float, **powers: Any) -> None:
+        few = pairs * points < _FEW_POINTS
+        block = _SMALL_BLOCK if few else _BLOCK if tensors[-1] is None else _GRAD_BLOCK
+        kernel[(pairs * triton.cdiv(points, block),)](
+            *(*tensors, N, M, first, repeat, len(y), level * math.log2(math.e)),
+            **powers,
+            BLOCK=block,
+            TILE=_TILE,
+            UNROLL=_UNROLL,
+            num_warps=1,
+        )
+
+    def rows(level: float, finish: int | None, start: int | None) -> None:
+        tensors = (x, y, left, right, offer, taken, costs, grad_x)
+        launch(_rows_kernel, N, tensors, level, FINISH=finish, START=start)
+
+    def columns(level: float, power: int) -> None:
+        launch(_columns_kernel, M, (x, y, right, offer, taken, grad_y), level, POWER=power)
+
+    if pairs:
+        *levels, _ = _LEVELS
+        with torch.cuda.device_of(x):
+            rows(levels[0], finish=None, start=1)
+            for level, following in zip(levels, levels[1:], strict=False):
+                columns(level, power=1)
+                rows(following, finish=4, start=1)
+            columns(levels[-1], power=1)
+            rows(levels[-1], finish=1, start=0)
+            columns(0.0, power=0)
+            rows(0.0, finish=0, start=None)
+    dx, dy = (None if grad is None else (grad.mT * (2 / N)).contiguous() for grad in (grad_x, grad_y))
+    return costs.sum(1) / N, dx, dy
+
+
+@torch.library.custom_op("lion_triton::approx_emd", mutates_args=())
+def _approx_emd_op(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The costs, and their gradients to x and to y: float32, empty where not needed."""
+    p, q = x.float().contiguous(), y.float().contiguous()
+    cost, dx, dy = match_costs(p, q, first=0, pairs=len(x), repeat=1, need_x=need_x, need_y=need_y)
+    dx, dy = (cost.new_empty(0) if grad is None else grad for grad in (dx, dy))
+    return cost.to(upcast(x).dtype), dx, dy
+
+
+@_approx_emd_op.register_fake
+def _(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dy = (
+        torch.empty(cloud.shape if need else 0, dtype=torch.float32, device=x.device)
+        for cloud, need in ((x, need_x), (y, need_y))
+    )
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)), dx, dy
+
+
+def _approx_emd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, *ctx.needs = inputs
+    ctx.dtypes = x.dtype, y.dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _approx_emd_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grad = grad.float()[:, None, None]
+    dx, dy = (
+        (saved * grad).to(dtype) if need else None
+        for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return dx, dy, None, None
+
+
+_approx_emd_op.register_autograd(_approx_emd_backward, setup_context=_approx_emd_setup)
+
+
+# Public functions
+
+
+def approx_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], *, impl: Impl = "auto") -> Float[Tensor, " B"]:
+    """Approximate earth mover's distance: the cost of a soft matching, over N.
+
+    x: (B, N, 3), y: (B, M, 3), of one dtype. Returns (B,) float32 (float64 for float64), in squared units of the
+    coordinates: the sum of match x squared distance, divided by the number of points of x. Not symmetric. For
+    N != M the masses are max(1, M/N) and max(1, N/M), unrounded (the published code divides integers, the same
+    where one count divides the other). Differentiable in x and y at fixed match, once. Deterministic. Triton computes
+    in float32 whatever the dtype, the gradient with the cost.
+    Source: Fan et al. 2017. ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_clouds(x=x, y=y)
+    if not use_triton(impl, x):
+        return approx_emd_reference(x, y)
+    need_x, need_y = (cloud.requires_grad and torch.is_grad_enabled() for cloud in (x, y))
+    return _approx_emd_op(x, y, need_x, need_y)[0]
+
+
+def exact_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B N 3"]) -> Float[Tensor, " B"]:
+    """Earth mover's distance by optimal assignment: the mean SQUARED distance between assigned points.
+
+    x, y: (B, N, 3), of one dtype, finite. Returns (B,) float32 (float64 for float64), in squared units of the
+    coordinates. The assignment is found on the CPU in float64 (about a second per cloud of 2048 points);
+    differentiable in x and y at fixed assignment. Deterministic.
+    ValueError: shapes, dtypes or devices that do not fit; N differs; values that are not finite.
+    """
+    check_clouds(x=x, y=y)
+    check_equal_sizes(x=x, y=y)
+    check_finite(x=x, y=y)
+    x, y = upcast(x), upcast(y)
+    target = torch.empty(x.shape[:2], dtype=torch.int64)
+    for b, (cloud_x, cloud_y) in enumerate(zip(to_numpy(x), to_numpy(y), strict=True)):
+        target[b] = torch.from_numpy(assign(cloud_x, cloud_y))
+    assigned = group_reference(y, target[..., None].to(y.device)).squeeze(2)
+    return (x - assigned).square().sum(-1).mean(-1)
+
+
+def assign(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Index of the point of y (N, 3) that the optimal assignment gives to each point of x (N, 3)."""
+    return linear_sum_assignment(cdist(x, y, "sqeuclidean"))[1]
+
+
+def to_numpy(clouds: Float[Tensor, "B N 3"]) -> np.ndarray:
+    """Float64 on the CPU, as SciPy takes them."""
+    return clouds.detach().double().cpu().numpy()
 
 
 def check_equal_sizes(**clouds: Tensor) -> None:
