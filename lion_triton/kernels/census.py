@@ -141,6 +141,7 @@ def run_all(device: torch.device) -> None:
         style, affine = features(c), torch.ones(c, device=device, requires_grad=True)
         backward(kernels.adagn(features(p, c, dtype=dtype), style, style, affine, affine, 8, act=act, impl="triton"))
 
+    kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")  # a whole cloud of ShapeNet
     x = features(2048, 3)
     backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
     backward(kernels.chamfer_distance(x, x, impl="triton"))

@@ -13,8 +13,13 @@ Squared distances are sums of squared differences, ((dx^2 + dy^2) + dz^2): |x|^2
 all digits of small ones. Equal distances go to the lowest index. A backward never scatters: it visits the
 entries in order of the row they point at (stable sort) and sums each row's run, so two runs agree bit for bit.
 
+The kernels hold a block of one cloud in registers and walk the other one point at a time, the same for all
+threads; no distance matrix, no tiles, no exchange between threads. Nearest neighbour: 8 operations a pair of
+points at best and 12 (N + M) bytes a cloud, so arithmetic decides; both directions of Chamfer are one launch.
+Three nearest and ball query: about 20 operations a pair.
+
 Legend: B clouds, N points, M centres or points of the second cloud, K neighbours, C channels.
-Coordinates and distances are float32 (float64 where the input is), indices int32.
+Coordinates and distances are float32 (in the references float64 where the input is), indices int32.
 Sources: Qi et al., "PointNet++", NeurIPS 2017 (ball_query, three_nn, three_interpolate); Fan et al., "A Point Set
 Generation Network", CVPR 2017 (Chamfer distance).
 """
@@ -25,11 +30,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, reference_only, upcast
+from lion_triton.kernels._checks import Impl, check_float, check_points, check_same, upcast, use_triton
+from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels.rows import take_rows, transpose
+
+# Points in registers per program: the first that makes _PROGRAMS programs, about two for each multiprocessor of a
+# large card. The other cloud comes eight points at a time. Chosen by machine code, not by timing.
+_BLOCKS, _WARPS = (512, 256, 128), 4
+_THREE_BLOCKS = (256, 128)  # three distances and indices a point: 512 spill
+_BALL_BLOCKS = (64, 32)  # one warp: it stops when all its centres are full
+_PROGRAMS = 256
+_UNROLL = 8
+_PULL_BLOCK, _PULL_LANES = 64, 4  # rows per program of the backward, and entries that a row adds at a time
+
+
+# References
 
 
 def squared_distances(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -> Float[Tensor, "B N M"]:
@@ -113,19 +131,501 @@ def three_nn_reference(
 
 def group_reference(features: Float[Tensor, "B N C"], idx: Int[Tensor, "B M K"]) -> Float[Tensor, "B M K C"]:
     """Plain PyTorch form of :func:`group`."""
-    rows = _GatherRows.apply(features.flatten(0, 1), _row_index(idx, features.shape[1]).flatten())
-    return rows.view(*idx.shape, features.shape[2])
+    return _group(features, idx, "reference")
 
 
 def three_interpolate_reference(
     features: Float[Tensor, "B M C"], weights: Float[Tensor, "B N 3"], idx: Int[Tensor, "B N 3"]
 ) -> Float[Tensor, "B N C"]:
     """Plain PyTorch form of :func:`three_interpolate`."""
-    dtype = torch.promote_types(upcast(features).dtype, weights.dtype)
-    index = _row_index(idx, features.shape[1])
-    rows = features.to(dtype).flatten(0, 1)
-    out = _WeightedRows.apply(rows, index.flatten(0, 1), weights.to(dtype).flatten(0, 1))
-    return out.to(features.dtype).view(*idx.shape[:2], features.shape[2])
+    return _three_interpolate(features, weights, idx, "reference")
+
+
+def _argmin(x: Tensor) -> Tensor:
+    """Index of the least value along the last dimension, the first of equal ones."""
+    if x.device.type == "cpu":  # NumPy's is vectorised: 10 times faster than PyTorch's
+        return torch.from_numpy(x.numpy().argmin(-1))
+    return x.argmin(-1)
+
+
+# Gathers, in both forms rows of all clouds at once
+
+
+def _group(features: Tensor, idx: Tensor, impl: Impl) -> Tensor:
+    rows = take_rows(features.flatten(0, 1), _row_index(idx, features.shape[1]).reshape(-1, 1), impl=impl)
+    return rows.view(*idx.shape, features.shape[2])
+
+
+def _three_interpolate(features: Tensor, weights: Tensor, idx: Tensor, impl: Impl) -> Tensor:
+    index = _row_index(idx, features.shape[1]).flatten(0, 1)
+    rows = take_rows(features.flatten(0, 1), index, weights.flatten(0, 1), impl=impl)
+    return rows.view(*idx.shape[:2], features.shape[2])
+
+
+def _row_index(idx: Int[Tensor, "B ..."], num_points: int) -> Int[Tensor, "B ..."]:
+    """Indices into the rows of all clouds, (B N)."""
+    num_rows = idx.shape[0] * num_points
+    dtype = _index_dtype(num_rows)
+    cloud = torch.arange(0, num_rows, num_points, dtype=dtype, device=idx.device)
+    return idx.to(dtype) + cloud.view(-1, 1, 1)
+
+
+def _index_dtype(num_rows: int) -> torch.dtype:
+    """Int32 where it can count the rows: half the bytes to load and to sort."""
+    return torch.int32 if num_rows < 2**31 else torch.int64
+
+
+# Kernels
+
+
+@triton.jit
+def _load_scalars(ptr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    scalars = ()
+    for i in tl.static_range(COUNT):
+        scalars = scalars + (tl.load(ptr + i).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return scalars
+
+
+@triton.jit
+def load_points(ptr, row, mask=None, other=None):  # type: ignore[no-untyped-def]
+    """The coordinates of the points at ``row``, an integer or a block of them."""
+    p = ptr + row.to(tl.int64) * 3
+    x = tl.load(p, mask=mask, other=other).to(tl.float32)
+    y = tl.load(p + 1, mask=mask, other=other).to(tl.float32)
+    z = tl.load(p + 2, mask=mask, other=other).to(tl.float32)
+    return x, y, z
+
+
+@triton.jit
+def point_sqdist(px, py, pz, qx, qy, qz):  # type: ignore[no-untyped-def]
+    dx = px - qx
+    dy = py - qy
+    dz = pz - qz
+    return tl.fma(dz, dz, tl.fma(dy, dy, dx * dx))  # left to the compiler, equal points might round differently
+
+
+@triton.jit
+def _nearest_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, y_ptr, sqdist_ptr, idx_ptr, partial_ptr, B, N, M, x_blocks, blocks, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+):
+    """From x to y, distance and index; or, with ``partial_ptr``, both ways: parts of the mean distances, and every
+    point's partner as a row of all x and, behind them, all y. UNROLL: at most M, and then at most N too.
+    """
+    pid = tl.program_id(0)
+    cloud = (pid // blocks).to(tl.int64)
+    block = pid % blocks
+    row, other_row, size, other_size = cloud * N, cloud * M, N, M  # first rows
+    if partial_ptr is not None:
+        back = block >= x_blocks
+        if back:
+            x_ptr, y_ptr = y_ptr, x_ptr
+        block -= tl.where(back, x_blocks, 0)
+        row, other_row = tl.where(back, other_row, row), tl.where(back, row, other_row)
+        size, other_size = tl.where(back, M, N), tl.where(back, N, M)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    live = n < size
+    px, py, pz = load_points(x_ptr, row + tl.minimum(n, size - 1))
+    y_ptr += other_row * 3
+
+    # Only the group of UNROLL points with the nearest one is remembered: 1 + 3 / UNROLL operations a pair, not 3.
+    best = tl.full((BLOCK,), float("inf"), tl.float32)
+    idx = tl.zeros((BLOCK,), tl.int32)
+    ahead = _load_scalars(y_ptr, 3 * UNROLL)
+    for j in range(0, other_size, UNROLL):
+        q = ahead  # the next group is on its way while this one is compared
+        ahead = _load_scalars(y_ptr + tl.minimum(j + UNROLL, other_size - UNROLL).to(tl.int64) * 3, 3 * UNROLL)
+        least = point_sqdist(px, py, pz, q[0], q[1], q[2])
+        for u in tl.static_range(1, UNROLL):
+            least = tl.minimum(least, point_sqdist(px, py, pz, q[3 * u], q[3 * u + 1], q[3 * u + 2]))
+        closer = least < best
+        best = tl.where(closer, least, best)
+        idx = tl.where(closer, tl.minimum(j, other_size - UNROLL), idx)  # the last group may begin earlier
+    group = idx
+    qx, qy, qz = load_points(y_ptr, group)
+    best = point_sqdist(px, py, pz, qx, qy, qz)  # not a number stays one
+    for u in tl.static_range(1, UNROLL):
+        qx, qy, qz = load_points(y_ptr, group + u)
+        sqdist = point_sqdist(px, py, pz, qx, qy, qz)
+        closer = sqdist < best
+        best = tl.where(closer, sqdist, best)
+        idx = tl.where(closer, group + u, idx)
+
+    if partial_ptr is None:
+        tl.store(sqdist_ptr + row + n, best.to(sqdist_ptr.dtype.element_ty), mask=live)
+        tl.store(idx_ptr + row + n, idx, mask=live)
+    else:
+        x_rows = tl.full((), B, tl.int64) * N
+        partner = other_row + tl.where(back, 0, x_rows) + idx
+        row += tl.where(back, x_rows, 0)
+        tl.store(idx_ptr + row + n, partner.to(idx_ptr.dtype.element_ty), mask=live)
+        tl.store(partial_ptr + pid, tl.sum(tl.where(live, best, 0.0)) / size)
+
+
+@triton.jit
+def _pull_weight(grad_ptr, row, live, B, N, M, PER_CLOUD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the gradient of a squared distance is multiplied with: 2 and its own gradient."""
+    if PER_CLOUD:
+        x_rows = tl.full((), B, tl.int64) * N
+        in_x = row < x_rows
+        size = tl.where(in_x, N, M)
+        cloud = tl.where(in_x, row, row - x_rows) // size
+        return tl.load(grad_ptr + cloud, mask=live, other=0.0).to(tl.float32) * 2.0 / size
+    return tl.load(grad_ptr + row, mask=live, other=0.0).to(tl.float32) * 2.0
+
+
+@triton.jit
+def _nearest_bwd_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    points_ptr,
+    partner_ptr,
+    source_ptr,
+    start_ptr,
+    out_ptr,
+    num_rows,
+    num_partners,
+    B,
+    N,
+    M,
+    PER_CLOUD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Every row is pulled by its partner, if it has one, and by the rows whose partner it is (``source``, sorted)."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = r < num_rows
+    row = tl.minimum(r, num_rows - 1)
+    px, py, pz = load_points(points_ptr, row)
+    first = tl.load(start_ptr + r, mask=live, other=0)
+    count = tl.load(start_ptr + r + 1, mask=live, other=0) - first
+    gx = tl.zeros((BLOCK, LANES), tl.float32)
+    gy = tl.zeros((BLOCK, LANES), tl.float32)
+    gz = tl.zeros((BLOCK, LANES), tl.float32)
+    for k in range(0, tl.max(count), LANES):
+        lane = k + tl.arange(0, LANES)[None, :]
+        pulls = lane < count[:, None]
+        source = tl.load(source_ptr + first[:, None] + lane, mask=pulls, other=0).to(tl.int64)
+        qx, qy, qz = load_points(points_ptr, source)
+        weight = _pull_weight(grad_ptr, source, pulls, B, N, M, PER_CLOUD)
+        gx += weight * (px[:, None] - qx)
+        gy += weight * (py[:, None] - qy)
+        gz += weight * (pz[:, None] - qz)
+    has_partner = live & (r < num_partners)
+    qx, qy, qz = load_points(points_ptr, tl.load(partner_ptr + r, mask=has_partner, other=0))
+    weight = _pull_weight(grad_ptr, row, has_partner, B, N, M, PER_CLOUD)
+    out_type: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + r * 3, (tl.sum(gx, 1) + weight * (px - qx)).to(out_type), mask=live)
+    tl.store(out_ptr + r * 3 + 1, (tl.sum(gy, 1) + weight * (py - qy)).to(out_type), mask=live)
+    tl.store(out_ptr + r * 3 + 2, (tl.sum(gz, 1) + weight * (pz - qz)).to(out_type), mask=live)
+
+
+@triton.jit
+def _ball_query_kernel(  # type: ignore[no-untyped-def]
+    centers_ptr, points_ptr, idx_ptr, sq_radius, M, N, k, blocks, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+):
+    """Each thread keeps its centre's count, which is the slot of the next hit. UNROLL: at most N."""
+    cloud = (tl.program_id(0) // blocks).to(tl.int64)
+    m = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = m < M
+    px, py, pz = load_points(centers_ptr, cloud * M + tl.minimum(m, M - 1))
+    points_ptr += cloud * N * 3
+    slots = idx_ptr + (cloud * M + m) * k
+    count = tl.where(live, 0, k)
+    ahead = _load_scalars(points_ptr, 3 * UNROLL)
+    j = tl.zeros((), tl.int32)
+    while (j < N) & (tl.min(count) < k):
+        q = ahead
+        ahead = _load_scalars(points_ptr + tl.minimum(j + UNROLL, N - UNROLL).to(tl.int64) * 3, 3 * UNROLL)
+        for u in tl.static_range(UNROLL):
+            n = tl.minimum(j, N - UNROLL) + u
+            limit = tl.where(n >= j, sq_radius, 0.0)  # the last group may begin with points that have been
+            hit = (point_sqdist(px, py, pz, q[3 * u], q[3 * u + 1], q[3 * u + 2]) < limit) & (count < k)
+            tl.store(slots + count, n, mask=hit)
+            count += hit.to(tl.int32)
+        j += UNROLL
+    tl.debug_barrier()  # the first slot may have been written by another thread
+    first = tl.load(slots, mask=live & (count > 0), other=0)
+    for i in range(k):
+        tl.store(slots + i, first, mask=live & (i >= count))
+
+
+@triton.jit
+def _three_nn_kernel(  # type: ignore[no-untyped-def]
+    points_ptr, centers_ptr, weights_ptr, idx_ptr, N, M, blocks, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+):
+    """UNROLL: at most M."""
+    cloud = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    live = n < N
+    px, py, pz = load_points(points_ptr, cloud * N + tl.minimum(n, N - 1))
+    centers_ptr += cloud * M * 3
+    d0 = tl.full((BLOCK,), float("inf"), tl.float32)
+    d1, d2 = d0, d0
+    i0 = tl.zeros((BLOCK,), tl.int32)
+    i1, i2 = i0, i0
+    ahead = _load_scalars(centers_ptr, 3 * UNROLL)
+    for j in range(0, M, UNROLL):
+        q = ahead
+        ahead = _load_scalars(centers_ptr + tl.minimum(j + UNROLL, M - UNROLL).to(tl.int64) * 3, 3 * UNROLL)
+        for u in tl.static_range(UNROLL):
+            m = tl.minimum(j, M - UNROLL) + u
+            qx = tl.where(m >= j, q[3 * u], float("inf"))  # the last group may begin with centres that have been
+            d = point_sqdist(px, py, pz, qx, q[3 * u + 1], q[3 * u + 2])
+            i2 = tl.where(d < d1, i1, tl.where(d < d2, m, i2))
+            i1 = tl.where(d < d0, i0, tl.where(d < d1, m, i1))
+            i0 = tl.where(d < d0, m, i0)
+            d2 = tl.minimum(d2, tl.maximum(d1, d))
+            d1 = tl.minimum(d1, tl.maximum(d0, d))
+            d0 = tl.minimum(d0, d)
+    w0 = _inverse(px, py, pz, centers_ptr, i0)
+    w1 = tl.where(M > 1, _inverse(px, py, pz, centers_ptr, i1), 0.0)
+    w2 = tl.where(M > 2, _inverse(px, py, pz, centers_ptr, i2), 0.0)
+    total = w0 + w1 + w2
+    slots = (cloud * N + n) * 3
+    weights_type: tl.constexpr = weights_ptr.dtype.element_ty
+    tl.store(weights_ptr + slots, (w0 / total).to(weights_type), mask=live)
+    tl.store(weights_ptr + slots + 1, (w1 / total).to(weights_type), mask=live)
+    tl.store(weights_ptr + slots + 2, (w2 / total).to(weights_type), mask=live)
+    tl.store(idx_ptr + slots, i0, mask=live)
+    tl.store(idx_ptr + slots + 1, i1, mask=live)
+    tl.store(idx_ptr + slots + 2, i2, mask=live)
+
+
+@triton.jit
+def _inverse(px, py, pz, centers_ptr, idx):  # type: ignore[no-untyped-def]
+    """Inverse distance to the chosen centre: not a number where the point is not, as in the reference."""
+    qx, qy, qz = load_points(centers_ptr, idx)
+    d = point_sqdist(px, py, pz, qx, qy, qz)
+    return 1.0 / tl.where(d < 1e-10, 1e-10, tl.where(d > 1e10, 1e10, d))
+
+
+# Launching and registration
+
+
+def _empty(*shape: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _sums_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _block(num_points: int, blocks: tuple[int, ...] = _BLOCKS) -> int:
+    """Points per program."""
+    return next((block for block in blocks if num_points >= _PROGRAMS * block), blocks[-1])
+
+
+def _unroll(*clouds: Tensor) -> int:
+    """Points at a time of the clouds that are walked."""
+    return _UNROLL if min(c.shape[1] for c in clouds) >= _UNROLL else 1
+
+
+def _launch_nearest(
+    x: Tensor, y: Tensor, block: int, *, sqdist: Tensor | None = None, idx: Tensor, partials: Tensor | None = None
+) -> None:
+    (B, N), M = x.shape[:2], y.shape[1]
+    x_blocks = triton.cdiv(N, block)
+    blocks = x_blocks if partials is None else partials.shape[1]
+    if B:
+        with torch.cuda.device_of(x):
+            _nearest_kernel[(B * blocks,)](
+                x.contiguous(),
+                y.contiguous(),
+                sqdist,
+                idx,
+                partials,
+                B,
+                N,
+                M,
+                x_blocks,
+                blocks,
+                BLOCK=block,
+                UNROLL=_unroll(y) if partials is None else _unroll(x, y),
+                num_warps=_WARPS,
+            )
+
+
+def _launch_nearest_bwd(grad: Tensor, x: Tensor, y: Tensor, partner: Tensor, per_cloud: bool) -> Tensor:
+    """Gradients of the rows of x and, behind them, of y."""
+    rows = torch.cat((x.flatten(0, 1), y.flatten(0, 1)))
+    out = torch.empty_like(rows)
+    if len(rows):
+        source, start, _ = transpose(partner[:, None], None, len(rows), impl="triton")
+        with torch.cuda.device_of(x):
+            _nearest_bwd_kernel[(triton.cdiv(len(rows), _PULL_BLOCK),)](
+                grad.contiguous(),
+                rows,
+                partner,
+                source,
+                start,
+                out,
+                len(rows),
+                len(partner),
+                *x.shape[:2],
+                y.shape[1],
+                PER_CLOUD=per_cloud,
+                BLOCK=_PULL_BLOCK,
+                LANES=_PULL_LANES,
+                num_warps=_WARPS,
+            )
+    return out
+
+
+def _split(rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    x_rows = x.shape[0] * x.shape[1]
+    return rows[:x_rows].view(x.shape), rows[x_rows:].view(y.shape)
+
+
+# nearest_neighbor
+
+
+@torch.library.custom_op("lion_triton::nearest_neighbor", mutates_args=())
+def _nearest_neighbor_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    sqdist = _empty(*x.shape[:2], dtype=_sums_dtype(x), like=x)
+    idx = _empty(*x.shape[:2], dtype=torch.int32, like=x)
+    _launch_nearest(x, y, _block(idx.numel()), sqdist=sqdist, idx=idx)
+    return sqdist, idx
+
+
+@_nearest_neighbor_op.register_fake
+def _(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        _empty(*x.shape[:2], dtype=_sums_dtype(x), like=x),
+        _empty(*x.shape[:2], dtype=torch.int32, like=x),
+    )
+
+
+@torch.library.custom_op("lion_triton::nearest_neighbor_bwd", mutates_args=())
+def _nearest_neighbor_bwd_op(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> Tensor:
+    x_rows = idx.numel()
+    dtype = _index_dtype(x_rows + y.shape[0] * y.shape[1])
+    first = torch.arange(x_rows, x_rows + y.shape[0] * y.shape[1], y.shape[1], dtype=dtype, device=x.device)
+    return _launch_nearest_bwd(grad, x, y, (idx + first[:, None]).flatten(), per_cloud=False)
+
+
+@_nearest_neighbor_bwd_op.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> Tensor:
+    return _empty(x.shape[0] * (x.shape[1] + y.shape[1]), 3, dtype=x.dtype, like=x)
+
+
+def _nearest_neighbor_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _nearest_neighbor_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    x, y, idx = ctx.saved_tensors
+    return _split(_nearest_neighbor_bwd_op(grad, x, y, idx), x, y)
+
+
+_nearest_neighbor_op.register_autograd(_nearest_neighbor_backward, setup_context=_nearest_neighbor_setup)
+
+
+# chamfer_distance
+
+
+@torch.library.custom_op("lion_triton::chamfer_distance", mutates_args=())
+def _chamfer_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance, and every point's partner (see the kernel)."""
+    (B, N), M = x.shape[:2], y.shape[1]
+    block = _block(B * (N + M))
+    partner = _empty(B * (N + M), dtype=_index_dtype(B * (N + M)), like=x)
+    partials = _empty(B, triton.cdiv(N, block) + triton.cdiv(M, block), dtype=torch.float32, like=x)
+    _launch_nearest(x, y, block, idx=partner, partials=partials)
+    return partials.sum(1).to(_sums_dtype(x)), partner
+
+
+@_chamfer_op.register_fake
+def _(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] * (x.shape[1] + y.shape[1])
+    return _empty(x.shape[0], dtype=_sums_dtype(x), like=x), _empty(rows, dtype=_index_dtype(rows), like=x)
+
+
+@torch.library.custom_op("lion_triton::chamfer_distance_bwd", mutates_args=())
+def _chamfer_bwd_op(grad: Tensor, x: Tensor, y: Tensor, partner: Tensor) -> Tensor:
+    return _launch_nearest_bwd(grad, x, y, partner, per_cloud=True)
+
+
+@_chamfer_bwd_op.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor, partner: Tensor) -> Tensor:
+    return _empty(partner.shape[0], 3, dtype=x.dtype, like=x)
+
+
+def _chamfer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _chamfer_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    x, y, partner = ctx.saved_tensors
+    return _split(_chamfer_bwd_op(grad, x, y, partner), x, y)
+
+
+_chamfer_op.register_autograd(_chamfer_backward, setup_context=_chamfer_setup)
+
+
+# ball_query and three_nn, without gradients
+
+
+@torch.library.custom_op("lion_triton::ball_query", mutates_args=())
+def _ball_query_op(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+    (B, M), N = centers.shape[:2], points.shape[1]
+    idx = _empty(B, M, k, dtype=torch.int32, like=points)
+    block = _block(B * M, _BALL_BLOCKS)
+    blocks = triton.cdiv(M, block)
+    if B:
+        with torch.cuda.device_of(points):
+            _ball_query_kernel[(B * blocks,)](
+                centers.contiguous(),
+                points.contiguous(),
+                idx,
+                radius**2,
+                M,
+                N,
+                k,
+                blocks,
+                BLOCK=block,
+                UNROLL=_unroll(points),
+                num_warps=1,
+            )
+    return idx
+
+
+@_ball_query_op.register_fake
+def _(centers: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+    return _empty(*centers.shape[:2], k, dtype=torch.int32, like=points)
+
+
+@torch.library.custom_op("lion_triton::three_nn", mutates_args=())
+def _three_nn_op(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    B, N = points.shape[:2]
+    weights = _empty(B, N, 3, dtype=_sums_dtype(points), like=points)
+    idx = _empty(B, N, 3, dtype=torch.int32, like=points)
+    block = _block(B * N, _THREE_BLOCKS)
+    blocks = triton.cdiv(N, block)
+    if B:
+        with torch.cuda.device_of(points):
+            _three_nn_kernel[(B * blocks,)](
+                points.contiguous(),
+                centers.contiguous(),
+                weights,
+                idx,
+                N,
+                centers.shape[1],
+                blocks,
+                BLOCK=block,
+                UNROLL=_unroll(centers),
+                num_warps=_WARPS,
+            )
+    return weights, idx
+
+
+@_three_nn_op.register_fake
+def _(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    B, N = points.shape[:2]
+    return _empty(B, N, 3, dtype=_sums_dtype(points), like=points), _empty(B, N, 3, dtype=torch.int32, like=points)
+
+
+# Public functions
 
 
 def nearest_neighbor(
@@ -134,12 +634,14 @@ def nearest_neighbor(
     """For each point of x the squared distance to its nearest point of y and that point's index.
 
     x: (B, N, 3), y: (B, M, 3), of one dtype. Returns (B, N) float32 (float64 for float64) and (B, N) int32;
-    ties go to the lowest index. The distance is differentiable in x and y through the chosen pairs.
-    Deterministic, backward too. ValueError: shapes, dtypes or devices that do not fit.
+    ties go to the lowest index. The distance is differentiable in x and y (once, by Triton) through the chosen
+    pairs, the index is not. Deterministic, backward too. Triton computes float64 input in float32.
+    ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(x=x, y=y)
-    reference_only("nearest_neighbor", impl, x)
-    return nearest_neighbor_reference(x, y)
+    if not use_triton(impl, x):
+        return nearest_neighbor_reference(x, y)
+    return _nearest_neighbor_op(x, y)
 
 
 def chamfer_distance(
@@ -148,12 +650,14 @@ def chamfer_distance(
     """Mean over x of the squared distance to y, plus mean over y of the squared distance to x, per cloud.
 
     x: (B, N, 3), y: (B, M, 3), of one dtype. Returns (B,) float32 (float64 for float64), in squared units of
-    the coordinates. Differentiable in x and y through the nearest pairs. Deterministic, backward too.
+    the coordinates. Differentiable in x and y (once, by Triton) through the nearest pairs. Deterministic,
+    backward too. Triton computes float64 input in float32.
     Source: Fan et al. 2017. ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(x=x, y=y)
-    reference_only("chamfer_distance", impl, x)
-    return chamfer_distance_reference(x, y)
+    if not use_triton(impl, x):
+        return chamfer_distance_reference(x, y)
+    return _chamfer_op(x, y)[0]
 
 
 def ball_query(
@@ -170,6 +674,7 @@ def ball_query(
     exactly that distance is outside. k: >= 1, may exceed N.
     Returns (B, M, k) int32. Slots beyond the last hit repeat the first one; a centre without any hit (it is
     none of the points) has index 0 in all slots, as in the published op. Not differentiable, deterministic.
+    Triton computes float64 input in float32.
     Source: Qi et al. 2017. ValueError: shapes, dtypes or devices that do not fit; radius <= 0; k < 1.
     """
     check_clouds(centers=centers, points=points)
@@ -177,8 +682,9 @@ def ball_query(
         raise ValueError(f"radius: expected a number > 0, got {radius!r}")
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer >= 1, got {k!r}")
-    reference_only("ball_query", impl, points)
-    return ball_query_reference(centers, points, radius, k)
+    if not use_triton(impl, points):
+        return ball_query_reference(centers, points, radius, k)
+    return _ball_query_op(centers, points, radius, k)
 
 
 def three_nn(
@@ -189,11 +695,13 @@ def three_nn(
     points: (B, N, 3), centers: (B, M, 3), of one dtype. Returns weights (B, N, 3) float32 (float64 for
     float64), which sum to 1, and indices (B, N, 3) int32, nearest first, ties to the lowest index. With fewer
     than three centres the missing ones have index 0 and weight 0. No gradient to coordinates; deterministic.
+    Triton computes float64 input in float32.
     Source: Qi et al. 2017, eq. 2 with p = 2. ValueError: shapes, dtypes or devices that do not fit.
     """
     check_clouds(points=points, centers=centers)
-    reference_only("three_nn", impl, points)
-    return three_nn_reference(points, centers)
+    if not use_triton(impl, points):
+        return three_nn_reference(points, centers)
+    return _three_nn_op(points.detach(), centers.detach())
 
 
 def group(
@@ -201,13 +709,13 @@ def group(
 ) -> Float[Tensor, "B M K C"]:
     """Rows of ``features`` at ``idx``: ``out[b, m, k] = features[b, idx[b, m, k]]``.
 
-    features: (B, N, C), any floating dtype. idx: (B, M, K) int32 or int64 in [0, N) (checked on a CPU only).
-    Returns (B, M, K, C) in the dtype of features. Differentiable in features (summed in float32 or float64);
-    deterministic, backward too. ValueError: shapes, dtypes, devices or indices that do not fit.
+    features: (B, N, C), any floating dtype. idx: (B, M, K) int32 or int64 in [0, N) (checked on a CPU only, and not
+    under torch.compile). Returns (B, M, K, C) in the dtype of features. Differentiable in features (once, by Triton;
+    summed in float32, or float64 in the reference); deterministic, backward too.
+    ValueError: shapes, dtypes, devices or indices that do not fit.
     """
     _check_gather(features, idx)
-    reference_only("group", impl, features)
-    return group_reference(features, idx)
+    return _group(features, idx, impl)
 
 
 def three_interpolate(
@@ -220,8 +728,9 @@ def three_interpolate(
     """Weighted sum of three rows: ``out[b, n] = sum_k weights[b, n, k] features[b, idx[b, n, k]]``.
 
     features: (B, M, C), any floating dtype. weights, idx: (B, N, 3) of :func:`three_nn`; idx int32 or int64 in
-    [0, M) (checked on a CPU only). Summed in float32 (float64), returned as (B, N, C) in the dtype of features.
-    Differentiable in features and weights; deterministic, backward too.
+    [0, M) (checked on a CPU only, and not under torch.compile). Summed in float32 (float64 in the reference),
+    returned as (B, N, C) in the dtype of features. Differentiable in features and weights (once, by Triton);
+    deterministic, backward too.
     Source: Qi et al. 2017, eq. 2. ValueError: shapes, dtypes, devices or indices that do not fit.
     """
     _check_gather(features, idx)
@@ -230,69 +739,7 @@ def three_interpolate(
     if weights.shape != idx.shape or idx.shape[-1] != 3:
         shapes = f"{tuple(weights.shape)} and {tuple(idx.shape)}"
         raise ValueError(f"weights, idx: expected the same shape (B, N, 3), got {shapes}")
-    reference_only("three_interpolate", impl, features)
-    return three_interpolate_reference(features, weights, idx)
-
-
-class _GatherRows(torch.autograd.Function):
-    """``rows[index]``. The backward is 2 to 3 times faster on a CPU than the scatter that autograd makes."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_rows = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        order, start = _by_target(index, ctx.num_rows)
-        grad = grads[0].contiguous()
-        return F.embedding_bag(order, grad, start, mode="sum", include_last_offset=True), None
-
-
-class _WeightedRows(torch.autograd.Function):
-    """``(weights[..., None] * rows[index]).sum(1)`` for index and weights (P, K), without the gathered rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, index, weights)
-        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, index, weights = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            order, start = _by_target(index.flatten(), rows.shape[0])
-            entry_weights, source = weights.flatten()[order], order // index.shape[1]
-            grad_rows = F.embedding_bag(
-                source, grad, start, mode="sum", per_sample_weights=entry_weights, include_last_offset=True
-            )
-        if ctx.needs_input_grad[2]:
-            grad_weights = torch.stack([(rows[i] * grad).sum(-1) for i in index.unbind(1)], 1)
-        return grad_rows, None, grad_weights
-
-
-def _by_target(index: Int[Tensor, " E"], num_rows: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
-    """The entries sorted by the row they point at, and where each row's run starts."""
-    start = index.new_zeros(num_rows + 1)
-    start.index_add_(0, index + 1, torch.ones_like(index))
-    return index.argsort(stable=True), start.cumsum(0)
-
-
-def _row_index(idx: Int[Tensor, "B ..."], num_points: int) -> Int[Tensor, "B ..."]:
-    """Indices into the rows of all clouds, (B N)."""
-    cloud = torch.arange(0, idx.shape[0] * num_points, num_points, device=idx.device)
-    return idx + cloud.view(-1, 1, 1)
-
-
-def _argmin(x: Tensor) -> Tensor:
-    """Index of the least value along the last dimension, the first of equal ones."""
-    if x.device.type == "cpu":  # NumPy's is vectorised: 10 times faster than PyTorch's
-        return torch.from_numpy(x.numpy().argmin(-1))
-    return x.argmin(-1)
+    return _three_interpolate(features, weights, idx, impl)
 
 
 def check_clouds(**clouds: Tensor) -> None:
@@ -314,7 +761,7 @@ def _check_gather(features: Tensor, idx: Tensor) -> None:
     if idx.ndim != 3:
         raise ValueError(f"idx: expected shape (B, M, K), got {tuple(idx.shape)}")
     check_same(features=features, idx=idx)
-    if idx.device.type == "cpu" and idx.numel():
+    if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
         low, high = (v.item() for v in idx.aminmax())
         if low < 0 or high >= features.shape[1]:
             raise ValueError(f"idx: expected values in [0, {features.shape[1]}), got {low} to {high}")

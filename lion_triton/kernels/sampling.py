@@ -5,7 +5,11 @@
 One running minimum per point, updated with the last centre only; equal distances go to the lowest index. When
 every point coincides with a chosen one all distances are 0, and index 0 repeats.
 
-Legend: B clouds, N points, M samples. Distances are float32 (float64 where the input is).
+One launch, one program per cloud: coordinates and running distances stay in registers up to 4096 points, and beyond
+that the distances in a buffer; per sample N distances (8 N operations) and a reduction over the program. The cloud is
+read once (12 N bytes) or, where it does not fit, once per sample (20 N bytes with the buffer).
+
+Legend: B clouds, N points, M samples. Distances are float32 (in the reference float64 where the input is).
 Source: Qi et al., "PointNet++", NeurIPS 2017; Gonzalez, "Clustering to minimize the maximum intercluster
 distance", 1985.
 """
@@ -16,7 +20,12 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_points, reference_only, upcast
+from lion_triton.kernels._checks import Impl, check_points, upcast, use_triton
+from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels.neighbors import load_points, point_sqdist
+
+# Most points in registers, and points per warp: eight a thread. Chosen by machine code, not by timing.
+_MOST_POINTS, _POINTS_PER_WARP = 4096, 256
 
 
 def furthest_point_sample_reference(points: Float[Tensor, "B N 3"], num_samples: int) -> Int32[Tensor, "B M"]:
@@ -39,18 +48,87 @@ def furthest_point_sample_reference(points: Float[Tensor, "B N 3"], num_samples:
     return chosen[..., 0].T.int().contiguous()
 
 
+@triton.jit
+def _furthest_kernel(points_ptr, idx_ptr, N, M, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """BLOCK: at least N. The minimum passes over what is not a number, so that only points of the cloud are chosen."""
+    cloud = tl.program_id(0).to(tl.int64)
+    points_ptr += cloud * N * 3
+    idx_ptr += cloud * M
+    n = tl.arange(0, BLOCK)
+    live = n < N
+    x, y, z = load_points(points_ptr, n, mask=live, other=0.0)
+    nearest = tl.where(live, float("inf"), -1.0)
+    chosen = tl.zeros((), tl.int32)
+    tl.store(idx_ptr, chosen)
+    for m in range(1, M):
+        cx, cy, cz = load_points(points_ptr, chosen)
+        nearest = tl.minimum(nearest, point_sqdist(x, y, z, cx, cy, cz))
+        chosen = tl.argmax(nearest, 0)  # the first of equal ones
+        tl.store(idx_ptr + m, chosen)
+
+
+@triton.jit
+def _furthest_large_kernel(points_ptr, nearest_ptr, idx_ptr, N, M, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Any N, a block at a time. The reductions are barriers between writing ``nearest`` and reading it again."""
+    cloud = tl.program_id(0).to(tl.int64)
+    points_ptr += cloud * N * 3
+    nearest_ptr += cloud * N
+    idx_ptr += cloud * M
+    chosen = tl.zeros((), tl.int32)
+    tl.store(idx_ptr, chosen)
+    for m in range(1, M):
+        cx, cy, cz = load_points(points_ptr, chosen)
+        best = tl.full((BLOCK,), -1.0, tl.float32)
+        best_n = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, N, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            live = n < N
+            x, y, z = load_points(points_ptr, n, mask=live, other=0.0)
+            nearest = tl.load(nearest_ptr + n, mask=live & (m > 1), other=float("inf"))
+            nearest = tl.minimum(nearest, point_sqdist(x, y, z, cx, cy, cz))
+            tl.store(nearest_ptr + n, nearest, mask=live)
+            further = live & (nearest > best)
+            best = tl.where(further, nearest, best)
+            best_n = tl.where(further, n, best_n)
+        chosen = tl.min(tl.where(best == tl.max(best, 0), best_n, N), 0)
+        tl.store(idx_ptr + m, chosen)
+
+
+@torch.library.custom_op("lion_triton::furthest_point_sample", mutates_args=())
+def _furthest_point_sample_op(points: Tensor, num_samples: int) -> Tensor:
+    B, N = points.shape[:2]
+    idx = torch.empty((B, num_samples), dtype=torch.int32, device=points.device)
+    points = points.contiguous()
+    block = min(triton.next_power_of_2(N), _MOST_POINTS)
+    warps = max(1, block // _POINTS_PER_WARP)
+    if B:
+        with torch.cuda.device_of(points):
+            if block >= N:
+                _furthest_kernel[(B,)](points, idx, N, num_samples, BLOCK=block, num_warps=warps)
+            else:
+                nearest = torch.empty((B, N), dtype=torch.float32, device=points.device)
+                _furthest_large_kernel[(B,)](points, nearest, idx, N, num_samples, BLOCK=block, num_warps=warps)
+    return idx
+
+
+@_furthest_point_sample_op.register_fake
+def _(points: Tensor, num_samples: int) -> Tensor:
+    return torch.empty((points.shape[0], num_samples), dtype=torch.int32, device=points.device)
+
+
 def furthest_point_sample(
     points: Float[Tensor, "B N 3"], num_samples: int, *, impl: Impl = "auto"
 ) -> Int32[Tensor, "B M"]:
     """Indices of points, each the one furthest from all chosen before it, starting at point 0.
 
     points: (B, N, 3), any floating dtype. num_samples: 1 to N. Returns (B, num_samples) int32, in the order
-    chosen; ties go to the lowest index. Not differentiable, deterministic.
+    chosen; ties go to the lowest index. Not differentiable, deterministic. Triton computes float64 input in float32.
     Source: module docstring. ValueError: points not (B, N, 3) with N >= 1; num_samples outside [1, N].
     """
     check_points("points", points)
     N = points.shape[1]
     if not isinstance(num_samples, int) or not 1 <= num_samples <= N:
         raise ValueError(f"num_samples: expected an integer from 1 to the number of points ({N}), got {num_samples!r}")
-    reference_only("furthest_point_sample", impl, points)
-    return furthest_point_sample_reference(points, num_samples)
+    if not use_triton(impl, points):
+        return furthest_point_sample_reference(points, num_samples)
+    return _furthest_point_sample_op(points, num_samples)
