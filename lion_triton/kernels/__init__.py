@@ -1,8 +1,10 @@
 """Point-cloud and diffusion ops, channels last, each with a plain PyTorch reference that is its specification.
 
 Every op takes ``impl=``: ``"auto"`` (Triton on a GPU, the reference elsewhere), ``"triton"`` or ``"reference"``.
+Shapes, dtypes and devices are always checked; values are not, as that would wait for the GPU: see ``check_finite``.
 """
 
+from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.diffusion import ancestral_step, gaussian_kl, noise_mse, posterior_q_sample, q_sample
 from lion_triton.kernels.emd import approx_emd, exact_emd
@@ -27,6 +29,7 @@ __all__ = [
     "avg_voxelize",
     "ball_query",
     "chamfer_distance",
+    "check_finite",
     "exact_emd",
     "furthest_point_sample",
     "gaussian_kl",

@@ -40,6 +40,21 @@ def check_same(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
 
 
+def check_finite(**clouds: Tensor) -> None:
+    """Raise ``ValueError`` unless all values are finite: ``check_finite(points=points)``.
+
+    The ops do not look: on a GPU it means waiting for the device. Given NaN or infinity they return some index in
+    bounds and distances that may be NaN.
+    """
+    for name, cloud in clouds.items():
+        bad = (~cloud.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            shown = (
+                f"in cloud {bad[0]}" if len(bad) == 1 else f"in {len(bad)} of {len(cloud)} clouds, first in {bad[0]}"
+            )
+            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity {shown}")
+
+
 def interpreting() -> bool:
     """True when Triton's interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,13 +77,6 @@ def use_triton(impl: Impl, x: Tensor) -> bool:
     if not x.is_cuda and not interpreting():
         raise ValueError(f'impl="triton" needs a GPU tensor or TRITON_INTERPRET=1, got a tensor on {x.device}')
     return True
-
-
-def reference_only(op: str, impl: Impl, x: Tensor) -> None:
-    """For an op without a Triton kernel: raise unless the reference is what ``impl`` asks for."""
-    if impl == "triton":
-        raise NotImplementedError(f'{op}: impl="triton": this op has no Triton kernel yet')
-    use_triton(impl, x)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 from lion_triton import kernels
 from lion_triton.kernels import _checks
 from lion_triton.kernels._triton import triton
+from lion_triton.kernels.adagn import Activation
 
 BATCH = 32
 FEATURE_DTYPES = (torch.float32, torch.bfloat16)
@@ -137,7 +138,8 @@ def run_all(device: torch.device) -> None:
             weights = cloud(n).requires_grad_()
             backward(kernels.three_interpolate(features(m, c, dtype=dtype), weights, index(n, 3), impl="triton"))
 
-    for (p, c), dtype, act in product(NORMALIZED, FEATURE_DTYPES, ("silu", None)):
+    acts: tuple[Activation, ...] = ("silu", None)
+    for (p, c), dtype, act in product(NORMALIZED, FEATURE_DTYPES, acts):
         style, affine = features(c), torch.ones(c, device=device, requires_grad=True)
         backward(kernels.adagn(features(p, c, dtype=dtype), style, style, affine, affine, 8, act=act, impl="triton"))
 

@@ -50,7 +50,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lion_triton.kernels._checks import Impl, upcast, use_triton
+from lion_triton.kernels._checks import Impl, check_finite, upcast, use_triton
 from lion_triton.kernels._triton import tl, triton
 from lion_triton.kernels.neighbors import (
     block_size,
@@ -424,13 +424,3 @@ def check_equal_sizes(**clouds: Tensor) -> None:
     (first, a), (second, b) = clouds.items()
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{second}: expected as many points as {first} ({a.shape[1]}), got {b.shape[1]}")
-
-
-def check_finite(**clouds: Tensor) -> None:
-    """Raise ``ValueError`` unless all coordinates are finite."""
-    for name, cloud in clouds.items():
-        bad = int((~cloud.isfinite()).any(2).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"{name}: expected finite coordinates, got NaN or infinity in {bad} of {len(cloud)} clouds"
-            )

@@ -33,13 +33,12 @@ from jaxtyping import Float
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_points, upcast, use_triton
+from lion_triton.kernels._checks import Impl, check_finite, check_points, upcast, use_triton
 from lion_triton.kernels._triton import tl, triton
 from lion_triton.kernels.emd import (
     approx_emd_reference,
     assign,
     check_equal_sizes,
-    check_finite,
     load_points,
     match_costs,
     to_numpy,

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lion_triton.kernels import check_finite
+
+
+def test_finite_clouds_pass() -> None:
+    check_finite(points=torch.zeros(2, 4, 3), centers=torch.full((1, 1, 3), 3e38))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_bad_cloud_is_named(value: float) -> None:
+    points = torch.zeros(5, 4, 3)
+    points[3, 1, 2] = points[4, 0, 0] = value
+    with pytest.raises(ValueError, match="^centers: .* got NaN or infinity in 2 of 5 clouds, first in cloud 3$"):
+        check_finite(points=torch.zeros(2, 4, 3), centers=points)
