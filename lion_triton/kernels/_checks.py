@@ -49,10 +49,8 @@ def check_finite(**clouds: Tensor) -> None:
     for name, cloud in clouds.items():
         bad = (~cloud.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
-            shown = (
-                f"in cloud {bad[0]}" if len(bad) == 1 else f"in {len(bad)} of {len(cloud)} clouds, first in {bad[0]}"
-            )
-            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity {shown}")
+            where = f"{len(bad)} of {len(cloud)} clouds, first in cloud {bad[0]}"
+            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in {where}")
 
 
 def interpreting() -> bool:
