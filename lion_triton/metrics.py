@@ -1,19 +1,106 @@
-"""How good are generated clouds? MMD, COV and 1-NNA by Chamfer distance and EMD, and JSD.
+"""How good are generated clouds? MMD, COV and 1-NNA by CD and EMD, JSD; also reconstruction, and the priors' bound.
 
-Notation: S samples (generated), R references, in one and the same unit. D_xy is the matrix of distances between
-two sets. Conventions are those of the field since Achlioptas et al. 2018 and Yang et al. 2019 (PointFlow).
+Notation: S samples (generated), R references, in one and the same unit. Conventions are those of the field since
+Achlioptas et al. 2018 and Yang et al. 2019 (PointFlow): distances are means of SQUARED distances between points,
+see ``lion_triton.kernels.pairwise``. The sets may differ in size and their clouds in number of points.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 from torch import Tensor
 
-from lion_triton.kernels import pairwise_chamfer, pairwise_emd
+from lion_triton.diffusion import Model, to_eps, variational_bound
+from lion_triton.kernels import (
+    approx_emd,
+    chamfer_distance,
+    exact_emd,
+    nearest_neighbor,
+    normal_noise,
+    pairwise_chamfer,
+    pairwise_emd,
+)
+from lion_triton.models.lion import LION
+from lion_triton.objectives import Posterior
+
+Progress = Callable[[int], Any]
+EMD = Literal["approx", "exact"]
+Distance = Literal["cd", "approx", "exact"]
+
+F_SCORE_THRESHOLD = 0.001  # of squared distances: 0.032 in length
+BOUND_TIMESTEPS = 50
+_BOUND_RANGES = 5
+_BOUND_CLOUDS = 32  # at a time; part of what decides the noise
+
+
+@dataclass(frozen=True)
+class Distances:
+    """All distances within and between samples and references, from which every figure follows.
+
+    Rows and columns are in the order of the sets. ``cross`` is the distance of reference r, as first cloud, to sample
+    s, as published: the approximate EMD is not symmetric.
+    """
+
+    samples: Float[Tensor, "S S"]
+    cross: Float[Tensor, "S R"]
+    references: Float[Tensor, "R R"]
+
+
+def all_distances(
+    samples: Float[Tensor, "S N 3"],
+    references: Float[Tensor, "R M 3"],
+    distance: Distance = "cd",
+    *,
+    progress: Progress | None = None,
+) -> Distances:
+    """Chamfer distances ("cd") or EMD ("approx", "exact") of all pairs, in the units of the coordinates, squared.
+
+    progress: called with the number of pairs finished since its last call; they add up to ``num_pairs(S, R)``.
+    ValueError: see ``check_sets``.
+    """
+    check_sets(samples, references, None if distance == "cd" else distance)
+
+    def matrix(a: Tensor, b: Tensor) -> Tensor:
+        if distance == "cd":
+            return pairwise_chamfer(a, b, progress=progress)
+        return pairwise_emd(a, b, method=distance, progress=progress)
+
+    return Distances(matrix(samples, samples), matrix(references, samples).T, matrix(references, references))
+
+
+def num_pairs(samples: int, references: int) -> int:
+    """How many pairs of clouds ``all_distances`` compares."""
+    return samples**2 + samples * references + references**2
+
+
+def check_sets(samples: Tensor, references: Tensor, emd: EMD | None) -> None:
+    """Raise ``ValueError`` unless both are sets of finite clouds that can be compared.
+
+    A cloud with NaN or infinity is named by its index. Exact EMD needs equally many points.
+    """
+    _check_pair({"samples": samples, "references": references}, emd)
+
+
+def _check_pair(sets: dict[str, Tensor], emd: EMD | None) -> None:
+    for name, clouds in sets.items():
+        if clouds.ndim != 3 or clouds.shape[2] != 3 or 0 in clouds.shape:
+            raise ValueError(f"{name}: expected shape (S, N, 3) with S, N >= 1, got {tuple(clouds.shape)}")
+        bad = (~clouds.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            more = f" ({len(bad)} clouds in all)" if len(bad) > 1 else ""
+            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}{more}")
+    (first, a), (second, b) = sets.items()
+    if emd == "exact" and a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"emd: exact needs equally many points, got {first} of {a.shape[1]} and {second} of {b.shape[1]}"
+        )
 
 
 def minimum_matching_distance(sample_to_reference: Float[Tensor, "S R"]) -> float:
@@ -22,7 +109,10 @@ def minimum_matching_distance(sample_to_reference: Float[Tensor, "S R"]) -> floa
 
 
 def coverage(sample_to_reference: Float[Tensor, "S R"]) -> float:
-    """COV: the fraction of references that are the nearest reference of some sample; higher is better."""
+    """COV: the fraction of references that are the nearest reference of some sample; higher is better.
+
+    Of several references at the same distance the first counts as the nearest. At most S / R if S < R.
+    """
     nearest = sample_to_reference.min(dim=1).indices
     return nearest.unique().numel() / sample_to_reference.shape[1]
 
@@ -34,36 +124,60 @@ def nearest_neighbor_accuracy(
 ) -> float:
     """1-NNA: leave-one-out accuracy of a nearest-neighbour classifier, sample or reference; 0.5 is best.
 
-    A cloud's neighbours are looked for down its column, as published; the approximate EMD is not symmetric.
+    A cloud's neighbours are looked for down its column, as published; the approximate EMD is not symmetric. Of several
+    clouds at the same distance the first is the neighbour, samples before references. For sets of different sizes
+    the best value is ``chance_accuracy``.
     """
     samples = len(sample_to_sample)
     top = torch.cat([sample_to_sample, sample_to_reference], dim=1)
     bottom = torch.cat([sample_to_reference.T, reference_to_reference], dim=1)
-    distances = torch.cat([top, bottom]).clone()
+    distances = torch.cat([top, bottom])
     distances.fill_diagonal_(torch.inf)
     is_sample = torch.arange(len(distances), device=distances.device) < samples
     nearest = distances.min(dim=0).indices
     return (is_sample[nearest] == is_sample).double().mean().item()
 
 
+def chance_accuracy(samples: int, references: int) -> float:
+    """The 1-NNA to expect of samples from the very distribution of the references: just below 0.5 for S = R.
+
+    The probability that a cloud's nearest neighbour, equally likely to be any of the others, is of its own set.
+    """
+    total = samples + references
+    return (samples * (samples - 1) + references * (references - 1)) / (total * (total - 1))
+
+
 def jensen_shannon_divergence(
     samples: Float[Tensor, "S N 3"], references: Float[Tensor, "R M 3"], resolution: int = 28
 ) -> float:
-    """JSD in bits between where the points of both sets lie: on a grid of resolution^3 over [-0.5, 0.5]^3, without
-    the grid points outside the sphere of radius 0.5; a point counts for its nearest grid point."""
-    axis = np.linspace(-0.5, 0.5, resolution, dtype=np.float32)
+    """JSD in bits between where the points of both sets lie, 0 to 1, lower is better.
+
+    On a grid of resolution^3 over [-0.5, 0.5]^3, without the grid points outside the sphere of radius 0.5. A point
+    counts for the nearest grid point that is left, also from outside. On a tie (28 is even, so that 0 lies between two
+    grid points) the one with the larger coordinates gets it, x before y before z.
+    """
+    axis = np.linspace(-0.5, 0.5, resolution)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
-    grid = grid[np.linalg.norm(grid, axis=1) <= 0.5]
-    p, q = (_occupancy(clouds, grid) for clouds in (samples, references))
+    inside = np.linalg.norm(grid, axis=1) <= 0.5
+    p, q = (_occupancy(clouds, grid, inside, resolution) for clouds in (samples, references))
     middle = (p + q) / 2
-    return float(_entropy(middle) - (_entropy(p) + _entropy(q)) / 2)
+    return max(0.0, float(_entropy(middle) - (_entropy(p) + _entropy(q)) / 2))
 
 
-def _occupancy(clouds: Tensor, grid: np.ndarray) -> np.ndarray:
-    from scipy.spatial import cKDTree
-
-    _, nearest = cKDTree(grid).query(clouds.reshape(-1, 3).cpu().numpy(), workers=-1)
-    counts = np.bincount(nearest, minlength=len(grid)).astype(np.float64)
+def _occupancy(clouds: Tensor, grid: np.ndarray, inside: np.ndarray, resolution: int) -> np.ndarray:
+    """The fraction of points that each grid point gets."""
+    points = clouds.detach().reshape(-1, 3).cpu().double().numpy()
+    steps = np.floor((points + 0.5) * (resolution - 1) + 0.5).clip(0, resolution - 1).astype(np.int64)
+    cell = (steps[:, 0] * resolution + steps[:, 1]) * resolution + steps[:, 2]
+    # The nearest point of the whole grid is the nearest of those left, if it is one of them. Elsewhere all that are
+    # equally near are asked for, eight at most around a point, and the last in the grid's order is taken.
+    outside = np.flatnonzero(~inside[cell])
+    left = np.flatnonzero(inside)
+    if len(outside):
+        neighbours = cKDTree(grid[left]).query(points[outside], k=list(range(1, min(8, len(left)) + 1)), workers=-1)
+        distance, found = map(np.asarray, neighbours)
+        cell[outside] = left[np.where(distance <= distance[:, :1] * (1 + 1e-9), found, -1).max(axis=1)]
+    counts = np.bincount(cell, minlength=len(grid)).astype(np.float64)
     return counts / counts.sum()
 
 
@@ -72,30 +186,153 @@ def _entropy(p: np.ndarray) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
+def figures(distances: Distances, name: str) -> dict[str, float]:
+    """``mmd_<name>, cov_<name>, 1nna_<name>`` of these distances."""
+    return {
+        f"mmd_{name}": minimum_matching_distance(distances.cross),
+        f"cov_{name}": coverage(distances.cross),
+        f"1nna_{name}": nearest_neighbor_accuracy(distances.samples, distances.cross, distances.references),
+    }
+
+
 def evaluate(
     samples: Float[Tensor, "S N 3"],
     references: Float[Tensor, "R M 3"],
-    emd: Literal["approx", "exact"] | None = "approx",
+    emd: EMD | None = "approx",
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """All figures of a set of samples against a set of references in the same (data) units.
 
+    progress: called with the number of pairs finished since its last call; they add up to ``num_pairs(S, R)``, twice
+    that with an EMD.
+
     Returns:
         ``mmd_cd, cov_cd, 1nna_cd``, the same with ``emd`` unless that is None, and ``jsd``.
+
+    Raises:
+        ValueError: see ``check_sets``; before anything is computed.
     """
-    results: dict[str, float] = {}
-    for name in ("cd",) if emd is None else ("cd", "emd"):
+    check_sets(samples, references, emd)
+    results = figures(all_distances(samples, references, progress=progress), "cd")
+    if emd is not None:
+        results |= figures(all_distances(samples, references, emd, progress=progress), "emd")
+    return results | {"jsd": jensen_shannon_divergence(samples, references)}
 
-        def matrix(a: Tensor, b: Tensor, name: str = name) -> Tensor:
-            if name == "cd":
-                return pairwise_chamfer(a, b)
-            assert emd is not None
-            return pairwise_emd(a, b, method=emd)
 
-        cross = matrix(references, samples).T  # references first, as published: the approximate EMD is not symmetric
-        results[f"mmd_{name}"] = minimum_matching_distance(cross)
-        results[f"cov_{name}"] = coverage(cross)
-        results[f"1nna_{name}"] = nearest_neighbor_accuracy(
-            matrix(samples, samples), cross, matrix(references, references)
-        )
-    results["jsd"] = jensen_shannon_divergence(samples, references)
-    return results
+def f_score(
+    x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], threshold: float = F_SCORE_THRESHOLD
+) -> Float[Tensor, " B"]:
+    """The harmonic mean of precision and recall of x as a reconstruction of y, 0 to 1, higher is better.
+
+    Precision is the fraction of points of x whose SQUARED distance to y is below ``threshold``, recall that of y to x;
+    0 where both are 0. With the threshold on the squared distance this is the F-score of Tatarchenko et al. 2019
+    ("What do single-view 3D reconstruction networks learn?") at a distance of sqrt(threshold).
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold: expected a number above 0, got {threshold}")
+    precision, recall = ((nearest_neighbor(a, b)[0] < threshold).float().mean(1) for a, b in ((x, y), (y, x)))
+    return 2 * precision * recall / (precision + recall).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def reconstruction(
+    x: Float[Tensor, "B N 3"],
+    y: Float[Tensor, "B M 3"],
+    emd: EMD | None = "approx",
+    *,
+    threshold: float = F_SCORE_THRESHOLD,
+) -> dict[str, float]:
+    """Means over clouds: ``reconstruction_cd``, ``_emd`` unless ``emd`` is None, ``_f_score``. x rebuilds y.
+
+    CD and EMD are in squared units of the coordinates, see ``f_score`` for the third.
+    """
+    _check_pair({"x": x, "y": y}, emd)
+    results = {"reconstruction_cd": chamfer_distance(x, y).double().mean().item()}
+    if emd is not None:
+        cost = approx_emd(x, y) if emd == "approx" else exact_emd(x, y)
+        results["reconstruction_emd"] = cost.double().mean().item()
+    return results | {"reconstruction_f_score": f_score(x, y, threshold).double().mean().item()}
+
+
+@dataclass(frozen=True)
+class PriorBound:
+    """Upper bounds on minus the log density that the priors give to latents, in nats per dimension; lower is better."""
+
+    shape: float  # of z0
+    point: float  # of h0, given z0
+    joint: float  # of both together
+
+
+@torch.no_grad()
+def prior_bound(
+    lion: LION,
+    latents: Posterior,
+    key: Int[Tensor, " 2"],
+    labels: Int[Tensor, " B"] | None = None,
+    clip: Float[Tensor, "B 512"] | None = None,
+    *,
+    num_timesteps: int | None = BOUND_TIMESTEPS,
+) -> PriorBound:
+    """The variational bound (``diffusion.variational_bound``) of both priors, mean over clouds.
+
+    latents: of the posterior of held-out clouds; h0 is sampled from its distribution here. The density is that of the
+    latents themselves, whatever units the priors work in, so it depends on the VAE: compare priors of one VAE.
+    num_timesteps: about so many of the bound's T - 1 terms, an unbiased estimate; None: all. The terms fall about as
+    1/t, so equally many are taken of each of a few ranges that grow geometrically, evenly spaced from a random start.
+    """
+    config, schedule, device = lion.config, lion.schedule, latents.z.device
+    T = schedule.num_train_timesteps
+    step = torch.tensor([0, 1], device=device)
+    if num_timesteps is not None and num_timesteps < _BOUND_RANGES:
+        raise ValueError(f"num_timesteps: expected at least {_BOUND_RANGES}, got {num_timesteps}")
+    ranges = _bound_times(T, num_timesteps, float(torch.special.ndtr(normal_noise((1,), key))))
+
+    def eps_of(prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return to_eps(prediction, x_t, t, schedule, config.diffusion.prediction)
+
+    totals = torch.zeros(2, dtype=torch.float64)
+    for number, rows in enumerate(torch.arange(len(latents.z), device=device).split(_BOUND_CLOUDS)):
+        # Offset 0 of the key is the times', then three keys for each part: the noise of h0, and the two bounds'.
+        h_key, z_key, point_key = (key + step * (1 + (3 * number + i) * (T + 1)) for i in range(3))
+        h_mu, h_log_sigma = latents.h_mu[rows], latents.h_log_sigma[rows]
+        h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, h_key)
+        h, z = (h - lion.h_mean) / lion.h_std, (latents.z[rows] - lion.z_mean) / lion.z_std
+        part_labels, part_clip = (None if x is None else x[rows] for x in (labels, clip))
+
+        def shape(x: Tensor, t: Tensor, labels: Any = part_labels, clip: Any = part_clip) -> Tensor:
+            return eps_of(lion.shape_prior(x, t, clip, labels), x, t)
+
+        def point(x: Tensor, t: Tensor, z: Tensor = z, labels: Any = part_labels, clip: Any = part_clip) -> Tensor:
+            return eps_of(lion.point_prior(x, t, z, clip, labels), x, t)
+
+        parts: tuple[tuple[Model, Tensor, Tensor], ...] = ((shape, z, z_key), (point, h, point_key))
+        for i, (model, x, x_key) in enumerate(parts):
+            for count, times in ranges:
+                bound = variational_bound(
+                    model, x, schedule, x_key, variance=config.diffusion.variance, timesteps=times
+                )
+                # It takes the times for a draw from all T - 1; these are from ``count`` of them.
+                totals[i] += (bound.diffusion.double().sum() * (count / (T - 1))).cpu()
+            totals[i] += (bound.prior + bound.reconstruction).double().sum().cpu()
+    points = latents.h_mu.shape[1]
+    # Standardising multiplied the density by the standard deviations.
+    nats = totals / len(latents.z) + torch.stack(
+        [lion.z_std.double().log().sum().cpu(), points * lion.h_std.double().log().sum().cpu()]
+    )
+    dims = torch.tensor([latents.z[0].numel(), latents.h_mu[0].numel()])
+    shape_bound, point_bound = (nats / dims).tolist()
+    return PriorBound(shape_bound, point_bound, (nats.sum() / dims.sum()).item())
+
+
+def _bound_times(T: int, num_timesteps: int | None, start: float) -> list[tuple[int, Tensor]]:
+    """Ranges of the times 2..T, each as its length and the times chosen of it; ``start``, in [0, 1), shifts these."""
+    if num_timesteps is None or num_timesteps >= T - 1:
+        return [(max(T - 1, 1), torch.arange(2, max(T, 2) + 1))]
+    edges = sorted({round(2 * ((T + 1) / 2) ** (i / _BOUND_RANGES)) for i in range(_BOUND_RANGES + 1)})
+    ranges = []
+    for i, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        shift = start if i % 2 == 0 else 1 - start  # an early start makes the sum too large, a late one too small
+        count = min(num_timesteps // _BOUND_RANGES, end - first)
+        spaced = (torch.arange(count, dtype=torch.float64) + shift) * ((end - first) / count)
+        ranges.append((end - first, first + spaced.long().clamp_max(end - first - 1)))
+    return ranges

@@ -7,6 +7,7 @@ around it (a plane through the nearest points), and how much of the sky the othe
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from torch import Tensor
@@ -75,6 +77,22 @@ def grid(clouds: Clouds, path: str | os.PathLike[str], columns: int = 8) -> None
     _write([cells[i : i + columns] for i in range(0, len(cells), columns)], path, (), ())
 
 
+def thumbnails(clouds: Sequence[Float[Array, "N 3"]]) -> list[bytes]:
+    """Draw each cloud alone, all at one scale: PNG files of CELL x CELL pixels in few colours, some 10 kB each.
+
+    The clouds may differ in number of points. Everything else is as in ``draw_grid``.
+    """
+    arrays = [_as_array(f"clouds[{i}]", np.asarray(cloud)[None])[0] for i, cloud in enumerate(clouds)]
+    pictures = []
+    for cell in _cells(arrays):
+        file = io.BytesIO()
+        Image.fromarray(cell).quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+            file, format="PNG", optimize=True
+        )
+        pictures.append(file.getvalue())
+    return pictures
+
+
 def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
     """Clouds as checked float64."""
     array = (
@@ -96,7 +114,7 @@ def _project(cloud: Float[Array, "N 3"]) -> tuple[Float[Array, "N 3"], Float[Arr
     return both[0] - center, both[1] - center
 
 
-def _cells(clouds: Float[Array, "K N 3"]) -> list[UInt8[Array, "CELL CELL 3"]]:
+def _cells(clouds: Float[Array, "K N 3"] | Sequence[Float[Array, "N 3"]]) -> list[UInt8[Array, "CELL CELL 3"]]:
     """The clouds at the one scale that fits every one into its cell with a margin."""
     extent = max(float(np.abs(part[:, :2]).max()) for cloud in clouds for part in _project(cloud))
     return [_render(cloud, 0.42 * CELL / max(extent, 1e-9)) for cloud in clouds]

@@ -83,7 +83,7 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "lion_triton": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
         "config": asdict(config),
         "classes": list(classes),
@@ -269,7 +269,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout this package runs from, with "+" if it has changes; None if it is installed."""
     here = Path(__file__).parent
     try:

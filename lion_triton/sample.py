@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lion_triton import __version__
 from lion_triton.cli import run_cli
+from lion_triton.config import SamplingConfig
 from lion_triton.devices import autocast, best_device
 from lion_triton.models.lion import LION
 from lion_triton.pictures import grid
@@ -88,13 +89,21 @@ def sample(args: SampleArguments) -> Samples:
     return Samples(points, labels, out)
 
 
-def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) -> np.ndarray:
-    """Clouds (S, P, 3) float32 in the model's units, with a progress bar."""
-    settings, device = run.config.sampling, lion.z_mean.device
-    generator = torch.Generator().manual_seed(args.seed)
+def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
+    """How ``generate`` samples: the options, and the run's configuration where they are silent."""
+    settings = run.config.sampling
     sampler = args.sampler or settings.sampler
     # The run's number of steps belongs to the run's sampler.
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
+    if steps is None and sampler != "ode":  # what LION.sample takes for None, as a number
+        steps = run.config.model.diffusion.num_train_timesteps if sampler == "ddpm" else 50
+    return SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
+
+
+def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) -> np.ndarray:
+    """Clouds (S, P, 3) float32 in the model's units, with a progress bar."""
+    settings, device = resolved(run, args), lion.z_mean.device
+    generator = torch.Generator().manual_seed(args.seed)
     clouds = []
     with tqdm(total=args.num_samples, desc="sampling", unit="cloud", disable=None) as bar:
         for start in range(0, args.num_samples, args.batch_size):
@@ -106,9 +115,9 @@ def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) ->
             with autocast(run.config.mixed_precision, device):
                 batch = lion.sample(
                     count,
-                    steps=steps,
-                    sampler=sampler,
-                    eta=settings.eta if args.eta is None else args.eta,
+                    steps=settings.steps,
+                    sampler=settings.sampler,
+                    eta=settings.eta,
                     num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
                     labels=_tensor(labels[start : start + count], device),

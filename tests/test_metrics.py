@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lion_triton import metrics
+from lion_triton.diffusion import Schedule
+from lion_triton.kernels import exact_emd, normal_noise
+from lion_triton.models.lion import DiffusionConfig
+from lion_triton.objectives import Posterior
 
 DATA = Path(__file__).parent / "data"
 
@@ -57,3 +65,250 @@ def test_identical_and_distant_sets() -> None:
     far = metrics.evaluate(a, a + 0.3, emd=None)
     assert far["1nna_cd"] == 1
     assert far["jsd"] > 0.5
+
+
+def clouds(count: int, points: int, seed: int, scale: float = 0.1) -> Tensor:
+    return torch.randn(count, points, 3, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def brute_chamfer(a: Tensor, b: Tensor) -> np.ndarray:
+    """All pairs, the slow way, in float64."""
+    d = np.square(a.double().numpy()[:, None, :, None] - b.double().numpy()[None, :, None]).sum(-1)
+    return d.min(3).mean(2) + d.min(2).mean(2)
+
+
+def brute_figures(samples: Tensor, references: Tensor) -> dict[str, float]:
+    """The figures by their definitions, cloud by cloud."""
+    S, R = len(samples), len(references)
+    cross = brute_chamfer(samples, references)
+    union = np.concatenate(
+        [np.c_[brute_chamfer(samples, samples), cross], np.c_[cross.T, brute_chamfer(references, references)]]
+    )
+    right = 0
+    for i in range(S + R):
+        others = [j for j in range(S + R) if j != i]
+        nearest = min(others, key=lambda j: union[j, i])
+        right += (nearest < S) == (i < S)
+    return {
+        "mmd_cd": float(np.mean([min(cross[:, r]) for r in range(R)])),
+        "cov_cd": len({int(np.argmin(cross[s])) for s in range(S)}) / R,
+        "1nna_cd": right / (S + R),
+    }
+
+
+@pytest.mark.parametrize(("kind", "name", "rel"), [("cd", "cd", 1e-5), ("approx", "emd_approx", 1e-4)])
+def test_golden_matrices(golden: dict[str, np.ndarray], kind: Any, name: str, rel: float) -> None:
+    samples, references = torch.from_numpy(golden["samples"]), torch.from_numpy(golden["refs"])
+    counted: list[int] = []
+    got = metrics.all_distances(samples, references, kind, progress=counted.append)
+    assert sum(counted) == metrics.num_pairs(14, 14)
+    expected = {"cross": golden[f"{name}_ref_sample"].T}
+    expected |= {"samples": golden[f"{name}_sample_sample"], "references": golden[f"{name}_ref_ref"]}
+    for field, matrix in expected.items():
+        np.testing.assert_allclose(getattr(got, field), matrix, rtol=rel, atol=1e-9, err_msg=field)
+
+
+SETS = {
+    "more-samples": (clouds(7, 20, 1), clouds(4, 20, 2)),
+    "more-references": (clouds(3, 20, 1), clouds(8, 20, 2)),
+    "other-points": (clouds(5, 31, 1), clouds(5, 17, 2)),
+    "one-and-one": (clouds(1, 9, 1), clouds(1, 9, 2)),
+    "one-and-many": (clouds(1, 9, 1), clouds(5, 9, 2)),
+    "one-point-each": (clouds(4, 1, 1), clouds(4, 1, 2)),
+    "duplicates": (clouds(3, 12, 1)[[0, 1, 1, 1, 2]], clouds(3, 12, 1)[[1, 0, 0]]),
+    "coincident-points": (clouds(4, 1, 1).expand(4, 16, 3).contiguous(), clouds(4, 16, 2)),
+    "all-one-point": (torch.zeros(3, 8, 3), torch.zeros(2, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_hard_sets_by_the_definitions(name: str) -> None:
+    samples, references = SETS[name]
+    got = metrics.evaluate(samples, references, emd="approx")
+    expected = brute_figures(samples, references)
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-9), key
+    assert np.isfinite(list(got.values())).all()
+    assert 0 <= got["jsd"] <= 1
+
+
+def test_exact_emd_is_that_of_the_assignment() -> None:
+    a, b = clouds(3, 12, 1), clouds(4, 12, 2)
+    got = metrics.all_distances(a, b, "exact").cross
+    for s in range(3):
+        for r in range(4):
+            assert got[s, r].item() == pytest.approx(exact_emd(b[r : r + 1], a[s : s + 1]).item(), rel=1e-5)
+    with pytest.raises(
+        ValueError, match=r"^emd: exact needs equally many points, got samples of 12 and references of 9$"
+    ):
+        metrics.evaluate(a, b[:, :9], emd="exact")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_cloud_that_is_not_finite_is_named(value: float) -> None:
+    a, b = clouds(5, 8, 1), clouds(6, 8, 2)
+    bad = b.clone()
+    bad[3, 2, 1] = value
+    with pytest.raises(ValueError, match=r"^references: expected finite coordinates, got NaN or infinity in cloud 3$"):
+        metrics.evaluate(a, bad)
+    bad[5] = value
+    with pytest.raises(ValueError, match=r"^samples: .* in cloud 3 \(2 clouds in all\)$"):
+        metrics.evaluate(bad, a)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (4, 3), (2, 4, 2)])
+def test_sets_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^samples: expected shape \(S, N, 3\) with S, N >= 1, got"):
+        metrics.evaluate(torch.zeros(shape), clouds(2, 4, 0))
+
+
+@pytest.mark.parametrize(("samples", "references"), [(1, 1), (2, 3), (3, 3), (1, 4)])
+def test_chance_accuracy_is_the_mean_over_all_labellings(samples: int, references: int) -> None:
+    """Whatever the clouds, drawing which of them are the samples by lot gives the chance level on average."""
+    union = clouds(samples + references, 7, 3)
+    accuracies = []
+    for chosen in combinations(range(len(union)), samples):
+        rest = [i for i in range(len(union)) if i not in chosen]
+        accuracies.append(metrics.evaluate(union[list(chosen)], union[rest], emd=None)["1nna_cd"])
+    assert np.mean(accuracies) == pytest.approx(metrics.chance_accuracy(samples, references))
+
+
+def test_jsd_counts_each_point_for_the_nearest_grid_point_and_ties_upwards() -> None:
+    axis = np.linspace(-0.5, 0.5, 28)
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    grid = grid[np.linalg.norm(grid, axis=1) <= 0.5]
+    rng = np.random.default_rng(0)
+    points = np.concatenate(
+        [
+            rng.uniform(-0.8, 0.8, (300, 3)),  # also outside the sphere and the box
+            rng.uniform(-0.6, 0.6, (150, 3)) * rng.integers(0, 2, (150, 3)),  # 0 is halfway between grid points
+            rng.integers(-7, 8, (100, 3)) / 27,  # halfway but for rounding, which decides
+            [[0, 0, 0], [0, 0, 0.6], [0.7, 0, 0], [-3, 0, 0], [0, -0.5, 0]],
+        ]
+    ).astype(np.float32)
+    distance = np.linalg.norm(points[:, None] - grid, axis=2)
+    tied = distance <= distance.min(1, keepdims=True) + 1e-12
+    assert (tied.sum(1) > 1).sum() > 100
+    nearest = len(grid) - 1 - tied[:, ::-1].argmax(1)  # the last in the order of x, then y, then z
+    placed = torch.from_numpy(grid[nearest])
+    got = metrics.jensen_shannon_divergence(torch.from_numpy(points)[None], placed[None])
+    assert got == pytest.approx(0, abs=1e-12)
+
+
+def test_jsd_of_sets_that_share_no_cell_is_one_bit() -> None:
+    a = torch.zeros(2, 5, 3)
+    assert metrics.jensen_shannon_divergence(a, a + 0.2) == pytest.approx(1)
+    half = torch.cat([a, a + 0.2])
+    # p = (1, 0), q = (1/2, 1/2): H(3/4, 1/4) - 1/2 H(1/2, 1/2)
+    assert metrics.jensen_shannon_divergence(a, half) == pytest.approx(0.8112781 - 0.5, abs=1e-6)
+
+
+def test_f_score_has_its_threshold_on_the_squared_distance() -> None:
+    y = torch.arange(8.0)[:, None] * torch.tensor([[1.0, 0, 0]])
+    x = y.clone()
+    x[:2, 1] = 0.03  # squared 0.0009, near
+    x[2:4, 1] = 0.04  # squared 0.0016, not
+    got = metrics.f_score(x[None], y[None])
+    assert got.item() == pytest.approx(0.75)
+    fewer = metrics.f_score(y[None, :4], y[None])  # precision 1, recall 1/2
+    assert fewer.item() == pytest.approx(2 / 3)
+    assert metrics.f_score(x[None], y[None], threshold=0.002).item() == 1
+    assert metrics.f_score(x[None] + 100, y[None]).item() == 0
+    with pytest.raises(ValueError, match="threshold: expected a number above 0, got 0"):
+        metrics.f_score(x[None], y[None], threshold=0)
+
+
+def test_reconstruction_figures() -> None:
+    x, y = clouds(3, 16, 1), clouds(3, 16, 2)
+    same = metrics.reconstruction(x, x.clone(), "exact")
+    assert same == pytest.approx(
+        {"reconstruction_cd": 0, "reconstruction_emd": 0, "reconstruction_f_score": 1}, abs=1e-9
+    )
+    other = metrics.reconstruction(x, y, "exact")
+    assert other["reconstruction_cd"] == pytest.approx(np.diag(brute_chamfer(x, y)).mean(), rel=1e-5)
+    assert other["reconstruction_emd"] == pytest.approx(exact_emd(x, y).mean().item(), rel=1e-5)
+    assert "reconstruction_emd" not in metrics.reconstruction(x, y, None)
+    with pytest.raises(ValueError, match="y: expected finite"):
+        metrics.reconstruction(x, y * torch.inf)
+
+
+ENTROPY = 0.5 * np.log(2 * np.pi * np.e)  # of a standard normal, in nats
+
+
+class Prior:
+    """The best denoiser of standard normal latents: the mean of eps is sigma_t x_t. Notes what it is given."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.seen = schedule, list[tuple[Any, ...]]()
+
+    def __call__(self, x: Tensor, t: Tensor, *condition: Any) -> Tensor:
+        self.seen.append((t[0].item(), *condition))
+        return self.schedule.sigma(t).reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+def gaussian_lion(z_std: float = 1.0, h_std: float = 1.0) -> Any:
+    diffusion = DiffusionConfig(num_train_timesteps=200, beta_end=0.1)
+    schedule = Schedule(diffusion.schedule, diffusion.num_train_timesteps, diffusion.beta_start, diffusion.beta_end)
+    return SimpleNamespace(
+        config=SimpleNamespace(diffusion=diffusion),
+        schedule=schedule,
+        shape_prior=Prior(schedule),
+        point_prior=Prior(schedule),
+        z_mean=torch.full((6,), 2.0),
+        z_std=torch.full((6,), z_std),
+        h_mean=torch.zeros(4),
+        h_std=torch.full((4,), h_std),
+    )
+
+
+def gaussian_latents(lion: Any, count: int = 70, log_sigma: float = -30.0) -> Posterior:
+    z = normal_noise((count, 6), torch.tensor([5, 0])) * lion.z_std + lion.z_mean
+    h = normal_noise((count, 10, 4), torch.tensor([6, 0])) * lion.h_std
+    return Posterior(z, h, torch.full_like(h, log_sigma))
+
+
+def test_prior_bound_of_the_perfect_prior_is_the_entropy() -> None:
+    lion = gaussian_lion()
+    latents = gaussian_latents(lion)
+    key = torch.tensor([1, 0])
+    bound = metrics.prior_bound(lion, latents, key, num_timesteps=None)
+    assert {t for t, *_ in lion.shape_prior.seen} == set(range(1, 201))
+    for value, sample in ((bound.shape, latents.z - 2), (bound.point, latents.h_mu)):
+        nll = 0.5 * sample.square().mean().item() + 0.5 * np.log(2 * np.pi)  # of these latents
+        assert nll - 0.02 < value < nll + 0.1
+        assert value == pytest.approx(ENTROPY, abs=0.2)
+    assert bound.joint == pytest.approx((6 * bound.shape + 40 * bound.point) / 46)
+
+    lion.shape_prior.seen.clear()
+    estimate = metrics.prior_bound(lion, latents, key, num_timesteps=50)
+    assert len(lion.shape_prior.seen) < 3 * 60  # three batches of latents
+    assert estimate.shape == pytest.approx(bound.shape, abs=0.05)
+    assert estimate.point == pytest.approx(bound.point, abs=0.05)
+    assert metrics.prior_bound(lion, latents, key, num_timesteps=50) == estimate
+    assert metrics.prior_bound(lion, latents, torch.tensor([2, 0]), num_timesteps=50) != estimate
+    with pytest.raises(ValueError, match="num_timesteps: expected at least 5, got 4"):
+        metrics.prior_bound(lion, latents, key, num_timesteps=4)
+
+
+def test_prior_bound_is_in_the_units_of_the_latents() -> None:
+    """The same priors on latents k times as wide: log k nats more per dimension. A wide posterior adds its variance."""
+    key, unit = torch.tensor([1, 0]), gaussian_lion()
+    one = metrics.prior_bound(unit, gaussian_latents(unit), key)
+    wide = gaussian_lion(z_std=3.0, h_std=0.2)
+    other = metrics.prior_bound(wide, gaussian_latents(wide), key)
+    assert other.shape == pytest.approx(one.shape + np.log(3.0), abs=1e-4)
+    assert other.point == pytest.approx(one.point + np.log(0.2), abs=1e-4)
+    noisy = metrics.prior_bound(unit, gaussian_latents(unit, log_sigma=0.0), key)
+    assert noisy.shape == one.shape
+    assert noisy.point == pytest.approx(one.point + 0.5, abs=0.1)
+
+
+def test_prior_bound_hands_each_batch_its_condition() -> None:
+    lion = gaussian_lion()
+    latents, labels = gaussian_latents(lion), torch.arange(70)
+    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5)
+    for prior, position in ((lion.shape_prior, 2), (lion.point_prior, 3)):
+        seen = [call[position] for call in prior.seen]
+        assert sorted({tuple(x.tolist()) for x in seen}) == [tuple(range(i, min(i + 32, 70))) for i in (0, 32, 64)]
+    z = next(call[1] for call in lion.point_prior.seen)
+    torch.testing.assert_close(z, latents.z[:32] - 2)  # standardised
