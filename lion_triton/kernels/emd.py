@@ -143,7 +143,7 @@ def _add(ptr, value, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first", "repeat", "count"])
-def _rows_kernel(  # type: ignore[no-untyped-def]
+def _match_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     left_ptr,
@@ -221,7 +221,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first", "repeat", "count"])
-def _columns_kernel(  # type: ignore[no-untyped-def]
+def _match_columns_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     right_ptr,
@@ -314,10 +314,10 @@ def match_costs(
 
     def rows(level: float, finish: int | None, start: int | None) -> None:
         tensors = (x, y, left, right, offer, taken, costs, grad_x)
-        launch(_rows_kernel, N, tensors, level, FINISH=finish, START=start)
+        launch(_match_rows_kernel, N, tensors, level, FINISH=finish, START=start)
 
     def columns(level: float, power: int) -> None:
-        launch(_columns_kernel, M, (x, y, right, offer, taken, grad_y), level, POWER=power)
+        launch(_match_columns_kernel, M, (x, y, right, offer, taken, grad_y), level, POWER=power)
 
     if pairs:
         *levels, _ = _LEVELS

@@ -104,14 +104,14 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         op = getattr(module, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            seen.add((name, key(*args)))
+            seen.add((name, key(*args, **kwargs)))
             return op(*args, **kwargs)
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(layers, "adagn", lambda x, *_: (x[0, ..., 0].numel(), x.shape[-1]))
-    watch(layers, "avg_voxelize", lambda x, coords, r: (x.shape[1], r, x.shape[2]))
-    watch(layers, "trilinear_devoxelize", lambda v, coords: (coords.shape[1], v.shape[1], v.shape[-1]))
+    watch(layers, "adagn", lambda x, scale, *_, act: (x[0, ..., 0].numel(), x.shape[-1], scale is not None, act))
+    watch(layers, "avg_voxelize", lambda x, coords, r, plan: (x.shape[1], r, x.shape[2]))
+    watch(layers, "trilinear_devoxelize", lambda v, coords, plan: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
     watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
     watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
