@@ -69,7 +69,7 @@ class EvaluateArguments:
         split: which points of clouds of 15,000 (ShapeNetCore.v2.PC15k): LION draws from the first 10,000, most others
             compare with the last 5,000.
         norm_box: fit each cloud's bounding box to [-0.5, 0.5] first.
-        emd: approximate matching as published, exact assignment, or none.
+        emd: approximate matching as published, exact assignment, or none; on a CPU either takes most of the time.
         num_points: points per cloud, drawn at random where there are more; default those of the samples.
         num_samples: clouds to generate of a run; default as many as there are references.
         sampler: of a run; default as its configuration.

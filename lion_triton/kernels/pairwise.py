@@ -5,7 +5,8 @@
 
 On a CPU the Chamfer distances come from one k-d tree per cloud (SciPy, float64), built once and asked by all
 its partners; the reference compares all points and is the check. Exact assignment runs in processes, since
-SciPy holds the interpreter's lock while it solves. Both use ``torch.get_num_threads()`` cores.
+SciPy holds the interpreter's lock while it solves, and approximate matching in threads, a pair each. All use
+``torch.get_num_threads()`` cores.
 
 The Chamfer kernel makes one direction and stores no distances: a program holds a block of a_s in registers, walks b_r
 one point at a time and writes the sum of its points' least squared distances; the blocks' sums are added in a fixed
@@ -43,7 +44,7 @@ from lion_triton.kernels.emd import (
     match_costs,
     to_numpy,
 )
-from lion_triton.kernels.neighbors import sqdist_blocks
+from lion_triton.kernels.neighbors import block_size, sqdist_blocks
 
 Progress = Callable[[int], Any]
 # On a CPU small clouds are compared by matrix products, large ones by trees, which look at few distances. Two cores,
@@ -125,11 +126,7 @@ def pairwise_emd(
     if kernels:
         return _pairwise_emd_triton(a, b, progress)
 
-    def costs(s: int, partners: range) -> Iterator[float]:
-        for group in b.detach().split(_CLOUDS):
-            yield from approx_emd_reference(a[s].detach().expand(len(group), -1, -1), group).tolist()
-
-    return _all_pairs(costs, a, b, False, progress)
+    return _pairwise_approx(a.detach(), b.detach(), progress)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -240,6 +237,25 @@ def _pairwise_chamfer_products(a: Tensor, b: Tensor, progress: Progress | None) 
             yield from (to_y / a.shape[1] + to_x.clamp_min_(0).mean(1)).tolist()
 
     return _all_pairs(distances, a, b, a is b, progress)
+
+
+def _pairwise_approx(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
+    """On a CPU one thread for each core and each pair: more threads on one pair spend their time meeting each other."""
+    groups = b.split(max(1, block_size(a) // (a.shape[1] * b.shape[1])))
+
+    def costs(cloud: Tensor, group: Tensor) -> list[float]:
+        return approx_emd_reference(cloud.expand(len(group), -1, -1), group).tolist()
+
+    threads = torch.get_num_threads()
+    if a.device.type != "cpu" or threads == 1:
+        return _all_pairs(lambda s, _: (c for g in groups for c in costs(a[s], g)), a, b, False, progress)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return _all_pairs(
+                lambda s, _: (c for g in pool.map(costs, repeat(a[s]), groups) for c in g), a, b, False, progress
+            )
+        finally:
+            torch.set_num_threads(threads)  # what the workers set is every new thread's
 
 
 def _pairwise_exact(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
