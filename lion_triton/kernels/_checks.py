@@ -44,9 +44,12 @@ def check_finite(**clouds: Tensor) -> None:
     """Raise ``ValueError`` unless all values are finite: ``check_finite(points=points)``.
 
     The ops do not look: on a GPU it means waiting for the device. Given NaN or infinity they return some index in
-    bounds and distances that may be NaN.
+    bounds and distances that may be NaN. Tensors (B, ...) of any floating dtype.
     """
     for name, cloud in clouds.items():
+        check_float(name, cloud)
+        if cloud.ndim < 2:
+            raise ValueError(f"{name}: expected shape (B, ...) with at least 2 dimensions, got {tuple(cloud.shape)}")
         bad = (~cloud.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
             where = f"{len(bad)} of {len(cloud)} clouds, first in cloud {bad[0]}"

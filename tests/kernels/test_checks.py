@@ -16,3 +16,16 @@ def test_the_first_bad_cloud_is_named(value: float) -> None:
     points[3, 1, 2] = points[4, 0, 0] = value
     with pytest.raises(ValueError, match="^centers: .* got NaN or infinity in 2 of 5 clouds, first in cloud 3$"):
         check_finite(points=torch.zeros(2, 4, 3), centers=points)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "points: expected a tensor, got NoneType"),
+        (torch.zeros(2, 3).int(), "points: expected float32, .* got torch.int32"),
+        (torch.zeros(3), r"points: expected shape \(B, ...\) .* got \(3,\)"),
+    ],
+)
+def test_bad_input_is_named(value: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_finite(points=value)
