@@ -38,7 +38,7 @@ from lion_triton.devices import best_device, resolve_precision
 from lion_triton.kernels import chamfer_distance, pairwise_chamfer
 from lion_triton.models.lion import LION
 from lion_triton.objectives import Posterior, posterior
-from lion_triton.published_scores import REFERENCES, SOURCE, published
+from lion_triton.published_scores import POINTS, REFERENCES, SOURCE, published
 from lion_triton.report import reconstruct
 from lion_triton.runs import Run, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
@@ -355,8 +355,8 @@ def nearest_training(
     return Nearest(used[index], distance, full[index].numpy())
 
 
-def sampling_floor(training: Clouds, num_points: int, prepare: Preparation, device: torch.device) -> float | None:
-    """The median Chamfer distance of two draws of points of one training shape; None if they have too few points."""
+def sampling_floor(training: Clouds, num_points: int, prepare: Preparation, device: torch.device) -> Array | None:
+    """Chamfer distances of two draws of points of one training shape; None if they have too few points for two."""
     every = max(1, len(training) // FLOOR_SHAPES)
     pairs = []
     for i in range(0, len(training), every)[:FLOOR_SHAPES]:
@@ -366,7 +366,7 @@ def sampling_floor(training: Clouds, num_points: int, prepare: Preparation, devi
         rng = np.random.default_rng((prepare.seed, FLOOR, i))
         pairs.append(rng.permutation(prepare.draw(cloud, 2 * num_points, rng)))
     both = torch.from_numpy(np.stack(pairs)).to(device)
-    return chamfer_distance(both[:, :num_points], both[:, num_points:]).median().item()
+    return chamfer_distance(both[:, :num_points], both[:, num_points:]).cpu().numpy()
 
 
 def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -376,6 +376,8 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         ValueError: no run, samples or references, clouds that are not finite, options out of range.
     """
     target, device, notes = args.run_or_samples, best_device(), list[str]()
+    if not target.exists():
+        raise ValueError(f"samples: {target} does not exist")
     is_run = (target / "config.json").is_file()
     check(args, is_run)
     out = _out(args, is_run)
@@ -418,11 +420,13 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     if training is not None:
         nearest = nearest_training(samples, training.clouds, prepare, device, "samples")
         base = nearest_training(references, training.clouds, prepare, device, "references")
+        floor = sampling_floor(training.clouds, num_points, prepare, device)
         memorising = {
             "samples_median": float(np.median(nearest.distance)),
             "references_median": float(np.median(base.distance)),
             "samples_nearer_than_any_reference": int((nearest.distance < base.distance.min()).sum()),
-            "one_shape_drawn_twice": sampling_floor(training.clouds, num_points, prepare, device),
+            "one_shape_drawn_twice": None if floor is None else float(np.median(floor)),
+            "samples_as_near_as_two_draws": None if floor is None else int((nearest.distance <= floor.max()).sum()),
         }
     record = _environment(args, command, device) | {
         "samples": _described(given, samples) | {"sampling": sampling},
@@ -431,7 +435,7 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         "normalization": _units(args, model),
         "figures": figures,
         "chance_1nna": metrics.chance_accuracy(len(samples), len(references)),
-        **_published(args, reference.clouds, own_units is None, notes),
+        **_published(args, reference.clouds, (samples.shape[1], references.shape[1]), own_units is None, notes),
         "memorising": memorising,
         "notes": notes,
         "per_sample": _per_sample(given.clouds, reference.clouds, cross, training, nearest),
@@ -444,8 +448,8 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         buffer = io.BytesIO()
         np.savez(buffer, points=made)
         files["samples.npz"] = buffer.getvalue()
+    print(table(record))  # first: should the disk be full, the figures are not lost
     write_files(out, files)
-    print(table(record))
     print(f"\nfigures: {out / 'evaluation.json'}; pictures: {out / 'evaluation.html'}")
     return record
 
@@ -510,7 +514,10 @@ def _points(
     counts = [reference.clouds.num_points(i) for i in range(len(reference.clouds))]
     references = min(samples, *(prepare.available(count) for count in counts))
     if references < samples:
-        notes.append(f"References have only {references} points, fewer than the {samples} of the samples.")
+        text = f"References have only {references} points, fewer than the {samples} of the samples"
+        if args.emd == "approx":
+            text += ": EMD within and between the sets then does not compare, and 1-NNA by EMD says little"
+        notes.append(f"{text}. For both alike give --num-points {references}.")
         if args.emd == "exact":
             raise ValueError(
                 f"emd: exact needs equally many points, got samples of {samples} and references of {references}: "
@@ -571,8 +578,13 @@ def _units(args: EvaluateArguments, model: Model | None) -> str:
     return f"each cloud's {kind} fitted to the unit {kind}, as the run was trained"
 
 
-def _published(args: EvaluateArguments, references: Clouds, data_units: bool, notes: list[str]) -> dict[str, Any]:
-    """Published rows, if the references are one category of ShapeNet by its folder and the units fit."""
+def _published(
+    args: EvaluateArguments, references: Clouds, points: tuple[int, int], data_units: bool, notes: list[str]
+) -> dict[str, Any]:
+    """Published rows, if the references are one category of ShapeNet by its folder and the units fit.
+
+    points: of each sample and of each reference; what makes figures hard to compare is noted.
+    """
     folders = {p.parent.parent.name if isinstance(p, Path) else "" for p in references.source}
     category = SYNSETS.get(folders.pop()) if len(folders) == 1 else None
     rows = published(category) if data_units and not args.norm_box else []
@@ -580,6 +592,10 @@ def _published(args: EvaluateArguments, references: Clouds, data_units: bool, no
         notes.append(f"No published figures are known here for {category} in these units.")
     if rows and category and len(references) != REFERENCES[category]:
         notes.append(f"Published figures are of {REFERENCES[category]} references, these of {len(references)}.")
+    if rows and points != (POINTS, POINTS):
+        notes.append(f"Published figures are of clouds of {POINTS} points, these of {points[0]} and {points[1]}.")
+    if rows and args.subset != "test":
+        notes.append(f"Published figures are of the test shapes, these of {args.subset}.")
     return {
         "category": category,
         "published": [asdict(row) | {"split": row.split} for row in rows],
@@ -664,10 +680,15 @@ def table(record: Mapping[str, Any]) -> str:
         ]
         if memory["one_shape_drawn_twice"] is not None:
             lines.append(f"  {'one shape drawn twice':<24}{memory['one_shape_drawn_twice']:.5g}")
+            copies = memory["samples_as_near_as_two_draws"]
+            lines.append(
+                f"  {copies} of {sets[0]['clouds']} samples are as near to a training shape as two draws of one are"
+            )
     if record["published"]:
         lines += ["", f"1-NNA in per cent, {record['category']} ({record['published_source']})"]
         lines.append(f"  {'':<16}{'CD':>8}{'EMD':>8}  split")
-        mine = [f"{100 * figures[f'1nna_{d}']:>8.2f}" if f"1nna_{d}" in figures else f"{'-':>8}" for d in ("cd", "emd")]
+        same = ("cd", "emd") if record["emd"] == "approx" else ("cd",)  # published EMD is approximate
+        mine = [f"{100 * figures[f'1nna_{d}']:>8.2f}" if d in same else f"{'-':>8}" for d in ("cd", "emd")]
         lines.append(f"  {'these samples':<16}{''.join(mine)}  {record['split']}")
         lines += [f"  {r['method']:<16}{r['cd']:>8.2f}{r['emd']:>8.2f}  {r['split']}" for r in record["published"]]
     return "\n".join(lines)

@@ -217,7 +217,8 @@ def _published(record: Mapping[str, Any]) -> str:
     if not record["published"]:
         return ""
     figures = record["figures"]
-    mine = {d: 100 * figures[f"1nna_{d}"] if f"1nna_{d}" in figures else None for d in ("cd", "emd")}
+    same = ("cd", "emd") if record["emd"] == "approx" else ("cd",)  # published EMD is approximate
+    mine = {d: 100 * figures[f"1nna_{d}"] if d in same else None for d in ("cd", "emd")}
     rows = [{"method": "these samples", **mine, "split": record["split"]}, *record["published"]]
     body = "".join(
         f'<tr class="{"mine" if i == 0 else "theirs"}"><th>{escape(row["method"])}</th>'
@@ -297,6 +298,9 @@ class _Pictures:
         floor = memory["one_shape_drawn_twice"]
         if floor is not None:
             text += f"Two draws of points of one and the same training shape lie {_number(floor)} from each other. "
+            copies = memory["samples_as_near_as_two_draws"]
+            text += f"{copies} of {len(self.samples)} samples are as near to a training shape as two such draws are: "
+            text += "those may be copies. " if copies else "none looks like a copy. "
         nearer = memory["samples_nearer_than_any_reference"]
         text += f"{nearer} of {len(self.samples)} samples are nearer to a training shape than any reference is."
         return f"<p>{escape(text)} Distances are Chamfer distances.</p>"

@@ -14,6 +14,7 @@ SOURCE = "Zeng et al. 2022 (LION), Table 1: ShapeNet of PointFlow, 2048 points, 
 # Which points of the references the other methods were compared with, the table does not say per method.
 SPLITS = {"LION": "first10k"}
 OTHER_SPLIT = "mostly last5k"
+POINTS = 2048  # of each cloud
 REFERENCES = {"airplane": 405, "chair": 662, "car": 352}
 
 

@@ -419,7 +419,7 @@ def test_bad_input_ends_with_one_line(
     (tmp_path / "taken" / "evaluation.html").write_text("mine")
     cases = [
         ([samples], "reference: expected the clouds to compare with, as --reference DATA"),
-        ([str(tmp_path / "no")], "reference: expected"),
+        ([str(tmp_path / "no")], f"samples: {tmp_path / 'no'} does not exist"),
         ([str(tmp_path / "no"), "--reference", references], f"samples: {tmp_path / 'no'} does not exist"),
         ([samples, "--reference", str(tmp_path / "no")], f"reference: {tmp_path / 'no'} does not exist"),
         ([samples, "--reference", str(tmp_path / "broken.npz")], "is not a readable .npy or .npz of clouds"),
@@ -506,6 +506,21 @@ def test_two_draws_of_one_training_shape_are_the_scale_of_memorising(sets: tuple
     assert floor == pytest.approx(expected, rel=0.2)
 
 
+def test_copies_of_training_shapes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of three samples are draws of one of the training shapes, which share no point with what is compared."""
+    rng = np.random.default_rng(1)
+    shapes = clouds(3, 8, 5) * 3  # eight corners each; points scatter a little around them
+    training = shapes[:, rng.integers(0, 8, 100)] + rng.normal(0, 0.05, (3, 100, 3))
+    copies = shapes[0][rng.integers(0, 8, (2, 40))] + rng.normal(0, 0.05, (2, 40, 3))
+    for name, points in (("t", training), ("s", [*copies, clouds(1, 40, 9)[0]]), ("r", clouds(4, 40, 2))):
+        np.save(tmp_path / f"{name}.npy", np.asarray(points, dtype=np.float32))
+    given = ["--reference", str(tmp_path / "r.npy"), "--training", str(tmp_path / "t.npy"), "--emd", "none"]
+    record = score(tmp_path / "s.npy", tmp_path / "out", *given)
+    assert record["memorising"]["samples_as_near_as_two_draws"] == 2
+    assert "2 of 3 samples are as near to a training shape as two draws of one are" in capsys.readouterr().out
+    assert "those may be copies" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
 def test_published_rows_stand_beside_shapenet_and_nothing_else(
     sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -520,10 +535,15 @@ def test_published_rows_stand_beside_shapenet_and_nothing_else(
     row = next(row for row in record["published"] if row["method"] == "LION")
     assert row == {"method": "LION", "cd": 67.41, "emd": 61.23, "split": "first10k"}
     assert "Published figures are of 405 references, these of 5." in record["notes"]
+    assert "Published figures are of clouds of 2048 points, these of 40 and 40." in record["notes"]
     out = capsys.readouterr().out
     assert "PVD" in out
     assert "67.41" in out
     assert "67.41" in (tmp_path / "a" / "evaluation.html").read_text()
+    for emd, shown in (("exact", "-"), ("approx", None)):
+        mine = score(sets[0], tmp_path / emd, *shapenet[:2], "--emd", emd)["figures"]["1nna_emd"]
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if "these samples" in x)
+        assert line.split()[3] == (shown or f"{100 * mine:.2f}")  # published EMD is approximate
     boxed = score(sets[0], tmp_path / "b", *shapenet, "--norm-box")
     assert boxed["published"] == []
     assert "No published figures are known here for airplane in these units." in boxed["notes"]
