@@ -268,7 +268,8 @@ def _adagn_stats_kernel(  # type: ignore[no-untyped-def]
 
     count = ((end - first - row + ROWS - 1) // ROWS).to(tl.float32)  # of values, by row of the block
     count = tl.where(in_c[None, :], tl.maximum(count, 0.0)[:, None], 0.0)
-    group_mean = _by_group(tl.sum(count * mean, 0), GROUPS, WIDTH) / ((end - first) * CG).to(tl.float32)
+    # Not the fast division, whose mean of equal values may not be that value.
+    group_mean = tl.div_rn(_by_group(tl.sum(count * mean, 0), GROUPS, WIDTH), ((end - first) * CG).to(tl.float32))
     error = mean - _by_channel(group_mean, GROUPS, WIDTH)[None, :]
     group_squares = _by_group(tl.sum(squares + count * error * error, 0), GROUPS, WIDTH)
     g = tl.arange(0, GROUPS)
@@ -281,7 +282,7 @@ def _adagn_stats_kernel(  # type: ignore[no-untyped-def]
 def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mean and variance of a cloud's groups from those of its chunks."""
     g = tl.arange(0, GROUPS)
-    mean = tl.zeros((GROUPS,), tl.float32)
+    mean = _load(partial_ptr + g, g < G)  # of the first chunk: from there equal means stay exact, however one divides
     squares = tl.zeros((GROUPS,), tl.float32)
     count = 0.0
     for begin in range(0, chunks, CHUNKS):
@@ -292,7 +293,7 @@ def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl
         ptr = partial_ptr + chunk[:, None] * 2 * G + g[None, :]
         means = _load(ptr, mask)
         block_count = tl.sum(n)
-        block_mean = tl.sum(n * means, 0) / block_count
+        block_mean = mean + tl.sum(n * (means - mean[None, :]), 0) / block_count
         error = means - block_mean[None, :]
         block_squares = tl.sum(_load(ptr + G, mask) + n * CG * error * error, 0)
         share = block_count / (count + block_count)
@@ -586,7 +587,7 @@ def _empty_forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty((len(x), 2, num_groups), dtype=torch.float32, device=x.device)
+    return y, torch.empty((x.shape[0], 2, num_groups), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("lion_triton::adagn_bwd", mutates_args=())

@@ -2,7 +2,7 @@
 
     python -m lion_triton.kernels.census                 a table of registers, spills, shared memory and accesses
     python -m lion_triton.kernels.census --check         exit 1 on a spill or on too much shared memory
-    python -m lion_triton.kernels.census --device        compare with what this machine's GPU really ran
+    python -m lion_triton.kernels.census --device        only this machine's GPU; compare with what it really ran
 
 Every op is called, forward and backward, as a user would call it; only the last step of a launch is left out. The
 launch goes through Triton's own specialisation of arguments (dtypes, divisibility by 16, constants), so that what is
@@ -285,19 +285,22 @@ def faults(row: Row, target: Target) -> list[str]:
     return found
 
 
-def device_differences() -> list[str]:
-    """Run every case on this machine's GPU; what it ran that the census did not compile, or that uses more there."""
+def device_target() -> str | None:
+    """Which target this machine's GPU is, if it is one."""
     major, minor = torch.cuda.get_device_capability()
-    target = next((t for t in TARGETS.values() if t.arch == 10 * major + minor), None)
-    if target is None:
-        return [f"this GPU (sm_{major}{minor}) is no target of the census"]
+    return next((name for name, t in TARGETS.items() if t.arch == 10 * major + minor), None)
+
+
+def device_differences(target: Target) -> list[str]:
+    """Run every case on this machine's GPU; what it ran that the census did not compile, or that uses more there."""
     with recording(None) as ran:
         run_all(torch.device("cuda"))
     torch.cuda.synchronize()
     compiled = compile_all(target)
     found = []
-    for key, kernel in ran.items():
-        row = describe(kernel)
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(describe, ran.values()))
+    for (key, kernel), row in zip(ran.items(), rows, strict=True):
         if key not in compiled:
             found.append(f"{row.kernel} {row.variant}: ran here, but the census does not compile it")
         elif (kernel.n_regs, kernel.n_spills) != (row.registers, 0):
@@ -324,16 +327,20 @@ def main() -> int:
     if options.device and not torch.cuda.is_available():
         parser.error("--device: expected a GPU, found none")
 
+    device = device_target() if options.device else None
+    if options.device and device is None:
+        parser.error("--device: expected a GPU that is a target of the census")
+
     wrong = []
-    for name in options.targets or TARGETS:
+    for name in options.targets or ([device] if device else TARGETS):
         with ThreadPoolExecutor() as pool:
             rows = sorted(
                 set(pool.map(describe, compile_all(TARGETS[name]).values())), key=lambda row: (row.kernel, row.variant)
             )
         _print_table(name, rows)
         wrong += [f"{name} {row.kernel} {row.variant}: {fault}" for row in rows for fault in faults(row, TARGETS[name])]
-    if options.device:
-        wrong += device_differences()
+    if device:
+        wrong += device_differences(TARGETS[device])
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong and (options.check or options.device) else 0

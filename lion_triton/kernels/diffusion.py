@@ -287,7 +287,7 @@ def _q_sample_bwd_op(
     return (
         dx,
         dx.new_empty(0) if dlog_sigma is None else dlog_sigma,
-        alpha.new_empty((0, 2)) if partials is None else partials.sum(1).to(alpha.dtype),
+        dx.new_empty((0, 2), dtype=torch.float32) if partials is None else partials.sum(1),
     )
 
 
@@ -298,7 +298,7 @@ def _(
     return (
         _empty_like(x_0),
         x_0.new_empty(0) if log_sigma is None else _empty_like(log_sigma),
-        alpha.new_empty((len(alpha) if scalars else 0, 2)),
+        alpha.new_empty((alpha.shape[0] if scalars else 0, 2), dtype=torch.float32),
     )
 
 

@@ -27,6 +27,7 @@ Generation Network", CVPR 2017 (Chamfer distance).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def ball_query_reference(
     idx = torch.empty(B, M, k, dtype=torch.int32, device=points.device)
     order = torch.arange(N, dtype=torch.int32, device=points.device)
     for b, i, sqdist in sqdist_blocks(centers, points):
-        keys = (sqdist < radius**2).int().mul_(-N).add_(order + N)  # hits first, in index order
+        keys = (sqdist < radius * radius).int().mul_(-N).add_(order + N)  # hits first, in index order
         hits = keys.topk(min(k, N), largest=False).values
         first = torch.where(hits[..., :1] < N, hits[..., :1], 0)
         idx[b, i] = first
@@ -578,7 +579,7 @@ def _ball_query_op(centers: Tensor, points: Tensor, radius: float, k: int) -> Te
                 centers.contiguous(),
                 points.contiguous(),
                 idx,
-                radius**2,
+                radius * radius,
                 M,
                 N,
                 k,
@@ -678,7 +679,7 @@ def ball_query(
     Source: Qi et al. 2017. ValueError: shapes, dtypes or devices that do not fit; radius <= 0; k < 1.
     """
     check_clouds(centers=centers, points=points)
-    if not radius > 0:
+    if not isinstance(radius, Real) or not radius > 0:
         raise ValueError(f"radius: expected a number > 0, got {radius!r}")
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer >= 1, got {k!r}")

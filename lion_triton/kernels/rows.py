@@ -157,8 +157,13 @@ def _bags(x: Tensor, column: Tensor, start: Tensor | None, weight: Tensor | None
 
 def _transpose_reference(index: Tensor, weight: Tensor | None, num_columns: int) -> SparseRows:
     order, start = sort_by_target(index.flatten(), num_columns)
-    column = (order if index.shape[1] == 1 else order // index.shape[1]).to(index.dtype)
+    column = (order if index.shape[1] == 1 else order // index.shape[1]).to(_row_dtype(index))
     return SparseRows(column, start, None if weight is None else weight.flatten().index_select(0, order))
+
+
+def _row_dtype(index: Tensor) -> torch.dtype:
+    """Of the transpose's columns, which count the rows of ``index`` and not what it points at."""
+    return index.dtype if index.shape[0] < 2**31 else torch.int64
 
 
 def _weights_like(x: Tensor, matrix: SparseRows) -> SparseRows:
@@ -301,7 +306,7 @@ def _launch_product(x: Tensor, matrix: SparseRows) -> Tensor:
 def _launch_transpose(index: Tensor, weight: Tensor | None, num_columns: int) -> SparseRows:
     entries = index.numel()
     target, order = index.flatten().sort(stable=True)
-    column = torch.empty_like(target)
+    column = torch.empty(entries, dtype=_row_dtype(index), device=index.device)
     start = torch.empty(num_columns + 1, dtype=torch.int32 if entries < 2**31 else torch.int64, device=index.device)
     weight_t = None if weight is None else torch.empty(entries, dtype=weight.dtype, device=weight.device)
     if entries == 0:

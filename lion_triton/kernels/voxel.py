@@ -35,7 +35,7 @@ from lion_triton.kernels.rows import SparseRows, product, product_reference, tra
 _POINTS, _WARPS = 256, 4  # per program of the two kernels that make a plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VoxelPlan:
     """What avg_voxelize and trilinear_devoxelize need of one set of coordinates at one resolution.
 

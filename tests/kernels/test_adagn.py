@@ -362,3 +362,26 @@ def test_more_than_2_to_the_31_elements() -> None:
     weight, bias = torch.ones(1024, device=DEVICE), torch.zeros(1024, device=DEVICE)
     got, expected = (_run([v, None, None, weight, bias], 8, "silu", "triton") for v in (x, x[1:]))
     torch.testing.assert_close(got[0][1:], expected[0])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("eps", [0.5, 1e-8])
+def test_eps_is_added_to_the_variance(impl: Impl, eps: float) -> None:
+    x = 0.1 * torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    ones, zeros = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    ours = adagn(x, None, None, ones, zeros, 4, eps, impl=impl)
+    groups = x.double().view(2, 9, 4, 2)
+    var, mean = torch.var_mean(groups, (1, 3), correction=0, keepdim=True)
+    expected = ((groups - mean) / (var + eps).sqrt()).view_as(x)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_batch_may_be_dynamic() -> None:
+    x, style = torch.randn(3, 5, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+    affine = torch.ones(8, device=DEVICE)
+    for tensor in (x, style):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    compiled = torch.compile(
+        lambda x, s: adagn(x, s, s, affine, affine, 4, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x, style), adagn(x, style, style, affine, affine, 4, impl="triton"))

@@ -267,3 +267,10 @@ X, Y = torch.zeros(2, 4, 3), torch.zeros(2, 5, 3)
 def test_bad_input(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, y = (torch.rand(1, 3, 3, device=DEVICE, requires_grad=True) for _ in range(2))
+    (grad,) = torch.autograd.grad(approx_emd(x, y, impl="triton").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.square().sum(), x)

@@ -83,6 +83,8 @@ def furthest_point_sample(
     normals: further channels of the points, an argument of LION's copy: then returns (coordinates, normals).
     """
     points = _points("coords", coords)
+    if normals is not None and normals.shape[-1] != points.shape[1]:
+        raise ValueError(f"normals: expected the N of coords ({points.shape[1]}), got {normals.shape[-1]}")
     idx = kernels.furthest_point_sample(points, min(num_samples, points.shape[1]))
     idx = F.pad(idx, (0, num_samples - idx.shape[1]))
     centers = gather(points.mT, idx)
@@ -96,8 +98,13 @@ def nearest_neighbor_interpolate(
 ) -> Float[Tensor, "B C N"]:
     """Features (B, C, M) of the three nearest centres, weighted by inverse squared distance: (B, C, N)."""
     points, centers = _points("points_coords", points_coords), _points("centers_coords", centers_coords)
+    features = _rows("centers_features", centers_features)
+    if features.shape[1] != centers.shape[1]:
+        raise ValueError(
+            f"centers_features: expected the M of centers_coords ({centers.shape[1]}), got {features.shape[1]}"
+        )
     weights, idx = kernels.three_nn(points, centers)
-    return kernels.three_interpolate(_rows("centers_features", centers_features), weights, idx).mT.contiguous()
+    return kernels.three_interpolate(features, weights, idx).mT.contiguous()
 
 
 def logits_mask(

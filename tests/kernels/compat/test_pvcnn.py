@@ -202,3 +202,11 @@ def test_bad_input(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="expected") as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_features_of_other_clouds_are_refused() -> None:
+    points, centers = torch.rand(2, 3, 6), torch.rand(2, 3, 4)
+    with pytest.raises(ValueError, match=r"^centers_features: expected the M of centers_coords \(4\), got 5$"):
+        pvcnn.nearest_neighbor_interpolate(points, centers, torch.rand(2, 7, 5))
+    with pytest.raises(ValueError, match=r"^normals: expected the N of coords \(6\), got 5$"):
+        pvcnn.furthest_point_sample(points, 3, torch.rand(2, 3, 5))
