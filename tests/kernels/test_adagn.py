@@ -112,7 +112,7 @@ def test_gradients_against_autograd(shape: tuple[int, ...], num_groups: int, act
 @styles
 def test_gradcheck(act: Activation, style: bool) -> None:
     inputs = _inputs((2, 3, 8), style)
-    assert torch.autograd.gradcheck(lambda *v: adagn(*v, 4, act=act), inputs)
+    assert torch.autograd.gradcheck(lambda *v: adagn(*v, 4, act=act, impl="reference"), inputs)
 
 
 def _run(inputs: list[Tensor | None], num_groups: int, act: Activation, impl: Impl) -> list[Tensor]:
@@ -131,6 +131,10 @@ def _assert_as_good_as_reference(inputs: list[Tensor | None], num_groups: int, a
         assert x.dtype == y.dtype
         # The second term is for a reference that is right by chance.
         allowed = 2 * (y - z).abs().max() + 1e-6 * z.abs().max()
+        if not interpreting():  # a GPU's fast exponential and division
+            allowed += 3e-6 * z.abs().max()
+            if inputs[0][0].numel() == num_groups:  # one element each: rounding errors times rstd are all there is
+                allowed += 4e-7 * EPS**-0.5
         if interpreting() and x.dtype == torch.bfloat16:
             # The interpreter truncates where a GPU rounds: a whole unit in the last place, not half.
             allowed = 2.0**-7 * z.abs().max()
@@ -218,7 +222,7 @@ def test_float32_error_grows_only_with_the_rounding_of_the_mean(offset: float, i
     pairs = zip([y, *_gradients(y, [x, *rest])], [exact, *_gradients(exact, exact_inputs)], strict=True)
     for got, expected in pairs:
         error = (got.double() - expected).norm() / expected.norm()
-        assert error < 4 * torch.finfo(torch.float32).eps * (1 + offset / 2)
+        assert error < (4 if interpreting() else 8) * torch.finfo(torch.float32).eps * (1 + offset / 2)
 
 
 @acts
@@ -226,7 +230,7 @@ def test_float32_error_grows_only_with_the_rounding_of_the_mean(offset: float, i
 def test_half_precision_is_float32_rounded_once(act: Activation, dtype: torch.dtype) -> None:
     half = _inputs((2, 40, 16), style=True, dtype=dtype)
     full = [v.detach().float().requires_grad_() for v in half]
-    y, expected = adagn(*half, 8, act=act), adagn(*full, 8, act=act)
+    y, expected = (adagn(*v, 8, act=act, impl="reference") for v in (half, full))
     assert y.dtype == dtype
     assert torch.equal(y, expected.to(dtype))
     cotangent = torch.randn_like(y)
@@ -360,8 +364,14 @@ def test_more_than_2_to_the_31_elements() -> None:
     x = torch.zeros(2, 2**20 + 1, 1024, dtype=torch.bfloat16, device=DEVICE)
     x[1] = torch.randn(2**20 + 1, 1024, dtype=torch.bfloat16, device=DEVICE)
     weight, bias = torch.ones(1024, device=DEVICE), torch.zeros(1024, device=DEVICE)
-    got, expected = (_run([v, None, None, weight, bias], 8, "silu", "triton") for v in (x, x[1:]))
-    torch.testing.assert_close(got[0][1:], expected[0])
+    cotangent = torch.randn_like(x)  # here, as making it on a CPU would take a minute
+    results = []
+    for v, g in ((x, cotangent), (x[1:], cotangent[1:])):
+        v = v.detach().requires_grad_()
+        y = adagn(v, None, None, weight, bias, 8, act="silu", impl="triton")
+        results.append((y.detach(), *torch.autograd.grad(y, v, g)))
+    for whole, part in zip(*results, strict=True):
+        torch.testing.assert_close(whole[1:], part)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -78,6 +78,11 @@ def assert_as_good_as_reference(op: Op, inputs: list[Tensor]) -> None:
         assert x.dtype == y.dtype
         # The second term is for a reference that is right by chance, as it is for one element.
         allowed = 2 * (y - z).abs().max() + 1e-6 * z.abs().max()
+        if not interpreting():
+            # A GPU's fast functions: noise that differs in the last bits from that of both references, and in a cloud's
+            # sums so many times.
+            terms = inputs[0][0].numel() if z.ndim == 1 else 1
+            allowed += 1e-6 * z.abs().max() + 1e-6 * terms**0.5
         if interpreting() and x.dtype == torch.bfloat16:
             # The interpreter truncates where a GPU rounds: a whole unit in the last place, not half.
             allowed = 2.0**-7 * z.abs().max()

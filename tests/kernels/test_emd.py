@@ -70,8 +70,10 @@ class TestApproxEMD:
         torch.testing.assert_close(double, expected, rtol=1e-10, atol=0)
         single = approx_emd(x, y)
         assert single.dtype == torch.float32
-        # atol: of a cloud to itself the cost is about 1e-6, and rounding shows.
-        torch.testing.assert_close(single.double().view_as(expected), expected, rtol=1e-4, atol=1e-9)
+        # atol: of a cloud to itself the cost is about 1e-6, and rounding shows (1e-9 by the kernels).
+        torch.testing.assert_close(
+            single.double().view_as(expected), expected, rtol=1e-4, atol=1e-9 if DEVICE == "cpu" else 1e-8
+        )
 
     def test_all_mass_is_matched(self) -> None:
         x, y = rand(1, 40, 3, seed=0), rand(1, 40, 3, seed=1)

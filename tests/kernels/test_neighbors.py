@@ -426,8 +426,10 @@ def test_strides_do_not_matter(op: Op, impl: Impl) -> None:
     args = op.make(2, 9, 11)
     strided = tuple(a.mT.contiguous().mT if isinstance(a, Tensor) else a for a in args)
     assert not any(a.is_contiguous() for a in strided if isinstance(a, Tensor))
+    # The kernels see a copy; of the reference's sums a GPU may choose the order by the strides.
+    rtol, atol = (0, 0) if impl == "triton" or DEVICE == "cpu" else (1e-6, 1e-6)
     for x, y in zip(run(op, strided, impl), run(op, args, impl), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
 
 
 @each_op

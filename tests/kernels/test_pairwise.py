@@ -121,8 +121,10 @@ class TestEMD:
     def test_golden(self, first: str, second: str) -> None:
         a, b = golden_sets(first, second)
         expected = torch.from_numpy(GOLDEN[f"emd_approx_{first}_{second}"]).to(DEVICE)
-        # atol: of a cloud to itself the cost is about 1e-6, and rounding shows.
-        torch.testing.assert_close(pairwise_emd(a, b).double(), expected, rtol=1e-4, atol=1e-9)
+        # atol: of a cloud to itself the cost is about 1e-6, and rounding shows (1e-9 by the kernels).
+        torch.testing.assert_close(
+            pairwise_emd(a, b).double(), expected, rtol=1e-4, atol=1e-9 if DEVICE == "cpu" else 1e-8
+        )
 
     @impls
     def test_approx(self, impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
