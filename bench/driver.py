@@ -1,7 +1,7 @@
 """Measures one row per op, shape, way and pass: ``python -m bench.driver`` on this machine's GPU, or its CPU.
 
-Ways: "ours" (Triton on a GPU, what `impl="auto"` takes on a CPU), "eager", "compile" (torch.compile of eager), and the peers that
-are installed. A row has a number or a reason why it has none, never both:
+Ways: "ours" (Triton on a GPU, what ``impl="auto"`` takes on a CPU), "eager", "compile" (torch.compile of eager), and
+the peers that are installed. A row has a number or a reason why it has none, never both:
 
     {"op", "shape", "dtype", "pass", "way", "implementation", "reason",
      "median", "quartiles", "rounds", "call", "peak_bytes", "bytes", "operations", "normals", "targets"}
