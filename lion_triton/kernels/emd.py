@@ -111,8 +111,9 @@ def _approx_match(sqdist: Float[Tensor, "B N M"]) -> Float[Tensor, "B N M"]:
     right = sqdist.new_full((B, 1, M), max(1.0, N / M))
     match, kernel, weighted = torch.zeros_like(sqdist), torch.empty_like(sqdist), torch.empty_like(sqdist)
     for level in _LEVELS:
-        # exp(-80) moves no digit of anything, and nearer 0 CPUs fall to denormal numbers (5 times slower).
-        torch.mul(sqdist, level, out=kernel).clamp_(min=-80).exp_()
+        # exp2, as CPUs take it four times as fast as exp. 2^-115, exp(-80), moves no digit of anything, and nearer 0
+        # they fall to denormal numbers (5 times slower).
+        torch.mul(sqdist, level * math.log2(math.e), out=kernel).clamp_(min=-115).exp2_()
         # Sums, not matrix products: those TF32 and autocast would round.
         offer = left / (torch.mul(kernel, right, out=weighted).sum(2, keepdim=True) + 1e-9)
         arriving = right * kernel.mul_(offer).sum(1, keepdim=True)
