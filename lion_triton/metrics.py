@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from lion_triton.diffusion import Model, to_eps, variational_bound
 from lion_triton.kernels import (
     approx_emd,
     chamfer_distance,
+    check_finite,
     exact_emd,
     nearest_neighbor,
     normal_noise,
@@ -37,7 +39,7 @@ Distance = Literal["cd", "approx", "exact"]
 F_SCORE_THRESHOLD = 0.001  # of squared distances: 0.032 in length
 BOUND_TIMESTEPS = 50
 _BOUND_RANGES = 5
-_BOUND_CLOUDS = 32  # at a time; part of what decides the noise
+_CLOUDS = 32  # at a time; in the bound part of what decides the noise
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,7 @@ def _check_pair(sets: dict[str, Tensor], emd: EMD | None) -> None:
     for name, clouds in sets.items():
         if clouds.ndim != 3 or clouds.shape[2] != 3 or 0 in clouds.shape:
             raise ValueError(f"{name}: expected shape (S, N, 3) with S, N >= 1, got {tuple(clouds.shape)}")
-        bad = (~clouds.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad:
-            more = f" ({len(bad)} clouds in all)" if len(bad) > 1 else ""
-            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}{more}")
+    check_finite(**sets)
     (first, a), (second, b) = sets.items()
     if emd == "exact" and a.shape[1] != b.shape[1]:
         raise ValueError(
@@ -241,17 +240,27 @@ def reconstruction(
     emd: EMD | None = "approx",
     *,
     threshold: float = F_SCORE_THRESHOLD,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Means over clouds: ``reconstruction_cd``, ``_emd`` unless ``emd`` is None, ``_f_score``. x rebuilds y.
 
-    CD and EMD are in squared units of the coordinates, see ``f_score`` for the third.
+    CD and EMD are in squared units of the coordinates, see ``f_score`` for the third. progress: called with the number
+    of clouds finished since its last call. ValueError: see ``check_sets``; x and y of different sizes.
     """
     _check_pair({"x": x, "y": y}, emd)
-    results = {"reconstruction_cd": chamfer_distance(x, y).double().mean().item()}
+    if len(x) != len(y):
+        raise ValueError(f"y: expected the number of clouds of x ({len(x)}), got {len(y)}")
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"reconstruction_cd": chamfer_distance}
     if emd is not None:
-        cost = approx_emd(x, y) if emd == "approx" else exact_emd(x, y)
-        results["reconstruction_emd"] = cost.double().mean().item()
-    return results | {"reconstruction_f_score": f_score(x, y, threshold).double().mean().item()}
+        measures["reconstruction_emd"] = approx_emd if emd == "approx" else exact_emd
+    measures["reconstruction_f_score"] = partial(f_score, threshold=threshold)
+    values: dict[str, list[Tensor]] = {name: [] for name in measures}
+    for a, b in zip(x.split(_CLOUDS), y.split(_CLOUDS), strict=True):
+        for name, measure in measures.items():
+            values[name].append(measure(a, b))
+        if progress is not None:
+            progress(len(a))
+    return {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,7 @@ def prior_bound(
     clip: Float[Tensor, "B 512"] | None = None,
     *,
     num_timesteps: int | None = BOUND_TIMESTEPS,
+    progress: Progress | None = None,
 ) -> PriorBound:
     """The variational bound (``diffusion.variational_bound``) of both priors, mean over clouds.
 
@@ -279,6 +289,7 @@ def prior_bound(
     latents themselves, whatever units the priors work in, so it depends on the VAE: compare priors of one VAE.
     num_timesteps: about so many of the bound's T - 1 terms, an unbiased estimate; None: all. The terms fall about as
     1/t, so equally many are taken of each of a few ranges that grow geometrically, evenly spaced from a random start.
+    progress: called with the number of clouds that a prior is done with; they add up to 2 B.
     """
     config, schedule, device = lion.config, lion.schedule, latents.z.device
     T = schedule.num_train_timesteps
@@ -291,7 +302,7 @@ def prior_bound(
         return to_eps(prediction, x_t, t, schedule, config.diffusion.prediction)
 
     totals = torch.zeros(2, dtype=torch.float64)
-    for number, rows in enumerate(torch.arange(len(latents.z), device=device).split(_BOUND_CLOUDS)):
+    for number, rows in enumerate(torch.arange(len(latents.z), device=device).split(_CLOUDS)):
         # Offset 0 of the key is the times', then three keys for each part: the noise of h0, and the two bounds'.
         h_key, z_key, point_key = (key + step * (1 + (3 * number + i) * (T + 1)) for i in range(3))
         h_mu, h_log_sigma = latents.h_mu[rows], latents.h_log_sigma[rows]
@@ -314,6 +325,8 @@ def prior_bound(
                 # It takes the times for a draw from all T - 1; these are from ``count`` of them.
                 totals[i] += (bound.diffusion.double().sum() * (count / (T - 1))).cpu()
             totals[i] += (bound.prior + bound.reconstruction).double().sum().cpu()
+            if progress is not None:
+                progress(len(rows))
     points = latents.h_mu.shape[1]
     # Standardising multiplied the density by the standard deviations.
     nats = totals / len(latents.z) + torch.stack(

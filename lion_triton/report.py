@@ -37,8 +37,18 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(lion: LION, clouds: Tensor, normalization: Normalization, precision: str) -> Reconstruction:
-    """Encode and decode normalised clouds (K, N, 3), with latents sampled as in training."""
+def reconstruct(
+    lion: LION,
+    clouds: Tensor,
+    normalization: Normalization,
+    precision: str,
+    *,
+    progress: metrics.Progress | None = None,
+) -> Reconstruction:
+    """Encode and decode normalised clouds (K, N, 3), with latents sampled as in training.
+
+    progress: called with the number of clouds finished since its last call.
+    """
     device = lion.z_mean.device
     outputs, kls = [], []
     keys = (torch.tensor([0, offset], device=device) for offset in itertools.count())
@@ -52,6 +62,8 @@ def reconstruct(lion: LION, clouds: Tensor, normalization: Normalization, precis
             h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next(keys))
             outputs.append(lion.decode(h, z).float().cpu())
         kls.append((0.5 * (z_mu.square() + (2 * z_log_sigma).exp() - 1) - z_log_sigma).cpu())
+        if progress is not None:
+            progress(len(batch))
     points = torch.from_numpy(normalization.invert(torch.cat(outputs).numpy()))
     target = torch.from_numpy(normalization.invert(clouds.numpy()))
     per_dimension = torch.cat(kls).mean(0)

@@ -60,6 +60,19 @@ class Run:
         """Complete checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*"))
 
+    def checkpoint(self, name: str | None = None) -> Path | None:
+        """The checkpoint called ``name``, or the newest; None before the first.
+
+        Raises:
+            ValueError: if none is called ``name``.
+        """
+        folders = {folder.name: folder for folder in self.checkpoints()}
+        if name is None:
+            return next(reversed(folders.values()), None)
+        if name not in folders:
+            raise ValueError(f"checkpoint: expected one of {', '.join(folders) or 'none yet'}, got {name}")
+        return folders[name]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -159,16 +172,16 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
     return target
 
 
-def load_checkpoint(run: Run, *, with_optimizer: bool = True) -> Checkpoint | None:
-    """The newest checkpoint, or None before the first. Sampling can do without the optimizer's state.
+def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool = True) -> Checkpoint | None:
+    """The newest checkpoint, or the one called ``name``; None before the first. Sampling can do without the optimizer.
 
     Raises:
-        ValueError: if it is damaged or truncated, or its optimizer file would run code; nothing is skipped silently.
+        ValueError: if none is called ``name``; if it is damaged or truncated, or its optimizer file would run code;
+            nothing is skipped silently.
     """
-    folders = run.checkpoints()
-    if not folders:
+    folder = run.checkpoint(name)
+    if folder is None:
         return None
-    folder = folders[-1]
     try:
         state = json.loads((folder / "state.json").read_text())
         stage, step, files = state["stage"], int(state["step"]), dict(state["files"])
@@ -198,13 +211,15 @@ def load_checkpoint(run: Run, *, with_optimizer: bool = True) -> Checkpoint | No
     return Checkpoint(stage, step, model, ema, optimizer)
 
 
-def load_model(run: Run) -> LION:
-    """The run's newest LION in evaluation mode, its priors with the averaged (EMA) weights.
+def load_model(run: Run, name: str | None = None) -> LION:
+    """The run's LION in evaluation mode, its priors with the averaged (EMA) weights.
+
+    name: of a checkpoint; None: the newest.
 
     Raises:
-        ValueError: no checkpoint yet, a damaged one, or one of another architecture.
+        ValueError: no checkpoint yet, or none called ``name``, a damaged one, or one of another architecture.
     """
-    checkpoint = load_checkpoint(run, with_optimizer=False)
+    checkpoint = load_checkpoint(run, name, with_optimizer=False)
     if checkpoint is None:
         raise ValueError(f"run: {run.folder} has no checkpoint yet")
     if checkpoint.stage == "vae":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import trimesh
 import tyro
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from lion_triton import __version__
@@ -27,7 +28,7 @@ from lion_triton.runs import Run, load_model, open_run
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Generate clouds with a run's newest checkpoint (averaged weights).
+    """Generate clouds with a run's averaged weights.
 
     Writes OUT/clouds.npz (points (S, P, 3) in data units, labels), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
@@ -41,6 +42,7 @@ class SampleArguments:
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time.
+        checkpoint: one of the run's, as step-00001000; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
 
@@ -53,6 +55,7 @@ class SampleArguments:
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
     seed: int = 0
     batch_size: int = 64
+    checkpoint: str | None = None
     out: Path | None = None
 
 
@@ -79,7 +82,8 @@ def sample(args: SampleArguments) -> Samples:
     out = args.out or run.samples / _default_name(args)
     if out.exists() and not (out / "samples.json").is_file():
         raise ValueError(f"out: {out} exists and holds no samples of an earlier command: give another --out")
-    lion = load_model(run).to(best_device())
+    resolved(run, args)  # before anything is loaded
+    lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     if not np.isfinite(points).all():
         raise ValueError("samples: the model generated points that are not finite: train longer or sample otherwise")
@@ -90,9 +94,15 @@ def sample(args: SampleArguments) -> Samples:
 
 
 def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
-    """How ``generate`` samples: the options, and the run's configuration where they are silent."""
+    """How ``generate`` samples: the options, and the run's configuration where they are silent.
+
+    Raises:
+        ValueError: ``eta`` for another sampler than DDIM.
+    """
     settings = run.config.sampling
     sampler = args.sampler or settings.sampler
+    if args.eta is not None and sampler != "ddim":
+        raise ValueError(f"eta: is the stochasticity of ddim, got {args.eta:g} for {sampler}")
     # The run's number of steps belongs to the run's sampler.
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     if steps is None and sampler != "ode":  # what LION.sample takes for None, as a number
@@ -100,12 +110,16 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     return SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
 
 
-def generate(run: Run, lion: LION, args: SampleArguments, labels: np.ndarray) -> np.ndarray:
-    """Clouds (S, P, 3) float32 in the model's units, with a progress bar."""
+def generate(
+    run: Run, lion: LION, args: SampleArguments, labels: np.ndarray, title: str = "sampling"
+) -> Float32[np.ndarray, "S P 3"]:
+    """Clouds in the model's units, with a progress bar called ``title``."""
     settings, device = resolved(run, args), lion.z_mean.device
     generator = torch.Generator().manual_seed(args.seed)
     clouds = []
-    with tqdm(total=args.num_samples, desc="sampling", unit="cloud", disable=None) as bar:
+    # All clouds of a batch are ready together: while it runs the bar tells the part that is done.
+    shape = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(total=args.num_samples, desc=title, bar_format=shape, disable=None) as bar:
         for start in range(0, args.num_samples, args.batch_size):
             count = min(args.batch_size, args.num_samples - start)
 
@@ -147,6 +161,7 @@ def class_labels(run: Run, args: SampleArguments) -> np.ndarray:
 def _default_name(args: SampleArguments) -> str:
     given = {"n": args.num_samples, "points": args.num_points, "steps": args.steps, "eta": args.eta}
     words = [
+        args.checkpoint,
         args.label,
         args.sampler,
         *(f"{k}{v}" for k, v in given.items() if v is not None),
@@ -167,7 +182,7 @@ def _write(run: Run, args: SampleArguments, points: np.ndarray, labels: np.ndarr
         options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
         record = {
             "lion_triton": __version__,
-            "checkpoint": run.checkpoints()[-1].name,
+            "checkpoint": (run.checkpoint(args.checkpoint) or run.folder).name,
             "options": options,
             "defaults": asdict(run.config.sampling),
         }

@@ -124,7 +124,9 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_hard_sets_by_the_definitions(name: str) -> None:
     samples, references = SETS[name]
-    got = metrics.evaluate(samples, references, emd="approx")
+    counted = list[int]()
+    got = metrics.evaluate(samples, references, emd="approx", progress=counted.append)
+    assert sum(counted) == 2 * metrics.num_pairs(len(samples), len(references))
     expected = brute_figures(samples, references)
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-9), key
@@ -228,8 +230,22 @@ def test_reconstruction_figures() -> None:
     assert other["reconstruction_cd"] == pytest.approx(np.diag(brute_chamfer(x, y)).mean(), rel=1e-5)
     assert other["reconstruction_emd"] == pytest.approx(exact_emd(x, y).mean().item(), rel=1e-5)
     assert "reconstruction_emd" not in metrics.reconstruction(x, y, None)
+    near = x + torch.tensor([0.04, 0, 0])  # squared 0.0016
+    assert metrics.reconstruction(near, x, None, threshold=0.002)["reconstruction_f_score"] == 1
+    assert metrics.reconstruction(near, x, None)["reconstruction_f_score"] < 1
     with pytest.raises(ValueError, match="y: expected finite"):
         metrics.reconstruction(x, y * torch.inf)
+    with pytest.raises(ValueError, match=r"^y: expected the number of clouds of x \(3\), got 1$"):
+        metrics.reconstruction(x, y[:1])
+
+
+def test_reconstruction_figures_are_means_over_all_clouds_however_many_at_a_time() -> None:
+    x, y, counted = clouds(70, 16, 1), clouds(70, 12, 2), list[int]()
+    got = metrics.reconstruction(x, y, progress=counted.append)
+    assert sum(counted) == 70
+    alone = [metrics.reconstruction(a[None], b[None]) for a, b in zip(x, y, strict=True)]
+    for name, value in got.items():
+        assert value == pytest.approx(np.mean([figures[name] for figures in alone]), rel=1e-5), name
 
 
 ENTROPY = 0.5 * np.log(2 * np.pi * np.e)  # of a standard normal, in nats
@@ -306,7 +322,9 @@ def test_prior_bound_is_in_the_units_of_the_latents() -> None:
 def test_prior_bound_hands_each_batch_its_condition() -> None:
     lion = gaussian_lion()
     latents, labels = gaussian_latents(lion), torch.arange(70)
-    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5)
+    counted = list[int]()
+    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5, progress=counted.append)
+    assert counted == [32, 32, 32, 32, 6, 6]  # both priors on each batch
     for prior, position in ((lion.shape_prior, 2), (lion.point_prior, 3)):
         seen = [call[position] for call in prior.seen]
         assert sorted({tuple(x.tolist()) for x in seen}) == [tuple(range(i, min(i + 32, 70))) for i in (0, 32, 64)]

@@ -52,8 +52,8 @@ def check_finite(**clouds: Tensor) -> None:
             raise ValueError(f"{name}: expected shape (B, ...) with at least 2 dimensions, got {tuple(cloud.shape)}")
         bad = (~cloud.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
-            where = f"{len(bad)} of {len(cloud)} clouds, first in cloud {bad[0]}"
-            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in {where}")
+            more = f" ({len(bad)} clouds in all)" if len(bad) > 1 else ""
+            raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}{more}")
 
 
 def interpreting() -> bool:

@@ -1,0 +1,1 @@
+"""The parts of ``python -m lion_triton.evaluate``; the figures themselves are in ``lion_triton.metrics``."""

@@ -1,0 +1,114 @@
+"""A run that is scored: its samples, and what only a model has, reconstructions and the bound of its priors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from lion_triton import metrics
+from lion_triton.data.clouds import Clouds
+from lion_triton.devices import resolve_precision
+from lion_triton.evaluation.sets import Array
+from lion_triton.models.lion import LION
+from lion_triton.objectives import Posterior, posterior
+from lion_triton.report import reconstruct
+from lion_triton.runs import Run
+from lion_triton.sample import SampleArguments, class_labels, generate, resolved
+
+Bar = Callable[[str, int, str], "tqdm[Any]"]  # title, total, unit
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run with the weights of one of its checkpoints."""
+
+    run: Run
+    lion: LION
+    checkpoint: str
+
+    @property
+    def conditional(self) -> bool:
+        return self.run.config.model.shape_prior.num_classes > 0
+
+    def labels(self, clouds: Clouds) -> Int64[Array, " S"] | None:
+        """The run's class of each cloud, if it knows all of their names."""
+        if not self.conditional or not set(clouds.classes) <= set(self.run.classes):
+            return None
+        index = np.array([self.run.classes.index(name) for name in clouds.classes])
+        return index[clouds.labels]
+
+    def network_units(self, points: Float32[Array, "S N 3"]) -> Float32[Tensor, "S N 3"]:
+        """Points as ``Preparation`` makes them without a box, as the networks take them."""
+        normalization = self.run.normalization  # per cloud: done already, with mean 0 and scale 1 stored
+        return torch.from_numpy(((points - np.array(normalization.mean)) / normalization.scale).astype(np.float32))
+
+    def sample(
+        self, options: SampleArguments, references: Clouds, title: str
+    ) -> tuple[Float32[Array, "S N 3"], dict[str, Any]]:
+        """Clouds in the units of ``Preparation`` without a box, and how they were made; classes as the references'."""
+        labels, known = class_labels(self.run, options), self.labels(references)
+        if known is not None:
+            labels = np.resize(known, options.num_samples)
+        settings = resolved(self.run, options)
+        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title))
+        folder = self.run.folder / "checkpoints" / self.checkpoint
+        return points, {
+            **asdict(settings),
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",
+            "precision": resolve_precision(self.run.config.mixed_precision, self.lion.z_mean.device),
+            "checkpoint": str(folder),
+            "weights_sha256": {
+                name: file["sha256"]
+                for name, file in json.loads((folder / "state.json").read_text())["files"].items()
+                if name.endswith(".safetensors")
+            },
+        }
+
+    def scores(
+        self,
+        references: Clouds,
+        points: Float32[Array, "R N 3"],
+        emd: metrics.EMD | None,
+        seed: int,
+        bar: Bar,
+    ) -> dict[str, float]:
+        """Reconstruction of the references (``points``, as ``Preparation`` makes them without a box), and the bound of
+        the priors on their latents; without the latter where the run's classes are not those of the references."""
+        normalised, device = self.network_units(points), self.lion.z_mean.device
+        with bar("reconstructions", 2 * len(points), "cloud") as shown:
+            rebuilt = reconstruct(
+                self.lion, normalised, self.run.normalization, self.run.config.mixed_precision, progress=shown.update
+            )
+            x, y = (torch.from_numpy(clouds).to(device) for clouds in (rebuilt.points, points))
+            scores = metrics.reconstruction(x, y, emd, progress=shown.update)
+        if not self.bounded(references):
+            return scores
+        parts = []
+        with bar("bound of the priors", 3 * len(points), "cloud") as shown:
+            for i, batch in enumerate(normalised.split(32)):
+                parts.append(posterior(self.lion.vae, batch.to(device), torch.tensor([seed, -1 - i], device=device)))
+                shown.update(len(batch))
+            latents = Posterior(*(torch.cat([getattr(p, f) for p in parts]) for f in ("z", "h_mu", "h_log_sigma")))
+            labels = self.labels(references)
+            bound = metrics.prior_bound(
+                self.lion,
+                latents,
+                torch.tensor([seed, 0], device=device),
+                None if labels is None else torch.from_numpy(labels).to(device),
+                progress=shown.update,
+            )
+        return scores | {f"bound_{name}": value for name, value in asdict(bound).items()}
+
+    def bounded(self, references: Clouds) -> bool:
+        """Whether the priors can be asked about these references: a class-conditional one must know their classes."""
+        return not self.conditional or self.labels(references) is not None

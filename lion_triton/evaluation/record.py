@@ -1,0 +1,218 @@
+"""What ``evaluation.json`` says, part by part, and what is pointed out about it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from lion_triton import __version__, metrics, runs
+from lion_triton.data.clouds import SYNSETS, Clouds
+from lion_triton.evaluation.memorising import Nearest, Training
+from lion_triton.evaluation.model import Model
+from lion_triton.evaluation.published import POINTS, REFERENCES, SOURCE, published
+from lion_triton.evaluation.sets import Array, Source
+
+# When something is pointed out.
+UNLIKE_SIZE, UNLIKE_PLACE = 0.25, 0.15  # difference of the sets' sizes and places, in units of the references' size
+ALIKE = 0.5  # distance to the nearest other sample, in units of the references' such distance
+OUTSIDE = 0.1  # of the points, outside the JSD's sphere
+COPIES = 0.1  # of the samples, beyond the references' part
+
+
+@dataclass
+class Remarks:
+    """What is pointed out: ``warnings`` make figures doubtful, ``notes`` say what they are figures of."""
+
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def environment(options: Mapping[str, Any], command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What computed the figures, with which options, and the command that repeats them."""
+    gpu = device.type == "cuda"
+    return {
+        "lion_triton": __version__,
+        "commit": runs.commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "device": torch.cuda.get_device_name(device) if gpu else "CPU",
+        "command": shlex.join(["python", "-m", "lion_triton.evaluate", *command]),
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+        "seed": options["seed"],
+        "split": options["split"],
+        "emd": options["emd"],
+        "f_score_threshold": metrics.F_SCORE_THRESHOLD,
+        "bound_timesteps": metrics.BOUND_TIMESTEPS,
+    }
+
+
+def described(source: Source, points: Float32[Array, "S N 3"], within: Tensor) -> dict[str, Any]:
+    """A set as it was compared; ``within`` (S, S) are its own distances.
+
+    The SHA-256 is of the coordinates as little-endian float32, cloud after cloud. ``size`` and ``center`` are medians
+    over clouds of the boxes' sides and centres, x, y, z; ``nearest_other`` of the distance to the nearest other cloud.
+    ``repeated`` counts clouds that equal an earlier one; ``outside_sphere`` is a fraction of points, see ``metrics``.
+    """
+    low, high = points.min(axis=1), points.max(axis=1)
+    others = within.cpu().clone().fill_diagonal_(torch.inf).min(dim=0).values
+    return {
+        "source": source.what,
+        "clouds": len(points),
+        "points": points.shape[1],
+        "sha256": hashlib.sha256(points.astype("<f4").tobytes()).hexdigest(),
+        "size": np.median(high - low, axis=0).tolist(),
+        "center": np.median((high + low) / 2, axis=0).tolist(),
+        "nearest_other": float(np.median(others.numpy())) if len(points) > 1 else None,
+        "repeated": len(points) - len({cloud.tobytes() for cloud in points}),
+        "outside_sphere": float((np.square(points).sum(-1) > 0.25).mean()),
+    }
+
+
+def remark_on_sets(samples: dict[str, Any], references: dict[str, Any], remarks: Remarks) -> None:
+    """Point out sets that are unlike each other in what no model should get wrong: they may be in other units."""
+    count = samples["clouds"], references["clouds"]
+    if count[0] != count[1]:
+        best = metrics.chance_accuracy(*count)
+        text = f"{count[0]} samples against {count[1]} references: all are compared; the best 1-NNA is {best:.3f} at "
+        text += "these sizes, not 0.5"
+        text += f", and COV is at most {count[0] / count[1]:.3f}." if count[0] < count[1] else "."
+        remarks.notes.append(text)
+    size, place = (np.array([s[key] for s in (samples, references)]) for key in ("size", "center"))
+    unit = size[1].max()
+    if np.abs(size[0] - size[1]).max() > UNLIKE_SIZE * unit or np.abs(place[0] - place[1]).max() > UNLIKE_PLACE * unit:
+        ours, theirs = (
+            f"{' x '.join(f'{x:.2g}' for x in s['size'])} around ({', '.join(f'{x:.2g}' for x in s['center'])})"
+            for s in (samples, references)
+        )
+        remarks.warnings.append(
+            f"Samples measure {ours}, references {theirs} (x, y, z; medians of their boxes): are units, axes and "
+            "origin the same? --norm-box takes away place and size."
+        )
+    for name, s in (("samples", samples), ("references", references)):
+        if s["repeated"]:
+            remarks.warnings.append(f"{s['repeated']} of {s['clouds']} {name} equal an earlier one.")
+    outside = [s["outside_sphere"] for s in (samples, references)]
+    if max(outside) > OUTSIDE:
+        remarks.notes.append(
+            f"{outside[0]:.0%} of the points of samples and {outside[1]:.0%} of references lie outside the sphere of "
+            "radius 0.5 that JSD is taken in, and count at its surface."
+        )
+    ours, theirs = samples["nearest_other"], references["nearest_other"]
+    if ours is not None and theirs is not None and ours < ALIKE * theirs:
+        remarks.warnings.append(
+            f"Samples resemble each other: their median distance to the nearest other sample is {ours:.3g}, that of "
+            f"references to the nearest other reference {theirs:.3g}. Does the model generate few kinds of shapes?"
+        )
+
+
+def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, remarks: Remarks) -> None:
+    """Point out copies of training shapes, where samples hold more of them than the references do."""
+    copies = memory["samples_as_near_as_two_draws"]
+    if copies is not None and copies / samples > memory["references_as_near_as_two_draws"] / references + COPIES:
+        remarks.warnings.append(
+            f"{copies} of {samples} samples are as near to a training shape as two draws of its points are, and "
+            f"{memory['references_as_near_as_two_draws']} of {references} references: were training shapes memorised?"
+        )
+
+
+def training_set(training: Training | None) -> dict[str, Any] | None:
+    """The training shapes, whole as they were read."""
+    if training is None:
+        return None
+    return {"source": training.source.what, "clouds": len(training.source), "sha256": training.sha256}
+
+
+def trained_with(model: Model | None) -> dict[str, Any] | None:
+    """The run that was sampled: its data and their normalisation."""
+    if model is None:
+        return None
+    run = model.run
+    return {
+        "folder": str(run.folder),
+        "data": asdict(run.config.data),
+        "classes": list(run.classes),
+        "normalization": run.normalization.to_json(),
+    }
+
+
+def units(norm_box: bool, model: Model | None) -> str:
+    """The units that clouds were compared in, in words."""
+    if norm_box:
+        return "each cloud's bounding box fitted to [-0.5, 0.5]"
+    if model is None:
+        return "none: samples and references as given"
+    kind = model.run.normalization.kind
+    if kind == "global":
+        return "data units: the run's mean and scale taken back"
+    return f"each cloud's {kind} fitted to the unit {kind}, as the run was trained"
+
+
+def published_rows(
+    references: Clouds, subset: str, points: tuple[int, int], data_units: bool, remarks: Remarks
+) -> dict[str, Any]:
+    """Published rows, if the references are one category of ShapeNet by its folder and the units fit.
+
+    points: of each sample and of each reference; what makes figures hard to compare is noted.
+    """
+    folders = {p.parent.parent.name if isinstance(p, Path) else "" for p in references.source}
+    category = SYNSETS.get(folders.pop()) if len(folders) == 1 else None
+    rows = published(category) if data_units else ()
+    if category and not rows:
+        remarks.notes.append(f"No published figures are known here for {category} in these units.")
+    if rows and category and len(references) != REFERENCES[category]:
+        remarks.notes.append(f"Published figures are of {REFERENCES[category]} references, these of {len(references)}.")
+    if rows and points != (POINTS, POINTS):
+        remarks.notes.append(
+            f"Published figures are of clouds of {POINTS} points, these of {points[0]} and {points[1]}."
+        )
+    if rows and subset != "test":
+        remarks.notes.append(f"Published figures are of the test shapes, these of {subset}.")
+    return {
+        "category": category,
+        "published": [row.to_json() for row in rows],
+        "published_source": SOURCE if rows else None,
+    }
+
+
+def per_sample(
+    samples: Clouds, references: Clouds, cross: Float32[Array, "S R"], training: Training | None, near: Nearest | None
+) -> list[dict[str, Any]]:
+    """The nearest reference of each sample, and its nearest training shape."""
+    rows = []
+    for i, j in enumerate(cross.argmin(1).tolist()):
+        row = {"sample": samples.names[i], "reference": references.names[j], "reference_index": j}
+        row["reference_distance"] = float(cross[i, j])
+        if training is not None and near is not None:
+            k = int(near.index[i])
+            row |= {"training": training.source.clouds.names[k], "training_index": k}
+            row["training_distance"] = float(near.distance[i])
+        rows.append(row)
+    return rows
+
+
+def per_reference(
+    samples: Clouds, references: Clouds, cross: Float32[Array, "S R"], near: Nearest | None
+) -> list[dict[str, Any]]:
+    """The nearest sample of each reference, whether any sample covers it, and how near a training shape is."""
+    covered = set(cross.argmin(1).tolist())
+    rows = []
+    for j, i in enumerate(cross.argmin(0).tolist()):
+        row = {"reference": references.names[j], "sample": samples.names[i], "sample_index": i}
+        row |= {"sample_distance": float(cross[i, j]), "covered": j in covered}
+        if near is not None:
+            row["training_distance"] = float(near.distance[j])
+        rows.append(row)
+    return rows

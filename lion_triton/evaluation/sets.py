@@ -1,0 +1,189 @@
+"""Sets of clouds of any kind, and how they become comparable: which of their points, in which units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from jaxtyping import Float32
+
+from lion_triton.data.clouds import Clouds, Normalization, folder_clouds, procedural_clouds
+from lion_triton.data.clouds import Split as Subset
+from lion_triton.data.containers import Container
+from lion_triton.data.meshes import SHAPE_SUFFIXES, read_shape
+from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
+
+SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, and the splits of its points
+LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
+
+Array = np.ndarray
+Split = Literal["first10k", "last5k"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of clouds: the option that gave it, where it came from, and the clouds."""
+
+    option: str
+    what: str
+    clouds: Clouds
+
+    def __len__(self) -> int:
+        return len(self.clouds)
+
+    def __getitem__(self, i: int) -> Float32[Array, "P 3"]:
+        """Cloud i.
+
+        Raises:
+            ValueError: it cannot be read, or a coordinate is not finite or beyond LARGEST.
+        """
+        try:
+            cloud = self.clouds[i]
+        except ValueError as error:
+            raise ValueError(f"{self.option}: cloud {i}, {error}") from None
+        size = float(np.abs(cloud).max())
+        if size > LARGEST:
+            raise ValueError(f"{self.option}: expected coordinates up to {LARGEST:g}, got {size:g} in cloud {i}")
+        return cloud
+
+    def num_points(self) -> list[int]:
+        """Of each cloud; of clouds on disk only headers are read."""
+        return [self.clouds.num_points(i) for i in range(len(self))]
+
+
+def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> Source:
+    """The clouds at ``path``: a folder <category>/<subset>/<id>.npy, of which ``categories`` can be chosen; a folder
+    of clouds, a .npy or .npz of (S, P, 3), or "procedural": ``count`` of those.
+
+    Raises:
+        ValueError: nothing there, or no set of clouds; a cloud in memory that is not finite, by its index.
+    """
+    if path == "procedural" and option != "samples":
+        kind = "train" if option == "training" else "held_out"
+        _no_categories(categories, "the procedural shapes are")
+        clouds = procedural_clouds(count, PROCEDURAL_POINTS, PROCEDURAL_SEEDS[kind])
+        return Source(option, f"procedural shapes, {kind.replace('_', '-')}", clouds)
+    where = Path(path)
+    if (where / "clouds.npz").is_file():  # of lion_triton.sample
+        where = where / "clouds.npz"
+    if where.is_file():
+        _no_categories(categories, f"{where} is")
+        return Source(option, str(where), _read_file(option, where))
+    if not where.is_dir():
+        raise ValueError(f"{option}: {where} does not exist")
+    files = sorted(f.name for f in where.iterdir() if f.suffix.lower() in SHAPE_SUFFIXES and f.name[0] != ".")
+    if files:
+        _no_categories(categories, f"{where} is")
+        return Source(option, str(where), _read_folder(option, where, files))
+    try:
+        return Source(option, f"{where}, {subset}", folder_clouds(where, subset, categories or None))
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).removeprefix('root: ')}") from None
+
+
+def _no_categories(categories: Sequence[str], what: str) -> None:
+    if categories:
+        raise ValueError(
+            f"categories: are chosen of a folder <category>/<subset>/<id>.npy, {what} none; got {', '.join(categories)}"
+        )
+
+
+def _read_file(option: str, path: Path) -> Clouds:
+    """A .npy file, or a .npz file with an array ``points`` or a single one: (S, P, 3)."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"": loaded} if isinstance(loaded, Array) else dict(loaded)
+    except Exception as error:  # a damaged file makes NumPy's parsers raise nearly anything
+        # Whatever is no NumPy file it takes for a pickle.
+        reason = "it holds no plain numbers" if "pickle" in str(error) else _reason(error)
+        raise ValueError(f"{option}: {path} is not a readable .npy or .npz of clouds ({reason})") from None
+    if len(arrays) > 1 and "points" not in arrays:
+        raise ValueError(f"{option}: expected one array or one called points in {path}, got {', '.join(arrays)}")
+    if not arrays:
+        raise ValueError(f"{option}: expected an array of clouds in {path}, got none")
+    array = arrays["points"] if "points" in arrays else next(iter(arrays.values()))
+    if array.dtype.kind not in "fiu" or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(f"{option}: expected numbers of shape (S, P, 3) in {path}, got {array.dtype} {array.shape}")
+    return in_memory(option, list(array), [str(i) for i in range(len(array))])
+
+
+def _read_folder(option: str, folder: Path, files: Sequence[str]) -> Clouds:
+    """A folder with one cloud per file."""
+    clouds = []
+    for i, file in enumerate(files):
+        try:
+            shape = read_shape(Container(folder), file)
+        except Exception as error:  # whatever a parser makes of a bad file
+            raise ValueError(f"{option}: cloud {i}, {folder / file}: {_reason(error)}") from None
+        if shape.is_mesh:
+            raise ValueError(
+                f"{option}: {folder / file} is a mesh: python -m lion_triton.prepare makes clouds of meshes"
+            )
+        clouds.append(shape.coordinates)
+    return in_memory(option, clouds, files)
+
+
+def in_memory(option: str, clouds: Sequence[Array], names: Sequence[str]) -> Clouds:
+    """Clouds (P_i, 3) as float32, all of them finite.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+        arrays = tuple(np.ascontiguousarray(cloud, dtype=np.float32) for cloud in clouds)
+    bad = [i for i, cloud in enumerate(arrays) if not np.isfinite(cloud).all()]
+    if bad:
+        more = f" ({len(bad)} clouds in all)" if len(bad) > 1 else ""
+        raise ValueError(f"{option}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}{more}")
+    labels = np.zeros(len(arrays), dtype=np.int64)
+    return Clouds(cast(Any, arrays), labels, ("",), tuple(names))  # a tuple: the arrays may differ in length
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Draws the points that are compared, and puts them in the units they are compared in."""
+
+    split: Split | None  # None: of all points
+    seed: int
+    normalization: Normalization | None = None  # the run's, where that gives each cloud its own units
+    norm_box: bool = False
+
+    def part(self, points: int) -> slice:
+        """The points to draw from, of a cloud of so many."""
+        if self.split is None or points < SPLIT_POINTS:
+            return slice(None)
+        return slice(FIRST) if self.split == "first10k" else slice(points - LAST, points)
+
+    def available(self, points: int) -> int:
+        return len(range(points)[self.part(points)])
+
+    def draw(
+        self, cloud: Float32[Array, "P 3"], num_points: int, rng: np.random.Generator
+    ) -> Float32[Array, "num_points 3"]:
+        """Points drawn without replacement, or with it where there are too few; all, as they are, if just so many."""
+        part = cloud[self.part(len(cloud))]
+        if len(part) != num_points:
+            part = part.take(rng.choice(len(part), num_points, replace=len(part) < num_points), axis=0)
+        if self.normalization is not None:
+            center, scale = self.normalization.center_and_scale(cloud)
+            part = ((part - center) / scale).astype(np.float32)
+        # By the box of the points that are compared.
+        return Normalization("box").apply(part) / np.float32(2) if self.norm_box else part
+
+    def rng(self, stream: int, i: int) -> np.random.Generator:
+        """What decides the points of cloud i: the seed, the stream and i, not what was drawn before."""
+        return np.random.default_rng((self.seed, stream, i))
+
+    def __call__(
+        self, source: Source, num_points: int, stream: int, indices: Iterable[int] | None = None
+    ) -> Float32[Array, "K num_points 3"]:
+        """The clouds ``indices``, or all. Raises what reading them raises."""
+        chosen = range(len(source)) if indices is None else indices
+        return np.stack([self.draw(source[i], num_points, self.rng(stream, i)) for i in chosen])
