@@ -304,9 +304,7 @@ def check(config: TrainConfig) -> None:
         if not t.learning_rate > 0:
             raise ValueError(f"{stage}.learning-rate: expected a number above 0, got {t.learning_rate}")
 
-    networks = [config.model.vae.point_encoder, config.model.vae.decoder, config.model.point_prior.network]
-    centers = [n.down[0].sample.centers for n in networks if isinstance(n, UNetConfig)]
-    needed = max([*centers, config.model.vae.shape_encoder[0].sample.centers])
+    needed = fewest_points(config.model)
     if config.data.num_points < needed:
         raise ValueError(f"data.num-points: this model needs at least {needed}, got {config.data.num_points}")
     reconstruction = config.vae.reconstruction
@@ -322,6 +320,13 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"sampling.clip-x0: expected a number above 0, got {sampling.clip_x0}")
     if sampling.sampler == "ode" and (diffusion.prediction, diffusion.schedule) != ("eps", "linear"):
         raise ValueError("sampling.sampler: ode needs a linear schedule and prediction of eps, this model has others")
+
+
+def fewest_points(model: LIONConfig) -> int:
+    """How many points a cloud must have for the networks."""
+    networks = [model.vae.point_encoder, model.vae.decoder, model.point_prior.network]
+    centers = [n.down[0].sample.centers for n in networks if isinstance(n, UNetConfig)]
+    return max([*centers, model.vae.shape_encoder[0].sample.centers])
 
 
 def from_json(data: dict[str, Any]) -> TrainConfig:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lion_triton import metrics
 from lion_triton.cli import run_cli
-from lion_triton.config import DataConfig
+from lion_triton.config import DataConfig, fewest_points
 from lion_triton.data.sources import load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import folder, page, record, table
@@ -104,8 +104,9 @@ def check(args: EvaluateArguments, is_run: bool) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
-    if args.categories and args.reference is None and is_run:
-        raise ValueError("categories: are chosen of the folder given by --reference, which is not given")
+    if is_run and args.reference is None and (args.categories or args.subset != "test"):
+        name = "categories" if args.categories else "subset"
+        raise ValueError(f"{name}: is of the folder given by --reference, which is not given")
     if not is_run:
         for name in ("num_samples", "sampler", "steps", "eta", "checkpoint"):
             if getattr(args, name) is not None:
@@ -202,13 +203,14 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
             nearest, base = (nearest_training(x, training, device, bar.update) for x in (samples, references))
         memorising = summary(nearest, base, training, device)
         record.remark_on_memorising(memorising, len(samples), len(references), remarks)
+    fewer = min(len(samples), len(references))
     sets = {
-        "samples": record.described(given, samples, distances.samples),
-        "references": record.described(reference, references, distances.references),
+        "samples": record.described(given, samples, distances.samples[:fewer, :fewer]),
+        "references": record.described(reference, references, distances.references[:fewer, :fewer]),
     }
     record.remark_on_sets(sets["samples"], sets["references"], remarks)
     points, data_units = (samples.shape[1], references.shape[1]), own_units is None and not args.norm_box
-    published = record.published_rows(reference.clouds, args.subset, points, data_units, remarks)
+    published = record.published_rows(reference.clouds, points, data_units, remarks)
     result = record.environment(asdict(args), command, device) | {
         "samples": sets["samples"] | {"sampling": sampling},
         "references": sets["references"],
@@ -310,6 +312,8 @@ def _points(
                 f"emd: exact needs equally many points, got samples of {samples} and references of {references}: "
                 f"give --num-points {references}"
             )
+    if model is not None and references < (fewest := fewest_points(model.run.config.model)):
+        raise ValueError(f"num-points: this model needs at least {fewest}, got references of {references}")
     if max(counts) < SPLIT_POINTS:
         remarks.notes.append(f"The split {args.split} changes nothing: no reference has {SPLIT_POINTS} points.")
     return samples, references

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from lion_triton import evaluate, metrics, sample, train
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.data.sources import load_sources
-from lion_triton.evaluation import model, page
+from lion_triton.evaluation import galleries, model, page
 from lion_triton.evaluation.sets import Preparation, Source
 from lion_triton.kernels import pairwise_chamfer
+from lion_triton.report import Reconstruction
 from lion_triton.runs import open_run
 from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import files, layout, npy, samples_folder
@@ -52,7 +53,7 @@ def content(root: Path) -> dict[Path, bytes]:
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; ``scored`` below and tests/test_page.py draw."""
-    monkeypatch.setattr(page, "thumbnails", lambda clouds: [b"" for _ in clouds])
+    monkeypatch.setattr(galleries, "thumbnails", lambda clouds: [b"" for _ in clouds])
 
 
 @pytest.fixture
@@ -204,7 +205,8 @@ def test_options_of_a_run_are_refused_before_its_weights_are_loaded(
     for options, message in {
         "--sampler ddpm --eta 0.5": "eta: is the stochasticity of ddim, got 0.5 for ddpm",
         "--sampler ode --eta 0": "eta: is the stochasticity of ddim, got 0 for ode",
-        "--categories chair": "categories: are chosen of the folder given by --reference, which is not given",
+        "--categories chair": "categories: is of the folder given by --reference, which is not given",
+        "--subset val": "subset: is of the folder given by --reference, which is not given",
         "--num-samples 0": "num-samples: expected at least 1, got 0",
         "--batch-size 0": "batch-size: expected at least 1, got 0",
     }.items():
@@ -234,16 +236,24 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
     references = sources.held_out.subset(range(5, -1, -1))  # whose classes are not in turn
     monkeypatch.setattr(evaluate, "load_sources", lambda *_: replace(sources, held_out=references))
 
+    whole = Preparation("first10k", 0)(Source("reference", "", references), 130, evaluate.REFERENCE)
+    scales = [run.normalization.center_and_scale(cloud) for cloud in references]
+    seen = np.stack([(x - c) / s for x, (c, s) in zip(whole, scales, strict=True)]).astype(np.float32)
+
     def perfect(_: object, __: object, args: sample.SampleArguments, labels: np.ndarray, ___: str) -> np.ndarray:
         np.testing.assert_array_equal(labels, references.labels)
         assert (args.num_samples, args.num_points) == (6, 130)
-        whole = Preparation("first10k", 0)(Source("reference", "", references), 130, evaluate.REFERENCE)
-        scales = [run.normalization.center_and_scale(cloud) for cloud in references]
-        return np.stack([(x - c) / s for x, (c, s) in zip(whole, scales, strict=True)]).astype(np.float32)
+        return seen
+
+    def rebuild(_: object, clouds: torch.Tensor, *__: object, **___: object) -> Reconstruction:
+        np.testing.assert_allclose(clouds, seen, rtol=1e-5, atol=1e-6)
+        return Reconstruction(run.normalization.invert(clouds.numpy()), 0, 0, 0)
 
     monkeypatch.setattr(model, "generate", perfect)
+    monkeypatch.setattr(model, "reconstruct", rebuild)
     record = score(out, tmp_path / "out", "--emd", "none")
     assert record["figures"]["mmd_cd"] == pytest.approx(0, abs=1e-10)
+    assert record["figures"]["reconstruction_cd"] == pytest.approx(0, abs=1e-10)
     assert record["figures"]["cov_cd"] == 1
     assert record["warnings"] == []
     assert record["normalization"].startswith("data units" if kind == "global" else f"each cloud's {kind} fitted")
@@ -251,6 +261,24 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
     size = np.linalg.norm(points, axis=2) if kind == "sphere" else np.ptp(points, axis=1)
     # Of the longest side of a shape, or of the radius of its sphere.
     assert size.max() == pytest.approx({"global": 1, "box": 2, "sphere": 1}[kind], rel=0.05)
+
+
+def test_samples_are_of_the_classes_of_the_references(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over again where more are generated than there are references."""
+    references = layout(layout(tmp_path, clouds(1, 130, 0), category="chair"), clouds(2, 130, 1), category="sofa")
+    given = list[str]()
+
+    def generate(_: object, __: object, args: object, labels: np.ndarray, ___: str) -> np.ndarray:
+        given.extend(CLASSES[label] for label in labels)
+        return clouds(5, 130, 2)
+
+    monkeypatch.setattr(model, "generate", generate)
+    more = ["--reference", str(references), *"--num-samples 5 --emd none".split()]
+    record = score(finished, tmp_path / "out", *more)
+    assert given == ["chair", "sofa", "sofa", "chair", "sofa"]
+    assert record["samples"]["sampling"]["classes"] == "those of the references"
 
 
 def test_what_only_a_model_has_does_not_depend_on_the_box(finished: Path, tmp_path: Path) -> None:
@@ -365,6 +393,9 @@ def test_the_split_is_named_with_the_figures(
     np.save(tmp_path / "long.npy", halves)  # the samples are whole, whatever their number of points
     whole = score(tmp_path / "long.npy", tmp_path / "long", *given, "--split", "last5k", "--num-points", "30")
     assert whole["samples"]["sha256"] == digest(Preparation(None, 0)(source(halves), 30, evaluate.SAMPLES))
+    np.save(tmp_path / "six.npy", clouds(1, 6000, 1))
+    six = score(tmp_path / "six.npy", tmp_path / "six", *given, "--split", "last5k")
+    assert six["references"]["points"] == 5000
     short = score(sets[0], tmp_path / "short", "--reference", str(sets[1]), "--emd", "none")
     assert "The split first10k changes nothing: no reference has 15000 points." in short["notes"]
     out = capsys.readouterr().out
@@ -408,6 +439,8 @@ def test_sets_of_other_sizes_are_all_compared_and_that_is_said(
     ):
         assert any(text in remark for remark in record[remarks])
         assert f"{remarks[:-1]:<12}{text}" in out
+    (warning,) = score(tmp_path / "s.npy", tmp_path / "none", *given, "--emd", "none")["warnings"]
+    assert warning.endswith("than the 50 of the samples. For both alike give --num-points 30.")
     line = fails(capsys, evaluate.main, [str(tmp_path / "s.npy"), *given, *"--emd exact --out".split(), "x"])
     assert "exact needs equally many points" in line
     assert "--num-points 30" in line
@@ -466,6 +499,19 @@ def test_of_two_good_sets_nothing_is_warned_of(tmp_path: Path, capsys: pytest.Ca
     record = score(tmp_path / "s.npy", tmp_path / "out", "--reference", str(tmp_path / "r.npy"), "--emd", "none")
     assert record["warnings"] == []
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ["samples", "references"])
+def test_many_clouds_are_not_called_alike_for_being_many(tmp_path: Path, more: str) -> None:
+    """One shape in sizes from a half to twice, the first five of either set evenly spread."""
+    few, many = np.linspace(0.5, 2, 5), np.linspace(0.5, 2, 60)
+    sizes = {"samples": few + 0.01, "references": few} | {more: np.concatenate([few, many])}
+    for name, values in sizes.items():
+        np.save(tmp_path / f"{name}.npy", clouds(1, 40, 0) * values[:, None, None])
+    given = [tmp_path / "samples.npy", tmp_path / "out", "--reference", str(tmp_path / "references.npy")]
+    record = score(*given, "--emd", "none")  # type: ignore[arg-type]
+    assert not [warning for warning in record["warnings"] if "resemble" in warning]
+    assert record["samples"]["nearest_other"] == pytest.approx(record["references"]["nearest_other"], rel=0.05)
 
 
 @pytest.mark.parametrize("fault", ["scaled", "axes", "moved", "alike", "repeated"])
@@ -744,6 +790,16 @@ def test_the_samples_of_a_run_are_not_left_beside_figures_of_others(
     line = fails(capsys, evaluate.main, [str(sets[0]), "--reference", str(sets[1]), "--out", str(scored)])
     assert line == f"error: out: {scored} holds the samples of another evaluation: give another --out"
     assert content(scored) == before
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_references_of_too_few_points_for_the_networks_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "r.npy", clouds(2, 63, 0))
+    args = [str(finished), "--reference", str(tmp_path / "r.npy"), "--out", str(tmp_path / "out")]
+    line = fails(capsys, evaluate.main, args)
+    assert line == "error: num-points: this model needs at least 64, got references of 63"
 
 
 # Writing

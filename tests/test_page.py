@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lion_triton import evaluate
-from lion_triton.evaluation import page
+from lion_triton.evaluation import galleries, page
 from lion_triton.evaluation.table import PUBLISHED
 from lion_triton.pictures import CELL, thumbnails
 
@@ -128,7 +128,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time."""
-    monkeypatch.setattr(page, "thumbnails", lambda clouds: [b"" for _ in clouds])
+    monkeypatch.setattr(galleries, "thumbnails", lambda clouds: [b"" for _ in clouds])
 
 
 def section(html: str, name: str) -> str:
@@ -197,7 +197,7 @@ def test_every_picture_is_a_picture(made: Made) -> None:
     missed = sum(not row["covered"] for row in made.record["per_reference"])
     assert missed >= 3
     # In order; nearest to training; most and least typical; each with reference and training. Then uncovered ones.
-    assert len(images) == 1 + 3 * (page.SHOWN + 3 * page.EXTREMES) + 2 * min(missed, page.SHOWN)
+    assert len(images) == 1 + 3 * (galleries.SHOWN + 3 * galleries.EXTREMES) + 2 * min(missed, galleries.SHOWN)
     for attributes in images:
         kind, data = str(attributes["src"]).split(",")
         assert kind == "data:image/png;base64"
@@ -230,11 +230,11 @@ def test_every_card_shows_the_clouds_that_it_names(made: Made) -> None:
         return [int(i) for i in np.argsort([row[key] for row in rows], kind="stable")]
 
     missed = [j for j in np.argsort([-row["sample_distance"] for row in others]) if not others[j]["covered"]]
-    assert cards(made.html, "samples") == [of_sample(i) for i in range(page.SHOWN)]
-    assert cards(made.html, "copies") == [of_sample(i) for i in order("training_distance")[: page.EXTREMES]]
-    assert cards(made.html, "typical") == [of_sample(i) for i in order("reference_distance")[: page.EXTREMES]]
+    assert cards(made.html, "samples") == [of_sample(i) for i in range(galleries.SHOWN)]
+    assert cards(made.html, "copies") == [of_sample(i) for i in order("training_distance")[: galleries.EXTREMES]]
+    assert cards(made.html, "typical") == [of_sample(i) for i in order("reference_distance")[: galleries.EXTREMES]]
     assert cards(made.html, "untypical") == [
-        of_sample(i) for i in order("reference_distance")[: -1 - page.EXTREMES : -1]
+        of_sample(i) for i in order("reference_distance")[: -1 - galleries.EXTREMES : -1]
     ]
     assert cards(made.html, "uncovered") == [of_reference(j) for j in missed]
     for heading, gallery in (("Most", "typical"), ("Least", "untypical")):
@@ -629,4 +629,4 @@ def test_in_a_browser_without_a_network_everything_is_seen(
     assert [tops.count(top) for top in sorted(set(tops))] == [tiles] * (6 // tiles)
     assert len({(wide, high) for _, _, wide, high in found["tiles"]}) == 1
     rows = found["cards"]
-    assert [rows.count(top) for top in sorted(set(rows))] == [columns] * (page.EXTREMES // columns)
+    assert [rows.count(top) for top in sorted(set(rows))] == [columns] * (galleries.EXTREMES // columns)

@@ -132,6 +132,27 @@ def test_samplers_of_the_command_line(finished: Path, tmp_path: Path, sampler: s
     assert np.load(out / "clouds.npz")["points"].shape == (2, 130, 3)
 
 
+def test_a_checkpoint_can_be_chosen(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {}
+    for name in ("step-00000006", "step-00000008"):
+        sample.main([str(finished), "--num-samples", "2", "--checkpoint", name, "--out", str(tmp_path / name)])
+        made[name] = np.load(tmp_path / name / "clouds.npz")["points"]
+        assert json.loads((tmp_path / name / "samples.json").read_text())["checkpoint"] == name
+    sample.main([str(finished), "--num-samples", "2", "--out", str(tmp_path / "newest")])
+    np.testing.assert_array_equal(np.load(tmp_path / "newest" / "clouds.npz")["points"], made["step-00000008"])
+    assert not np.array_equal(made["step-00000006"], made["step-00000008"])
+    line = fails(capsys, sample.main, [str(finished), "--checkpoint", "step-7"])
+    assert line == "error: checkpoint: expected one of step-00000006, step-00000008, got step-7"
+
+
+def test_eta_of_another_sampler_is_refused_before_weights_are_loaded(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    line = fails(capsys, sample.main, [str(finished), "--sampler", "ddpm", "--eta", "0.5"])
+    assert line == "error: eta: is the stochasticity of ddim, got 0.5 for ddpm"
+
+
 def test_another_denoiser_and_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "t", "--denoiser", "transformer", "--attention", "softmax")
     config = runs.open_run(tmp_path / "t").config

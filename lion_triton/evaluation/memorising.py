@@ -35,7 +35,7 @@ class Training:
     def read(cls, source: Source, prepare: Preparation, num_points: int) -> Training:
         """Read every shape once, so that a bad one is found before anything is computed.
 
-        num_points: at most so many per shape are compared at first; the fewest of any cloud looked for.
+        num_points: of the clouds whose nearest shapes are looked for; the fewest, if they differ.
 
         Raises:
             ValueError: see ``Source``.
@@ -44,8 +44,14 @@ class Training:
         for i in tqdm(range(len(source)), "reading training shapes", unit="shape", leave=False, disable=None):
             cloud = source[i]
             digest.update(cloud.astype("<f4").tobytes())
-            screen.append(prepare.draw(cloud, min(SCREEN_POINTS, num_points), prepare.rng(TRAINING, i)))
+            whole = prepare.draw(cloud, num_points, prepare.rng(TRAINING, i))
+            screen.append(_few(whole, min(SCREEN_POINTS, num_points), prepare.rng(SCREEN, i)))
         return cls(source, prepare, np.stack(screen), digest.hexdigest())
+
+
+def _few(cloud: Float32[Array, "N 3"], num_points: int, rng: np.random.Generator) -> Float32[Array, "num_points 3"]:
+    """Some points of a cloud that is in its units already; all, if just so many."""
+    return Preparation(None, 0).draw(cloud, num_points, rng)
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,7 @@ def nearest_training(
     """
     num_points, coarse = clouds.shape[1], training.screen.shape[1]
     prepare = training.prepare
-    rough = Preparation(None, prepare.seed)  # the clouds are in their units already
-    a = np.stack([rough.draw(cloud, coarse, rough.rng(SCREEN, i)) for i, cloud in enumerate(clouds)])
+    a = np.stack([_few(cloud, coarse, prepare.rng(SCREEN, i)) for i, cloud in enumerate(clouds)])
     table = pairwise_chamfer(*(torch.from_numpy(x).to(device) for x in (a, training.screen)), progress=progress).cpu()
     if coarse == num_points:
         distance, index = (x.numpy() for x in table.min(dim=1))

@@ -59,12 +59,13 @@ def environment(options: Mapping[str, Any], command: Sequence[str], device: torc
     }
 
 
-def described(source: Source, points: Float32[Array, "S N 3"], within: Tensor) -> dict[str, Any]:
-    """A set as it was compared; ``within`` (S, S) are its own distances.
+def described(source: Source, points: Float32[Array, "S N 3"], within: Float32[Tensor, "K K"]) -> dict[str, Any]:
+    """A set as it was compared; ``within`` are distances of its first K clouds.
 
     The SHA-256 is of the coordinates as little-endian float32, cloud after cloud. ``size`` and ``center`` are medians
-    over clouds of the boxes' sides and centres, x, y, z; ``nearest_other`` of the distance to the nearest other cloud.
-    ``repeated`` counts clouds that equal an earlier one; ``outside_sphere`` is a fraction of points, see ``metrics``.
+    over clouds of the boxes' sides and centres, x, y, z; ``nearest_other`` of the distance to the nearest other one of
+    the first K clouds, which is the nearer the more they are. ``repeated`` counts clouds that equal an earlier one;
+    ``outside_sphere`` is the fraction of points outside the sphere that JSD is taken in.
     """
     low, high = points.min(axis=1), points.max(axis=1)
     others = within.cpu().clone().fill_diagonal_(torch.inf).min(dim=0).values
@@ -75,7 +76,7 @@ def described(source: Source, points: Float32[Array, "S N 3"], within: Tensor) -
         "sha256": hashlib.sha256(points.astype("<f4").tobytes()).hexdigest(),
         "size": np.median(high - low, axis=0).tolist(),
         "center": np.median((high + low) / 2, axis=0).tolist(),
-        "nearest_other": float(np.median(others.numpy())) if len(points) > 1 else None,
+        "nearest_other": float(np.median(others.numpy())) if len(others) > 1 else None,
         "repeated": len(points) - len({cloud.tobytes() for cloud in points}),
         "outside_sphere": float((np.square(points).sum(-1) > 0.25).mean()),
     }
@@ -160,15 +161,14 @@ def units(norm_box: bool, model: Model | None) -> str:
     return f"each cloud's {kind} fitted to the unit {kind}, as the run was trained"
 
 
-def published_rows(
-    references: Clouds, subset: str, points: tuple[int, int], data_units: bool, remarks: Remarks
-) -> dict[str, Any]:
+def published_rows(references: Clouds, points: tuple[int, int], data_units: bool, remarks: Remarks) -> dict[str, Any]:
     """Published rows, if the references are one category of ShapeNet by its folder and the units fit.
 
     points: of each sample and of each reference; what makes figures hard to compare is noted.
     """
-    folders = {p.parent.parent.name if isinstance(p, Path) else "" for p in references.source}
-    category = SYNSETS.get(folders.pop()) if len(folders) == 1 else None
+    folders = {p.parent if isinstance(p, Path) else Path() for p in references.source}
+    folder = folders.pop() if len(folders) == 1 else Path()
+    category = SYNSETS.get(folder.parent.name)
     rows = published(category) if data_units else ()
     if category and not rows:
         remarks.notes.append(f"No published figures are known here for {category} in these units.")
@@ -178,8 +178,8 @@ def published_rows(
         remarks.notes.append(
             f"Published figures are of clouds of {POINTS} points, these of {points[0]} and {points[1]}."
         )
-    if rows and subset != "test":
-        remarks.notes.append(f"Published figures are of the test shapes, these of {subset}.")
+    if rows and folder.name != "test":  # a run's own held-out shapes are those in val
+        remarks.notes.append(f"Published figures are of the test shapes, these of {folder.name}.")
     return {
         "category": category,
         "published": [row.to_json() for row in rows],

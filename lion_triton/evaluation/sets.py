@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float32
@@ -20,6 +20,7 @@ SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, a
 LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
 
 Array = np.ndarray
+T = TypeVar("T")
 Split = Literal["first10k", "last5k"]
 
 
@@ -40,18 +41,22 @@ class Source:
         Raises:
             ValueError: it cannot be read, or a coordinate is not finite or beyond LARGEST.
         """
-        try:
-            cloud = self.clouds[i]
-        except ValueError as error:
-            raise ValueError(f"{self.option}: cloud {i}, {error}") from None
+        cloud = self._named(self.clouds.__getitem__, i)
         size = float(np.abs(cloud).max())
         if size > LARGEST:
             raise ValueError(f"{self.option}: expected coordinates up to {LARGEST:g}, got {size:g} in cloud {i}")
         return cloud
 
     def num_points(self) -> list[int]:
-        """Of each cloud; of clouds on disk only headers are read."""
-        return [self.clouds.num_points(i) for i in range(len(self))]
+        """Of each cloud; of clouds on disk only headers are read. Raises what reading them raises."""
+        return [self._named(self.clouds.num_points, i) for i in range(len(self))]
+
+    def _named(self, read: Callable[[int], T], i: int) -> T:
+        """What ``read`` gives for cloud i; an error names the option and the cloud."""
+        try:
+            return read(i)
+        except ValueError as error:
+            raise ValueError(f"{self.option}: cloud {i}, {error}") from None
 
 
 def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> Source:
@@ -93,18 +98,24 @@ def _no_categories(categories: Sequence[str], what: str) -> None:
 
 def _read_file(option: str, path: Path) -> Clouds:
     """A .npy file, or a .npz file with an array ``points`` or a single one: (S, P, 3)."""
+    names: list[str] = []
+    array: Array | None
     try:
         loaded = np.load(path, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, Array) else dict(loaded)
+        if isinstance(loaded, Array):
+            array = loaded
+        else:
+            with loaded:  # arrays beside the points may be anything, and are not read
+                names = loaded.files
+                chosen = ["points"] if "points" in names else names
+                array = loaded[chosen[0]] if len(chosen) == 1 else None
     except Exception as error:  # a damaged file makes NumPy's parsers raise nearly anything
         # Whatever is no NumPy file it takes for a pickle.
         reason = "it holds no plain numbers" if "pickle" in str(error) else _reason(error)
         raise ValueError(f"{option}: {path} is not a readable .npy or .npz of clouds ({reason})") from None
-    if len(arrays) > 1 and "points" not in arrays:
-        raise ValueError(f"{option}: expected one array or one called points in {path}, got {', '.join(arrays)}")
-    if not arrays:
-        raise ValueError(f"{option}: expected an array of clouds in {path}, got none")
-    array = arrays["points"] if "points" in arrays else next(iter(arrays.values()))
+    if array is None:
+        found = ", ".join(names) or "none"
+        raise ValueError(f"{option}: expected one array or one called points in {path}, got {found}")
     if array.dtype.kind not in "fiu" or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(f"{option}: expected numbers of shape (S, P, 3) in {path}, got {array.dtype} {array.shape}")
     return in_memory(option, list(array), [str(i) for i in range(len(array))])

@@ -20,8 +20,8 @@ from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import layout
 
 
-def described(points: np.ndarray) -> dict[str, Any]:
-    x = torch.from_numpy(points)
+def described(points: np.ndarray, first: int | None = None) -> dict[str, Any]:
+    x = torch.from_numpy(points[:first])
     return record.described(source(points), points, pairwise_chamfer(x, x))
 
 
@@ -42,6 +42,8 @@ def test_a_set_is_described_as_it_was_compared() -> None:
         "outside_sphere": 1,
     }
     assert described(points[:1])["nearest_other"] is None
+    assert described(points[[0, 2, 1]])["nearest_other"] == 2
+    assert described(points[[0, 2, 1]], first=2)["nearest_other"] > 1000  # without the one that is nearest
 
 
 def test_clouds_that_equal_an_earlier_one_and_points_outside_the_sphere_are_counted() -> None:
@@ -229,7 +231,7 @@ def test_what_keeps_figures_from_comparing_with_published_ones(
     path = layout(tmp_path, clouds(count, 1, 0), subset=subset, category=category)
     references = open_clouds("reference", str(path), subset)  # type: ignore[arg-type]
     found = Remarks()
-    rows = record.published_rows(references.clouds, subset, points, True, found)
+    rows = record.published_rows(references.clouds, points, True, found)
     assert rows["category"] == {"03001627": "chair", "02691156": "airplane"}[category]
     assert rows["published"]
     assert rows["published_source"]
@@ -239,13 +241,13 @@ def test_what_keeps_figures_from_comparing_with_published_ones(
 def test_published_rows_are_those_of_shapenet_in_its_own_units(tmp_path: Path) -> None:
     for name, known in (("04256520", "sofa"), ("airplane", None)):
         opened = open_clouds("reference", str(layout(tmp_path / name, clouds(2, 1, 0), category=name)), "test")
-        rows = record.published_rows(opened.clouds, "test", (2048, 2048), True, Remarks())
+        rows = record.published_rows(opened.clouds, (2048, 2048), True, Remarks())
         assert rows == {"category": known, "published": [], "published_source": None}
     both = layout(layout(tmp_path, clouds(405, 1, 0), category="02691156"), clouds(2, 1, 0), category="03001627")
-    rows = record.published_rows(open_clouds("reference", str(both), "test").clouds, "test", (1, 1), True, Remarks())
+    rows = record.published_rows(open_clouds("reference", str(both), "test").clouds, (1, 1), True, Remarks())
     assert rows["category"] is None
     one, found = open_clouds("reference", str(both), "test", ("airplane",)), Remarks()
-    assert record.published_rows(one.clouds, "test", (1, 1), False, found)["published"] == []
+    assert record.published_rows(one.clouds, (1, 1), False, found)["published"] == []
     assert found.notes == ["No published figures are known here for airplane in these units."]
 
 

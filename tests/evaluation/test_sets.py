@@ -28,7 +28,8 @@ def npz(folder: Path, points: np.ndarray) -> Path:
 
 
 def samples_folder(folder: Path, points: np.ndarray) -> Path:
-    np.savez(folder / "clouds.npz", labels=np.zeros(len(points)), points=points, classes=np.array(["a"]))
+    labels, other = np.zeros(len(points)), np.array([{}], dtype=object)  # of no concern, readable or not
+    np.savez(folder / "clouds.npz", labels=labels, points=points, classes=np.array(["a"]), other=other)
     return folder
 
 
@@ -119,7 +120,7 @@ def test_a_file_that_holds_no_set_is_refused_in_one_line(tmp_path: Path) -> None
         "text.npz": "is not a readable .npy or .npz of clouds (it holds no plain numbers)",
         "pickle.npy": "is not a readable .npy or .npz of clouds (it holds no plain numbers)",
         "two.npz": "expected one array or one called points in {path}, got first, second",
-        "none.npz": "expected an array of clouds in {path}, got none",
+        "none.npz": "expected one array or one called points in {path}, got none",
         "flat.npy": "expected numbers of shape (S, P, 3) in {path}, got float32 (4, 3)",
         "pairs.npy": "expected numbers of shape (S, P, 3) in {path}, got float32 (1, 4, 2)",
         "words.npy": "expected numbers of shape (S, P, 3) in {path}, got <U1 (1, 1, 3)",
@@ -145,8 +146,10 @@ def test_a_folder_that_holds_no_set_is_refused_in_one_line(tmp_path: Path) -> No
 
 
 def read_all(option: str, path: Path) -> None:
-    """Open a set and read all of its clouds."""
-    Preparation(None, 0)(open_clouds(option, str(path), "test"), 8, 0)
+    """Open a set and read what a comparison reads of it."""
+    opened = open_clouds(option, str(path), "test")
+    opened.num_points()
+    Preparation(None, 0)(opened, 8, 0)
 
 
 @pytest.mark.parametrize("option", ["samples", "reference", "training"])
