@@ -211,9 +211,9 @@ def _sets(record: Mapping[str, Any]) -> str:
     head = ["set", "#clouds", "#points each", "#size: x × y × z", "#nearest other cloud, CD"]
     return (
         "<p>Sizes are medians of the clouds' boxes: if they differ, so do the units, or the model gets sizes wrong. "
-        "The last column is the median distance from a cloud to the nearest other one of its set: far less among "
-        "samples than among references means that samples are alike, far more that they are scattered or rough. In a "
-        "larger set the nearest is nearer by chance.</p>" + _table("The two sets", head, rows)
+        "The last column is the median distance from a cloud to the nearest other one of its set, of equally many of "
+        "either: far less among samples than among references means that samples are alike, far more that they are "
+        "scattered or rough.</p>" + _table("The two sets", head, rows)
     )
 
 
@@ -254,11 +254,14 @@ def _memorising(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
     if floor is None:
         text.append("Training shapes have too few points to draw one twice and see how near a copy would lie.")
     else:
+        theirs, references = memory["references_as_near_as_two_draws"], len(record["per_reference"])
+        verdict = "those may be copies" if copies else "no sample looks like a copy"
+        if 0 < copies * references <= theirs * count:
+            verdict = "references are so no less often, which is no sign of memorising"
         text.append(
             f"Two draws of points of one training shape lie {short(floor)} apart (the median). {copies} of "
-            f"{_many(count, 'sample')} and {memory['references_as_near_as_two_draws']} of "
-            f"{_many(len(record['per_reference']), 'reference')} are as near to a training shape as two draws of its "
-            f"points are to each other: {'those may be copies' if copies else 'no sample looks like a copy'}."
+            f"{_many(count, 'sample')} and {theirs} of {_many(references, 'reference')} are as near to a training "
+            f"shape as two draws of its points are to each other: {verdict}."
         )
     nearer = memory["samples_nearer_than_any_reference"]
     text.append(f"{nearer} of {_many(count, 'sample')} are nearer to a training shape than any reference is.")
