@@ -311,15 +311,23 @@ def check(config: TrainConfig) -> None:
     if max(reconstruction.l1, reconstruction.l2, reconstruction.chamfer, reconstruction.emd) <= 0:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
-    sampling, diffusion = config.sampling, config.model.diffusion
+    check_sampling(config.sampling, config.model.diffusion, "sampling.")
+
+
+def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig, prefix: str = "") -> None:
+    """Refuse what this model cannot be sampled with; ``prefix`` comes before the option's name.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
     if sampling.steps is not None and not 1 <= sampling.steps <= diffusion.num_train_timesteps:
-        raise ValueError(f"sampling.steps: expected 1 to {diffusion.num_train_timesteps}, got {sampling.steps}")
+        raise ValueError(f"{prefix}steps: expected 1 to {diffusion.num_train_timesteps}, got {sampling.steps}")
     if not 0 <= sampling.eta <= 1:
-        raise ValueError(f"sampling.eta: expected a number in [0, 1], got {sampling.eta}")
+        raise ValueError(f"{prefix}eta: expected a number in [0, 1], got {sampling.eta}")
     if sampling.clip_x0 is not None and not sampling.clip_x0 > 0:
-        raise ValueError(f"sampling.clip-x0: expected a number above 0, got {sampling.clip_x0}")
+        raise ValueError(f"{prefix}clip-x0: expected a number above 0, got {sampling.clip_x0}")
     if sampling.sampler == "ode" and (diffusion.prediction, diffusion.schedule) != ("eps", "linear"):
-        raise ValueError("sampling.sampler: ode needs a linear schedule and prediction of eps, this model has others")
+        raise ValueError(f"{prefix}sampler: ode needs a linear schedule and prediction of eps, this model has others")
 
 
 def fewest_points(model: LIONConfig) -> int:

@@ -29,13 +29,20 @@ from lion_triton.data.sources import load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import folder, page, record, table
 from lion_triton.evaluation.memorising import Training, nearest_training, summary
-from lion_triton.evaluation.model import Model
+from lion_triton.evaluation.model import ScoredRun
 from lion_triton.evaluation.record import Remarks
-from lion_triton.evaluation.sets import SPLIT_POINTS, Preparation, Source, Split, in_memory, open_clouds
-from lion_triton.runs import load_model, open_run
+from lion_triton.evaluation.sets import (
+    REFERENCES,
+    SAMPLES,
+    SPLIT_POINTS,
+    CloudSet,
+    Preparation,
+    Split,
+    in_memory,
+    open_clouds,
+)
+from lion_triton.runs import open_run
 from lion_triton.sample import SampleArguments, resolved
-
-SAMPLES, REFERENCE = 3, 4  # streams of random numbers; the data have 0 to 2, evaluation.memorising from 5
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class EvaluateArguments:
     reconstruction and the bound of its priors.
 
     DATA is a folder <category>/{train,val,test}/<id>.npy, a folder of clouds, a .npz or .npy of (S, P, 3), or the
-    word procedural. Writes OUT/evaluation.json and OUT/evaluation.html, for a run also OUT/samples.npz.
+    word procedural, for as many embedded shapes as there are samples.
+    Writes OUT/evaluation.json and OUT/evaluation.html, for a run also OUT/samples.npz.
 
     Examples, of a run and its own held-out shapes, and of a file of clouds and the test chairs of a data set:
         python -m lion_triton.evaluate runs/quickstart --emd none
@@ -55,19 +63,20 @@ class EvaluateArguments:
         reference: DATA to compare with; default of a run: its own held-out shapes.
         training: DATA that the model was trained on, to see what it memorised; default of a run: its own.
         subset: which part of folders with train, val and test to take, of references and samples.
-        categories: categories to take of such a folder of references; default all.
+        categories: categories to take of such folders, also of training shapes; default all.
         split: which points of clouds of 15000 (ShapeNetCore.v2.PC15k): LION draws from the first 10000, most others
             compare with the last 5000.
         norm_box: fit each cloud's bounding box to [-0.5, 0.5] first.
-        emd: approximate matching as published, exact assignment, or none; on a CPU either takes most of the time.
+        emd: approximate matching as published, exact assignment (on the CPU, seconds per pair of clouds of 2048 points:
+            for small sets), or none; on a CPU either takes most of the time.
         num_points: points per cloud, drawn at random where there are more; default those of the samples.
         num_samples: clouds to generate of a run; default as many as there are references.
-        sampler: of a run; default as its configuration.
-        steps: of a run's sampler; default as its configuration.
+        sampler: how to sample a run; default the run's own.
+        steps: network evaluations per prior; default the run's own.
         eta: DDIM's stochasticity, 0 to 1.
-        checkpoint: of a run, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000; default the newest.
         seed: decides the samples and the points drawn.
-        batch_size: clouds generated at a time.
+        batch_size: clouds generated at a time; another one gives other samples.
         out: folder for the results; default RUN/evaluation; for samples the folder evaluation in theirs, or beside
             their file <file>-evaluation.
     """
@@ -106,11 +115,11 @@ def check(args: EvaluateArguments, is_run: bool) -> None:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
     if is_run and args.reference is None and (args.categories or args.subset != "test"):
         name = "categories" if args.categories else "subset"
-        raise ValueError(f"{name}: is of the folder given by --reference, which is not given")
+        raise ValueError(f"{name}: needs --reference DATA, from which it chooses")
     if not is_run:
         for name in ("num_samples", "sampler", "steps", "eta", "checkpoint"):
             if getattr(args, name) is not None:
-                raise ValueError(f"{name.replace('_', '-')}: is for a run folder, {args.run_or_samples} is none")
+                raise ValueError(f"{name.replace('_', '-')}: is for a run folder, {args.run_or_samples} is not one")
         if args.reference is None:
             raise ValueError("reference: expected the clouds to compare with, as --reference DATA")
 
@@ -124,8 +133,24 @@ class Phases:
     def title(self, name: str) -> str:
         return f"{self.titles.index(name) + 1}/{len(self.titles)} {name}"
 
-    def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
+    def __call__(self, name: str, total: int, unit: str) -> "tqdm[Any]":
         return tqdm(total=total, desc=self.title(name), unit=unit, disable=None)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is compared: checked, and read once so that nothing bad comes up later."""
+
+    run: ScoredRun | None  # makes the samples
+    given: CloudSet | None  # the samples, where no run makes them
+    references: CloudSet
+    training: Training | None
+    num_samples: int
+    points: tuple[int, int]  # of each sample and each reference
+    plain: Float32[np.ndarray, "R M 3"]  # the references in the units of the run, or as they are
+    boxed: Float32[np.ndarray, "R M 3"]  # as they are compared
+    own_units: bool  # the run's, which gives each cloud its own
+    out: Path
 
 
 def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -134,109 +159,119 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     Raises:
         ValueError: no run, samples or references, clouds that are not finite, options out of range.
     """
-    target, device, remarks = args.run_or_samples, best_device(), Remarks()
-    if not target.exists():
-        raise ValueError(f"samples: {target} does not exist: expected a run folder, or a folder or file of clouds")
-    is_run = (target / "config.json").is_file()
-    check(args, is_run)
-    out = args.out or (target.with_name(f"{target.stem}-evaluation") if target.is_file() else target / "evaluation")
-    folder.check(out, (folder.JSON, folder.PAGE, *([folder.SAMPLES] if is_run else [])))
-    model, given = None, None
-    if is_run:
-        run = open_run(target)
-        newest = run.checkpoint(args.checkpoint)
-        resolved(run, _sampling(args, 1, 1))  # before the weights are loaded
-        model = Model(run, load_model(run, args.checkpoint).to(device), newest.name if newest else "")
-        if args.checkpoint is None:  # a run that goes on has another newest one tomorrow
-            command = [*command, "--checkpoint", model.checkpoint]
-    else:
-        given = open_clouds("samples", str(target), args.subset)
-    reference, own_training = _data(args, model, given, remarks)
-
-    # Everything that can be wrong with the data is found before anything takes long.
-    own_units = model.run.normalization if model and model.run.normalization.kind != "global" else None
-    prepare = Preparation(args.split, args.seed, own_units)
-    num_points, reference_points = _points(args, model, given, reference, prepare, remarks)
-    plain = prepare(reference, reference_points, REFERENCE)
-    boxed = replace(prepare, norm_box=args.norm_box)
-    references = boxed(reference, reference_points, REFERENCE) if args.norm_box else plain
-    training = None
-    if own_training is not None:
-        training = Training.read(own_training, boxed, min(num_points, reference_points))
-    count = len(given) if given is not None else args.num_samples or len(reference)
-
+    device, remarks = best_device(), Remarks()
+    inputs = _inputs(args, device, remarks)
+    run, references, training = inputs.run, inputs.references, inputs.training
+    if run is not None and args.checkpoint is None:  # a run that goes on has another newest one tomorrow
+        args = replace(args, checkpoint=run.checkpoint.name)
+        command = [*command, "--checkpoint", run.checkpoint.name] if command else []
     phases = Phases(
         [
-            *(["sampling", "reconstructions"] if model else []),
-            *(["bound of the priors"] if model and model.bounded(reference.clouds) else []),
+            *(["sampling", "reconstructions"] if run else []),
+            *(["bound of the priors"] if run and run.bounded(references.clouds) else []),
             "Chamfer distances",
             *([f"EMD, {args.emd}"] if args.matching else []),
             *(["nearest training shapes"] if training else []),
             "pictures",
         ]
     )
-    made, sampling, scores = None, None, dict[str, float]()
-    if model is not None:
-        options = _sampling(args, count, num_points)
-        made, sampling = model.sample(options, reference.clouds, phases.title("sampling"))
-        clouds = in_memory("samples", list(made), [str(i) for i in range(len(made))])
-        given = Source("samples", f"{target}, generated", clouds)
-        scores = model.scores(reference.clouds, plain, args.matching, args.seed, phases.bar)
-        if not model.bounded(reference.clouds):
-            remarks.notes.append("No bound of the priors: the run's classes are not those of the references.")
-    assert given is not None
-    samples = Preparation(None, args.seed, norm_box=args.norm_box)(given, num_points, SAMPLES)
 
-    a, b = (torch.from_numpy(x).to(device) for x in (samples, references))
-    figures = dict[str, float | None]()
+    made, sampling, scores, given = None, None, dict[str, float](), inputs.given
+    if run is not None:
+        options = _sampling(args, inputs.num_samples, inputs.points[0])
+        made, sampling = run.sample(options, references.clouds, phases.title("sampling"))
+        clouds = in_memory("samples", list(made), [str(i) for i in range(len(made))])
+        given = CloudSet("samples", f"{args.run_or_samples}, generated", clouds)
+        scores = run.scores(references.clouds, inputs.plain, args.matching, args.seed, phases)
+        record.remark_on_scores(scores, run.bounded(references.clouds), remarks)
+    assert given is not None
+    samples = Preparation(None, args.seed, norm_box=args.norm_box)(given, inputs.points[0], SAMPLES)
+
+    a, b = (torch.from_numpy(x).to(device) for x in (samples, inputs.boxed))
     distances = _distances(a, b, "Chamfer distances", "cd", phases)
-    figures |= metrics.figures(distances, "cd")
-    cross = distances.cross.cpu().numpy()
+    by_chamfer = metrics.figures(distances, "cd")
+    figures: dict[str, float | None] = {**by_chamfer}
     if args.matching is not None:
         figures |= metrics.figures(_distances(a, b, f"EMD, {args.emd}", args.matching, phases), "emd")
     figures["jsd"] = metrics.jensen_shannon_divergence(a, b)
     figures |= {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    sets, fewer = (len(samples), len(references)), min(len(samples), len(references))
+    ours = record.described(given, samples, distances.samples, fewer)
+    theirs = record.described(references, inputs.boxed, distances.references, fewer)
+    record.remark_on_sets(ours, theirs, args.norm_box, remarks)
+    record.remark_on_copies(samples, inputs.boxed, by_chamfer["1nna_cd"], remarks)
 
-    nearest = base = memorising = None
+    near = base = memorising = None
     if training is not None:
-        with phases.bar("nearest training shapes", (len(a) + len(b)) * len(training.source), "pair") as bar:
-            nearest, base = (nearest_training(x, training, device, bar.update) for x in (samples, references))
-        memorising = summary(nearest, base, training, device)
-        record.remark_on_memorising(memorising, len(samples), len(references), remarks)
-    fewer = min(len(samples), len(references))
-    sets = {
-        "samples": record.described(given, samples, distances.samples[:fewer, :fewer]),
-        "references": record.described(reference, references, distances.references[:fewer, :fewer]),
-    }
-    record.remark_on_sets(sets["samples"], sets["references"], remarks)
-    points, data_units = (samples.shape[1], references.shape[1]), own_units is None and not args.norm_box
-    published = record.published_rows(reference.clouds, points, data_units, remarks)
+        with phases("nearest training shapes", sum(sets) * len(training.source), "pair") as bar:
+            near, base = (nearest_training(x, training, device, bar.update) for x in (samples, inputs.boxed))
+        memorising = summary(near, base, training, device)
+        record.remark_on_memorising(memorising, *sets, remarks)
+    data_units = not inputs.own_units and not args.norm_box
+    published = record.published_rows(references.clouds, inputs.points, data_units, remarks)
+    cross = distances.cross.cpu().numpy()
     result = record.environment(asdict(args), command, device) | {
-        "samples": sets["samples"] | {"sampling": sampling},
-        "references": sets["references"],
-        "run": record.trained_with(model),
+        "samples": ours | {"sampling": sampling},
+        "references": theirs,
+        "run": record.trained_with(run),
         "training": record.training_set(training),
-        "normalization": record.units(args.norm_box, model),
+        "normalization": record.units(args.norm_box, run),
         "figures": figures,
-        "chance_1nna": metrics.chance_accuracy(len(samples), len(references)),
+        "chance_1nna": metrics.chance_accuracy(*sets),
         **published,
         "memorising": memorising,
         "warnings": remarks.warnings,
         "notes": remarks.notes,
-        "per_sample": record.per_sample(given.clouds, reference.clouds, cross, training, nearest),
-        "per_reference": record.per_reference(given.clouds, reference.clouds, cross, base),
+        "per_sample": record.per_sample(given.clouds, references.clouds, cross, training, near),
+        "per_reference": record.per_reference(given.clouds, references.clouds, cross, base),
     }
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     print(table.render(result))  # before anything is written: should the disk be full, the figures are not lost
-    html = page.render(result, samples, references, nearest.points if nearest else None, phases.bar)
+    html = page.render(result, samples, inputs.boxed, near.points if near else None, phases)
     files = {folder.JSON: text.encode(), folder.PAGE: html.encode()}
     if made is not None:
         buffer = io.BytesIO()
         np.savez(buffer, points=made)
         files[folder.SAMPLES] = buffer.getvalue()
-    folder.write(out, files)
-    print(f"\nfigures: {out / folder.JSON}; pictures: {out / folder.PAGE}")
+    folder.write(inputs.out, files)
+    print(f"\nfigures: {inputs.out / folder.JSON}; pictures: {inputs.out / folder.PAGE}")
     return result
+
+
+def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> Inputs:
+    """Check and read everything; what keeps it from being as asked for is pointed out."""
+    target = args.run_or_samples
+    if not target.exists():
+        raise ValueError(f"samples: {target} does not exist: expected a run folder, or a folder or file of clouds")
+    is_run = (target / "config.json").is_file()
+    check(args, is_run)
+    out = args.out or (target.with_name(f"{target.stem}-evaluation") if target.is_file() else target / "evaluation")
+    folder.check(out, (folder.JSON, folder.PAGE, *([folder.SAMPLES] if is_run else [])))
+    run = given = None
+    if is_run:
+        found = open_run(target)
+        resolved(found, _sampling(args, 1, 1))  # before the weights are loaded
+        run = ScoredRun.load(found, args.checkpoint, device)
+    else:
+        given = open_clouds("samples", str(target), args.subset, args.categories)
+    references, shapes = _data(args, run, given, remarks)
+    own_units = run.run.normalization if run and run.run.normalization.kind != "global" else None
+    prepare = Preparation(args.split, args.seed, own_units)
+    points = _points(args, run, given, references, prepare, remarks)
+    plain, boxed = prepare, replace(prepare, norm_box=args.norm_box)
+    as_they_are = plain(references, points[1], REFERENCES)
+    return Inputs(
+        run,
+        given,
+        references,
+        None if shapes is None else Training.read(shapes, boxed, min(points)),
+        len(given) if given is not None else args.num_samples or len(references),
+        points,
+        as_they_are,
+        boxed(references, points[1], REFERENCES) if args.norm_box else as_they_are,
+        own_units is not None,
+        out,
+    )
 
 
 def _sampling(args: EvaluateArguments, num_samples: int, num_points: int) -> SampleArguments:
@@ -254,10 +289,10 @@ def _sampling(args: EvaluateArguments, num_samples: int, num_points: int) -> Sam
 
 
 def _data(
-    args: EvaluateArguments, model: Model | None, given: Source | None, remarks: Remarks
-) -> tuple[Source, Source | None]:
+    args: EvaluateArguments, run: ScoredRun | None, given: CloudSet | None, remarks: Remarks
+) -> tuple[CloudSet, CloudSet | None]:
     """The references, and the training shapes if they are known."""
-    own, config = None, model.run.config if model else None
+    own, config = None, run.run.config if run else None
     if config is not None and (args.reference is None or args.training is None):
         try:
             own = load_sources(config.data, config.evaluate_shapes)
@@ -268,30 +303,31 @@ def _data(
     count = len(given) if given is not None else args.num_samples
     if args.reference is not None:
         default = 0 if config is None else config.evaluate_shapes
-        reference = open_clouds("reference", args.reference, args.subset, args.categories, count or default)
+        references = open_clouds("reference", args.reference, args.subset, args.categories, count or default)
     else:
         assert own is not None and config is not None
-        reference = Source("reference", f"held-out shapes of the run's data ({config.data.source})", own.held_out)
+        references = CloudSet("reference", f"held-out shapes of the run's data ({config.data.source})", own.held_out)
     if args.training is not None:
-        return reference, open_clouds("training", args.training, "train", count=DataConfig().num_shapes)
+        count = DataConfig().num_shapes
+        return references, open_clouds("training", args.training, "train", args.categories, count)
     if own is not None and config is not None:
-        return reference, Source("training", f"training shapes of the run's data ({config.data.source})", own.train)
+        return references, CloudSet("training", f"training shapes of the run's data ({config.data.source})", own.train)
     if config is None:
         remarks.notes.append("No training shapes were given (--training), so nothing says what was memorised.")
-    return reference, None
+    return references, None
 
 
 def _points(
     args: EvaluateArguments,
-    model: Model | None,
-    given: Source | None,
-    reference: Source,
+    run: ScoredRun | None,
+    given: CloudSet | None,
+    reference: CloudSet,
     prepare: Preparation,
     remarks: Remarks,
 ) -> tuple[int, int]:
     """Points per sample and per reference; what keeps them from being as asked for is pointed out."""
-    if model is not None:
-        samples = model.run.config.data.num_points if args.num_points is None else args.num_points
+    if run is not None:
+        samples = run.run.config.data.num_points if args.num_points is None else args.num_points
     else:
         assert given is not None
         counts = given.num_points()
@@ -312,9 +348,9 @@ def _points(
                 f"emd: exact needs equally many points, got samples of {samples} and references of {references}: "
                 f"give --num-points {references}"
             )
-    if model is not None and references < (fewest := fewest_points(model.run.config.model)):
+    if run is not None and references < (fewest := fewest_points(run.run.config.model)):
         raise ValueError(f"num-points: this model needs at least {fewest}, got references of {references}")
-    if max(counts) < SPLIT_POINTS:
+    if max(counts) < SPLIT_POINTS and args.split != EvaluateArguments.split:
         remarks.notes.append(f"The split {args.split} changes nothing: no reference has {SPLIT_POINTS} points.")
     return samples, references
 
@@ -322,7 +358,7 @@ def _points(
 def _distances(
     a: Float32[Tensor, "S N 3"], b: Float32[Tensor, "R M 3"], title: str, kind: metrics.Distance, phases: Phases
 ) -> metrics.Distances:
-    with phases.bar(title, metrics.num_pairs(len(a), len(b)), "pair") as bar:
+    with phases(title, metrics.num_pairs(len(a), len(b)), "pair") as bar:
         return metrics.all_distances(a, b, kind, progress=bar.update)
 
 

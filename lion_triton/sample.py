@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lion_triton import __version__
 from lion_triton.cli import run_cli
-from lion_triton.config import SamplingConfig
+from lion_triton.config import SamplingConfig, check_sampling
 from lion_triton.devices import autocast, best_device
 from lion_triton.models.lion import LION
 from lion_triton.pictures import grid
@@ -41,7 +41,7 @@ class SampleArguments:
         eta: DDIM's stochasticity, 0 to 1.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
-        batch_size: clouds generated at a time.
+        batch_size: clouds generated at a time; another one gives other clouds.
         checkpoint: one of the run's, as step-00001000; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
@@ -97,7 +97,7 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     """How ``generate`` samples: the options, and the run's configuration where they are silent.
 
     Raises:
-        ValueError: ``eta`` for another sampler than DDIM.
+        ValueError: options that this run cannot be sampled with.
     """
     settings = run.config.sampling
     sampler = args.sampler or settings.sampler
@@ -107,7 +107,9 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     if steps is None and sampler != "ode":  # what LION.sample takes for None, as a number
         steps = run.config.model.diffusion.num_train_timesteps if sampler == "ddpm" else 50
-    return SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
+    found = SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
+    check_sampling(found, run.config.model.diffusion)
+    return found
 
 
 def generate(

@@ -24,8 +24,9 @@ from lion_triton import evaluate, metrics, sample, train
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.data.sources import load_sources
 from lion_triton.evaluation import galleries, model, page
-from lion_triton.evaluation.sets import Preparation, Source
+from lion_triton.evaluation.sets import REFERENCES, SAMPLES, CloudSet, Preparation
 from lion_triton.kernels import pairwise_chamfer
+from lion_triton.models.lion import DiffusionConfig
 from lion_triton.report import Reconstruction
 from lion_triton.runs import open_run
 from tests.evaluation import clouds, source
@@ -140,8 +141,7 @@ def test_the_command_that_it_writes_down_repeats_it(finished: Path, scored: Path
     # A run that goes on has another newest checkpoint tomorrow.
     assert arguments == [str(finished), "--checkpoint", "step-00000008"]
     after = score(Path(arguments[0]), tmp_path / "again", *arguments[1:])
-    assert after["options"].pop("checkpoint") == "step-00000008"
-    assert before["options"].pop("checkpoint") is None
+    assert before["options"]["checkpoint"] == "step-00000008"
     assert after["command"].count("--checkpoint") == 1
     for record in (before, after):
         del record["command"], record["options"]["out"]
@@ -201,12 +201,15 @@ def test_options_of_a_run_are_refused_before_its_weights_are_loaded(
     def load(*_: object) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(model, "load_model", load)
     for options, message in {
         "--sampler ddpm --eta 0.5": "eta: is the stochasticity of ddim, got 0.5 for ddpm",
+        "--eta 2": "eta: expected a number in [0, 1], got 2.0",
+        "--steps 0": "steps: expected 1 to 1000, got 0",
+        "--sampler ode": "sampler: ode needs a linear schedule and prediction of eps, this model has others",
         "--sampler ode --eta 0": "eta: is the stochasticity of ddim, got 0 for ode",
-        "--categories chair": "categories: is of the folder given by --reference, which is not given",
-        "--subset val": "subset: is of the folder given by --reference, which is not given",
+        "--categories chair": "categories: needs --reference DATA, from which it chooses",
+        "--subset val": "subset: needs --reference DATA, from which it chooses",
         "--num-samples 0": "num-samples: expected at least 1, got 0",
         "--batch-size 0": "batch-size: expected at least 1, got 0",
     }.items():
@@ -236,7 +239,7 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
     references = sources.held_out.subset(range(5, -1, -1))  # whose classes are not in turn
     monkeypatch.setattr(evaluate, "load_sources", lambda *_: replace(sources, held_out=references))
 
-    whole = Preparation("first10k", 0)(Source("reference", "", references), 130, evaluate.REFERENCE)
+    whole = Preparation("first10k", 0)(CloudSet("reference", "", references), 130, REFERENCES)
     scales = [run.normalization.center_and_scale(cloud) for cloud in references]
     seen = np.stack([(x - c) / s for x, (c, s) in zip(whole, scales, strict=True)]).astype(np.float32)
 
@@ -255,7 +258,7 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
     assert record["figures"]["mmd_cd"] == pytest.approx(0, abs=1e-10)
     assert record["figures"]["reconstruction_cd"] == pytest.approx(0, abs=1e-10)
     assert record["figures"]["cov_cd"] == 1
-    assert record["warnings"] == []
+    assert not any("measure" in warning for warning in record["warnings"])  # of copies, yes
     assert record["normalization"].startswith("data units" if kind == "global" else f"each cloud's {kind} fitted")
     points = np.load(tmp_path / "out" / "samples.npz")["points"]
     size = np.linalg.norm(points, axis=2) if kind == "sphere" else np.ptp(points, axis=1)
@@ -266,19 +269,55 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
 def test_samples_are_of_the_classes_of_the_references(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over again where more are generated than there are references."""
-    references = layout(layout(tmp_path, clouds(1, 130, 0), category="chair"), clouds(2, 130, 1), category="sofa")
+    """In the same parts, however many are generated: the references come class by class."""
+    references = layout(layout(tmp_path, clouds(2, 130, 0), category="chair"), clouds(4, 130, 1), category="sofa")
     given = list[str]()
 
     def generate(_: object, __: object, args: object, labels: np.ndarray, ___: str) -> np.ndarray:
-        given.extend(CLASSES[label] for label in labels)
-        return clouds(5, 130, 2)
+        given[:] = (CLASSES[label] for label in labels)
+        return clouds(len(labels), 130, 2)
 
     monkeypatch.setattr(model, "generate", generate)
-    more = ["--reference", str(references), *"--num-samples 5 --emd none".split()]
-    record = score(finished, tmp_path / "out", *more)
-    assert given == ["chair", "sofa", "sofa", "chair", "sofa"]
-    assert record["samples"]["sampling"]["classes"] == "those of the references"
+    for count, classes in ((3, "chair sofa sofa"), (6, "chair " * 2 + "sofa " * 4), (9, "chair " * 3 + "sofa " * 6)):
+        more = ["--reference", str(references), *f"--num-samples {count} --emd none".split()]
+        record = score(finished, tmp_path / "out", *more)
+        assert given == classes.split()
+        assert record["samples"]["sampling"]["classes"] == "those of the references"
+
+
+def test_a_run_may_go_on_while_it_is_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps two checkpoints; the one that is scored may be gone before its samples are there."""
+    run, real = tmp_path / "run", model.generate
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("evaluation"))
+    state = json.loads((run / "checkpoints" / "step-00000008" / "state.json").read_text())
+
+    def generate(*args: Any) -> np.ndarray:
+        (run / "checkpoints" / "step-00000008").rename(run / "checkpoints" / "step-00000010")
+        return real(*args)
+
+    monkeypatch.setattr(model, "generate", generate)
+    record = score(run, tmp_path / "out", *"--num-samples 2 --emd none".split())
+    sampling = record["samples"]["sampling"]
+    assert sampling["checkpoint"].endswith("step-00000008")
+    assert sampling["weights_sha256"]["ema.safetensors"] == state["files"]["ema.safetensors"]["sha256"]
+    assert record["command"].endswith("--checkpoint step-00000008")
+
+
+def test_reconstructions_that_are_no_numbers_lose_nothing_else(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model.reconstruct
+
+    def broken(*args: Any, **more: Any) -> Any:
+        rebuilt = real(*args, **more)
+        rebuilt.points[1, 2, 0] = np.nan
+        return rebuilt
+
+    monkeypatch.setattr(model, "reconstruct", broken)
+    record = score(finished, tmp_path / "out", *"--num-samples 2 --emd none".split())
+    assert record["figures"]["reconstruction_cd"] is None
+    assert record["figures"]["mmd_cd"] > 0
+    assert any(text.startswith("Not finite: reconstruction, CD.") for text in record["warnings"])
 
 
 def test_what_only_a_model_has_does_not_depend_on_the_box(finished: Path, tmp_path: Path) -> None:
@@ -295,7 +334,7 @@ def test_a_figure_that_is_not_finite_is_left_out(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = {"reconstruction_cd": float("nan"), "bound_joint": float("inf"), "bound_point": 1.0}
-    monkeypatch.setattr(model.Model, "scores", lambda *_: scores)
+    monkeypatch.setattr(model.ScoredRun, "scores", lambda *_: scores)
     figures = score(finished, tmp_path / "out", *"--num-samples 2 --steps 1 --emd none".split())["figures"]
     assert (figures["reconstruction_cd"], figures["bound_joint"], figures["bound_point"]) == (None, None, 1)
     assert capsys.readouterr().out.count("not finite") == 2
@@ -303,7 +342,10 @@ def test_a_figure_that_is_not_finite_is_left_out(
 
 def test_default_steps_are_written_as_a_number(finished: Path) -> None:
     run = open_run(finished)
+    published = replace(run.config, model=replace(run.config.model, diffusion=DiffusionConfig()))
     for sampler, steps in (("ddpm", 1000), ("ddim", 3), ("ode", None)):
+        if sampler == "ode":  # which the quickstart's schedule is not for
+            run = replace(run, config=published)
         assert sample.resolved(run, sample.SampleArguments(finished, sampler=sampler)).steps == steps  # type: ignore[arg-type]
 
 
@@ -392,15 +434,17 @@ def test_the_split_is_named_with_the_figures(
     assert not any("split" in note for note in first["notes"])
     np.save(tmp_path / "long.npy", halves)  # the samples are whole, whatever their number of points
     whole = score(tmp_path / "long.npy", tmp_path / "long", *given, "--split", "last5k", "--num-points", "30")
-    assert whole["samples"]["sha256"] == digest(Preparation(None, 0)(source(halves), 30, evaluate.SAMPLES))
+    assert whole["samples"]["sha256"] == digest(Preparation(None, 0)(source(halves), 30, SAMPLES))
     np.save(tmp_path / "six.npy", clouds(1, 6000, 1))
     six = score(tmp_path / "six.npy", tmp_path / "six", *given, "--split", "last5k")
     assert six["references"]["points"] == 5000
-    short = score(sets[0], tmp_path / "short", "--reference", str(sets[1]), "--emd", "none")
-    assert "The split first10k changes nothing: no reference has 15000 points." in short["notes"]
+    short = ["--reference", str(sets[1]), "--emd", "none"]
+    asked = score(sets[0], tmp_path / "short", *short, "--split", "last5k")
+    assert "The split last5k changes nothing: no reference has 15000 points." in asked["notes"]
+    assert not any("split" in note for note in score(sets[0], tmp_path / "short", *short)["notes"])
     out = capsys.readouterr().out
     assert "split       last5k" in out
-    assert "note        The split first10k changes nothing" in out
+    assert "note        The split last5k changes nothing" in out
 
 
 def test_norm_box_takes_away_place_and_size(sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -503,15 +547,14 @@ def test_of_two_good_sets_nothing_is_warned_of(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("more", ["samples", "references"])
 def test_many_clouds_are_not_called_alike_for_being_many(tmp_path: Path, more: str) -> None:
-    """One shape in sizes from a half to twice, the first five of either set evenly spread."""
-    few, many = np.linspace(0.5, 2, 5), np.linspace(0.5, 2, 60)
-    sizes = {"samples": few + 0.01, "references": few} | {more: np.concatenate([few, many])}
+    """One shape in sizes from a half to twice, in order: twelve against sixty."""
+    sizes = {name: np.linspace(0.5, 2, 60 if name == more else 12) for name in ("samples", "references")}
     for name, values in sizes.items():
         np.save(tmp_path / f"{name}.npy", clouds(1, 40, 0) * values[:, None, None])
-    given = [tmp_path / "samples.npy", tmp_path / "out", "--reference", str(tmp_path / "references.npy")]
-    record = score(*given, "--emd", "none")  # type: ignore[arg-type]
+    given = ["--reference", str(tmp_path / "references.npy"), "--emd", "none"]
+    record = score(tmp_path / "samples.npy", tmp_path / "out", *given)
     assert not [warning for warning in record["warnings"] if "resemble" in warning]
-    assert record["samples"]["nearest_other"] == pytest.approx(record["references"]["nearest_other"], rel=0.05)
+    assert record["samples"]["nearest_other"] == pytest.approx(record["references"]["nearest_other"], rel=0.2)
 
 
 @pytest.mark.parametrize("fault", ["scaled", "axes", "moved", "alike", "repeated"])
@@ -556,7 +599,9 @@ def test_copies_of_training_shapes_are_found(tmp_path: Path) -> None:
     assert (rows[2]["training"], rows[5]["training"]) == ("11", "29")
     assert rows[2]["training_distance"] == rows[5]["training_distance"] == 0
     assert record["memorising"]["samples_nearer_than_any_reference"] >= 2
-    assert record["memorising"]["one_shape_drawn_twice"] is None  # the shapes have no points for two draws
+    # The shapes have no points for two draws: their halves say how near a copy would be.
+    assert record["memorising"]["one_shape_drawn_twice"] > 0
+    assert record["memorising"]["samples_as_near_as_two_draws"] >= 2
     assert record["training"] == {"source": str(tmp_path / "t.npy"), "clouds": 30, "sha256": digest(training)}
 
 
@@ -573,7 +618,7 @@ def test_copies_of_training_shapes_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert record["memorising"]["samples_as_near_as_two_draws"] == 2
     assert record["memorising"]["references_as_near_as_two_draws"] == 0
     assert any(w.startswith("2 of 3 samples are as near to a training shape") for w in record["warnings"])
-    assert "2 of 3 samples and 0 of 4 references are as near to a training shape" in capsys.readouterr().out
+    assert "2 of 3 samples and 0 of 4 references (by chance) are as near to a training shape" in capsys.readouterr().out
 
 
 # Published figures

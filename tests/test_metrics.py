@@ -258,7 +258,7 @@ class Prior:
         self.schedule, self.seen = schedule, list[tuple[Any, ...]]()
 
     def __call__(self, x: Tensor, t: Tensor, *condition: Any) -> Tensor:
-        self.seen.append((t[0].item(), *condition))
+        self.seen.append((t[0].item(), x, *condition))
         return self.schedule.sigma(t).reshape(-1, *[1] * (x.ndim - 1)) * x
 
 
@@ -325,8 +325,20 @@ def test_prior_bound_hands_each_batch_its_condition() -> None:
     counted = list[int]()
     metrics.prior_bound(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5, progress=counted.append)
     assert counted == [32, 32, 32, 32, 6, 6]  # both priors on each batch
-    for prior, position in ((lion.shape_prior, 2), (lion.point_prior, 3)):
+    for prior, position in ((lion.shape_prior, 3), (lion.point_prior, 4)):
         seen = [call[position] for call in prior.seen]
         assert sorted({tuple(x.tolist()) for x in seen}) == [tuple(range(i, min(i + 32, 70))) for i in (0, 32, 64)]
-    z = next(call[1] for call in lion.point_prior.seen)
+    z = next(call[2] for call in lion.point_prior.seen)
     torch.testing.assert_close(z, latents.z[:32] - 2)  # standardised
+
+
+def test_prior_bound_gives_each_latent_noise_of_its_own() -> None:
+    """In every batch, and in either prior: of equal latents no two are noised alike."""
+    lion, count = gaussian_lion(), metrics._CLOUDS + 1
+    zeros = torch.zeros(count, 10, 4)
+    latents = Posterior(lion.z_mean.expand(count, 6), zeros, zeros - 30)
+    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), num_timesteps=5)
+    time = lion.shape_prior.seen[0][0]
+    x_t = [x.flatten(1) for prior in (lion.shape_prior, lion.point_prior) for t, x, *_ in prior.seen if t == time]
+    assert [x.shape for x in x_t] == [(32, 6), (1, 6), (32, 40), (1, 40)]
+    assert len(torch.cat([x[:, :6] for x in x_t]).unique(dim=0)) == 2 * count

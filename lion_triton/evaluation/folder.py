@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ def check(folder: Path, names: Sequence[str]) -> None:
     Files of an earlier evaluation are replaced, any others of these names are not; samples that this evaluation would
     not replace are another one's.
     """
-    if folder.is_file() or any((folder / name).is_dir() for name in names):
+    dangling = folder.is_symlink() and not folder.exists()
+    if folder.is_file() or dangling or any((folder / name).is_dir() for name in names):
         raise ValueError(f"out: {folder} cannot hold {', '.join(names)}: give another --out")
     taken = [name for name in names if (folder / name).exists()]
-    if taken and not (folder / JSON).exists():
+    if taken and not _is_evaluation(folder / JSON):
         raise ValueError(f"out: {folder / taken[0]} exists and is no evaluation: give another --out")
     if SAMPLES not in names and (folder / SAMPLES).exists():
         raise ValueError(f"out: {folder} holds the samples of another evaluation: give another --out")
@@ -32,9 +34,16 @@ def check(folder: Path, names: Sequence[str]) -> None:
         raise ValueError(f"out: {existing} cannot be written to ({error.strerror}): give another --out") from None
 
 
+def _is_evaluation(path: Path) -> bool:
+    try:
+        return "lion_triton" in json.loads(path.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the files; each replaces an old one only when all are on the disk."""
-    new = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f".{name}.partial-{os.getpid()}" for name in files}
     try:
@@ -45,5 +54,6 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in missing:
+            if not any(path.iterdir()):
+                path.rmdir()

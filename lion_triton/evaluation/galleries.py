@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from lion_triton.evaluation.model import Bar
+from lion_triton.evaluation.table import number
 from lion_triton.pictures import CELL, thumbnails
 
 SHOWN, EXTREMES = 24, 6  # clouds in a section, and in those of the best and worst: full rows of one, two or three
@@ -69,11 +70,14 @@ class _Drawn:
     kind: str
     name: str
     distance: float | None
-    cloud: np.ndarray
+    cloud: Float32[np.ndarray, "N 3"]
 
 
 def _groups(
-    record: Mapping[str, Any], samples: np.ndarray, references: np.ndarray, training: np.ndarray | None
+    record: Mapping[str, Any],
+    samples: Float32[np.ndarray, "S N 3"],
+    references: Float32[np.ndarray, "R M 3"],
+    training: Float32[np.ndarray, "S L 3"] | None,
 ) -> dict[str, list[list[_Drawn]]]:
     """The clouds of every card of every gallery."""
 
@@ -104,7 +108,7 @@ def _groups(
 def _figure(drawn: _Drawn, png: bytes) -> str:
     """A picture with its caption; a tabindex lets a tap enlarge it, which the style does."""
     name = escape(drawn.name)
-    distance = "" if drawn.distance is None else f"CD {short(drawn.distance, 3)}"
+    distance = "" if drawn.distance is None else f"CD {number(drawn.distance, 3)}"
     return (
         f'<figure><div class="picture" tabindex="-1"><img width="{CELL}" height="{CELL}" alt="{drawn.kind} {name}" '
         f'src="{data_uri(png)}"></div><figcaption><b>{drawn.kind}</b>{distance}<span class="name">{name}</span>'
@@ -112,11 +116,6 @@ def _figure(drawn: _Drawn, png: bytes) -> str:
     )
 
 
-def short(value: float | None, digits: int = 4) -> str:
-    if not value:
-        return "not finite" if value is None else "0"
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
 def data_uri(png: bytes) -> str:
+    """The picture as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -16,13 +16,13 @@ COLOURS = {"samples": "#5b59c9", "references": "#d9703f"}
 _NEAREST = 1e-6  # part of the largest distance: where the axis begins at the latest
 
 
-def histogram(samples: Sequence[float], references: Sequence[float], floor: float | None) -> Figure:
+def histogram(samples: Sequence[float], references: Sequence[float], floor: float) -> Figure:
     """Per cent of either set by the distance to its nearest training shape, on a logarithmic axis.
 
-    floor: the distance of one shape drawn twice, which gets a line. Distances too small for the axis, as 0 is, are in a
+    floor: the distance of one shape drawn twice, where a line is. Distances too small for the axis, as 0 is, are in a
     first bin set apart from the others, "near 0".
     """
-    known = np.array([*samples, *references, floor or 0.0])
+    known = np.array([*samples, *references, floor])
     high = float(known.max()) or 1.0
     low = max(float(known.min(where=known > 0, initial=high)), _NEAREST * high)
     if high < 4 * low:
@@ -45,8 +45,7 @@ def histogram(samples: Sequence[float], references: Sequence[float], floor: floa
         axes.annotate(
             "near 0", bar, xycoords=("data", "axes fraction"), rotation=90, ha="center", va="bottom", zorder=5
         )
-    if floor is not None:
-        axes.axvline(max(floor, edges[0]), color=INK, linestyle="--", zorder=4, label="one shape drawn twice")
+    axes.axvline(max(floor, edges[0]), color=INK, linestyle="--", zorder=4, label="one shape drawn twice")
     axes.set(xscale="log", xlabel="Chamfer distance to the nearest training shape", ylabel="% of the set")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 100 * edges[0] else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,23 +18,39 @@ from tqdm import tqdm
 from lion_triton import metrics
 from lion_triton.data.clouds import Clouds
 from lion_triton.devices import resolve_precision
-from lion_triton.evaluation.sets import Array
+from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION
 from lion_triton.objectives import Posterior, posterior
 from lion_triton.report import reconstruct
-from lion_triton.runs import Run
+from lion_triton.runs import Run, load_model
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 
 Bar = Callable[[str, int, str], "tqdm[Any]"]  # title, total, unit
 
 
 @dataclass(frozen=True)
-class Model:
+class ScoredRun:
     """A run with the weights of one of its checkpoints."""
 
     run: Run
     lion: LION
-    checkpoint: str
+    checkpoint: Path
+    weights_sha256: dict[str, str]
+
+    @classmethod
+    def load(cls, run: Run, checkpoint: str | None, device: torch.device) -> ScoredRun:
+        """The weights of the checkpoint, or of the newest; all that is needed of its folder, as a run that goes on
+        will remove it.
+
+        Raises:
+            ValueError: see ``runs.load_model``.
+        """
+        newest = run.checkpoint(checkpoint)
+        lion = load_model(run, newest.name if newest else None)
+        assert newest is not None  # or there was nothing to load
+        files = json.loads((newest / "state.json").read_text())["files"]
+        sha256 = {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+        return cls(run, lion.to(device), newest, sha256)
 
     @property
     def conditional(self) -> bool:
@@ -56,22 +74,17 @@ class Model:
         """Clouds in the units of ``Preparation`` without a box, and how they were made; classes as the references'."""
         labels, known = class_labels(self.run, options), self.labels(references)
         if known is not None:
-            labels = np.resize(known, options.num_samples)
+            labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
         points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title))
-        folder = self.run.folder / "checkpoints" / self.checkpoint
         return points, {
             **asdict(settings),
             "seed": options.seed,
             "batch_size": options.batch_size,
             "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",
             "precision": resolve_precision(self.run.config.mixed_precision, self.lion.z_mean.device),
-            "checkpoint": str(folder),
-            "weights_sha256": {
-                name: file["sha256"]
-                for name, file in json.loads((folder / "state.json").read_text())["files"].items()
-                if name.endswith(".safetensors")
-            },
+            "checkpoint": str(self.checkpoint),
+            "weights_sha256": self.weights_sha256,
         }
 
     def scores(
@@ -83,12 +96,15 @@ class Model:
         bar: Bar,
     ) -> dict[str, float]:
         """Reconstruction of the references (``points``, as ``Preparation`` makes them without a box), and the bound of
-        the priors on their latents; without the latter where the run's classes are not those of the references."""
+        the priors on their latents; without the latter where the run's classes are not those of the references, and NaN
+        where the VAE does not return numbers."""
         normalised, device = self.network_units(points), self.lion.z_mean.device
         with bar("reconstructions", 2 * len(points), "cloud") as shown:
             rebuilt = reconstruct(
                 self.lion, normalised, self.run.normalization, self.run.config.mixed_precision, progress=shown.update
             )
+            if not np.isfinite(rebuilt.points).all():
+                return {"reconstruction_cd": math.nan}
             x, y = (torch.from_numpy(clouds).to(device) for clouds in (rebuilt.points, points))
             scores = metrics.reconstruction(x, y, emd, progress=shown.update)
         if not self.bounded(references):

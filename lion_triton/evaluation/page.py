@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from lion_triton.evaluation.galleries import SHOWN, data_uri, galleries, short
+from lion_triton.evaluation.galleries import SHOWN, data_uri, galleries
 from lion_triton.evaluation.histogram import histogram
 from lion_triton.evaluation.model import Bar
 from lion_triton.evaluation.published import REFERENCES
-from lion_triton.evaluation.table import NAMES, PUBLISHED, own_row
+from lion_triton.evaluation.table import NAMES, PUBLISHED, number, own_row
 from lion_triton.metrics import chance_accuracy
 
 _BEST = {
@@ -57,10 +57,12 @@ _SOFTWARE = {
     "torch": "PyTorch",
     "numpy": "NumPy",
     "scipy": "SciPy",
+    "triton": "Triton",
     "device": "device",
+    "directory": "run in",
 }
 
-_STYLE = resources.files("lion_triton.evaluation").joinpath("page.css").read_text()
+_STYLE = resources.files("lion_triton.evaluation").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def render(
@@ -138,7 +140,7 @@ def _tiles(record: Mapping[str, Any]) -> str:
         if name in figures:
             kind, _, distance = name.partition("_")
             label, best = NAMES[kind] + f", {distance.upper()}" * bool(distance), _best(kind, record)
-            tiles.append(f'<div class="tile">{label}<b>{short(figures[name])}</b><small>{best}</small></div>')
+            tiles.append(f'<div class="tile">{label}<b>{number(figures[name])}</b><small>{best}</small></div>')
     return f'<div class="tiles{" four" if len(tiles) == 4 else ""}">{"".join(tiles)}</div>'
 
 
@@ -164,7 +166,7 @@ def _figures(record: Mapping[str, Any]) -> str:
     rows += [(kind, [figures[kind]]) for kind in NAMES if kind in figures]
     body = (
         f'<tr><th scope="row">{NAMES[kind]}<small>{_best(kind, record)}</small></th>'
-        + "".join(f'<td class="number">{short(value)}</td>' for value in values)
+        + "".join(f'<td class="number">{number(value)}</td>' for value in values)
         + "<td></td>" * (len(columns) - len(values))
         + f'<td class="meaning">{escape(_MEANING[kind].format_map(record))}</td></tr>'
         for kind, values in rows
@@ -203,8 +205,8 @@ def _sets(record: Mapping[str, Any]) -> str:
     rows = (
         f'<tr><th scope="row">{name}</th><td class="number">{clouds["clouds"]}</td>'
         f'<td class="number">{clouds["points"]}</td>'
-        f'<td class="number loose">{" &times; ".join(short(x, 3) for x in clouds["size"])}</td><td class="number">'
-        + ("&ndash;" if clouds["nearest_other"] is None else short(clouds["nearest_other"]))
+        f'<td class="number loose">{" &times; ".join(number(x, 3) for x in clouds["size"])}</td><td class="number">'
+        + ("&ndash;" if clouds["nearest_other"] is None else number(clouds["nearest_other"]))
         + "</td></tr>"
         for name, clouds in sets.items()
     )
@@ -225,13 +227,12 @@ def _chart(record: Mapping[str, Any]) -> str:
     figure.savefig(file, format="png")
     width, height = figure.canvas.get_width_height()
     words = "Histogram of Chamfer distances to the nearest training shape. " + " ".join(
-        f"{name.capitalize()}s: {short(min(of), 3)} to {short(max(of), 3)}, median {short(np.median(of), 3)}."
+        f"{name.capitalize()}s: {number(min(of), 3)} to {number(max(of), 3)}, median {number(np.median(of), 3)}."
         for name, of in sets.items()
     )
-    caption = "How far samples and references lie from their nearest training shape, in per cent of either set."
-    if floor is not None:
-        words += f" One shape drawn twice: {short(floor, 3)}."
-        caption += " A copy would lie about at the line."
+    words += f" One shape drawn twice: {number(floor, 3)}."
+    caption = "How far samples and references lie from their nearest training shape, in per cent of either set. A copy "
+    caption += "would lie about at the line."
     return (
         f'<figure><img width="{width}" height="{height}" alt="{words}" src="{data_uri(file.getvalue())}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -247,22 +248,19 @@ def _memorising(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
         )
     text = [
         "A model that has learned its training shapes by heart makes samples that lie nearer to them than references "
-        f"do. Half of the samples lie within {short(memory['samples_median'])} of their nearest training shape, half "
-        f"of the references within {short(memory['references_median'])}."
+        f"do. Half of the samples lie within {number(memory['samples_median'])} of their nearest training shape, half "
+        f"of the references within {number(memory['references_median'])}."
     ]
     floor, copies = memory["one_shape_drawn_twice"], memory["samples_as_near_as_two_draws"]
-    if floor is None:
-        text.append("Training shapes have too few points to draw one twice and see how near a copy would lie.")
-    else:
-        theirs, references = memory["references_as_near_as_two_draws"], len(record["per_reference"])
-        verdict = "those may be copies" if copies else "no sample looks like a copy"
-        if 0 < copies * references <= theirs * count:
-            verdict = "references are so no less often, which is no sign of memorising"
-        text.append(
-            f"Two draws of points of one training shape lie {short(floor)} apart (the median). {copies} of "
-            f"{_many(count, 'sample')} and {theirs} of {_many(references, 'reference')} are as near to a training "
-            f"shape as two draws of its points are to each other: {verdict}."
-        )
+    theirs, references = memory["references_as_near_as_two_draws"], len(record["per_reference"])
+    verdict = "those may be copies" if copies else "no sample looks like a copy"
+    if 0 < copies * references <= theirs * count:
+        verdict = "references are that near at least as often, which is no sign of memorising"
+    text.append(
+        f"Two draws of points of one training shape lie {number(floor)} apart (the median). {copies} of "
+        f"{_many(count, 'sample')} and {theirs} of {_many(references, 'reference')} are as near to a training shape as "
+        f"two draws of its points are to each other: {verdict}."
+    )
     nearer = memory["samples_nearer_than_any_reference"]
     text.append(f"{nearer} of {_many(count, 'sample')} are nearer to a training shape than any reference is.")
     return f'<div class="chart">{_chart(record)}<div>{"".join(f"<p>{part}</p>" for part in text)}</div></div>' + (
@@ -329,9 +327,8 @@ def _repeat(record: Mapping[str, Any]) -> str:
         "Options": {name.replace("_", "-"): value for name, value in options.items() if _given(value)},
         "The run that was sampled": {name: value for name, value in trained.items() if _given(value)},
     }
-    return f"<pre>{escape(record['command'])}</pre>" + "".join(
-        f"<h3>{title}</h3>{_listed(rows)}" for title, rows in parts.items() if rows
-    )
+    command = f"<pre>{escape(record['command'])}</pre>" if record["command"] else ""
+    return command + "".join(f"<h3>{title}</h3>{_listed(rows)}" for title, rows in parts.items() if rows)
 
 
 def _distances(record: Mapping[str, Any]) -> str:
@@ -345,7 +342,7 @@ def _distances(record: Mapping[str, Any]) -> str:
             head += [f"nearest {other}", "#CD"]
         body = (
             f'<tr><th scope="row">{escape(row[kind])}</th>'
-            + "".join(f'<td>{escape(row[k])}</td><td class="number">{short(row[f"{k}_distance"])}</td>' for k in near)
+            + "".join(f'<td>{escape(row[k])}</td><td class="number">{number(row[f"{k}_distance"])}</td>' for k in near)
             + "</tr>"
             for row in rows
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ from torch import Tensor
 from lion_triton import __version__, metrics, runs
 from lion_triton.data.clouds import SYNSETS, Clouds
 from lion_triton.evaluation.memorising import Nearest, Training
-from lion_triton.evaluation.model import Model
+from lion_triton.evaluation.model import ScoredRun
 from lion_triton.evaluation.published import POINTS, REFERENCES, SOURCE, published
-from lion_triton.evaluation.sets import Array, Source
+from lion_triton.evaluation.sets import Array, CloudSet, spread
+from lion_triton.evaluation.table import NAMES
 
 # When something is pointed out.
 UNLIKE_SIZE, UNLIKE_PLACE = 0.25, 0.15  # difference of the sets' sizes and places, in units of the references' size
-ALIKE = 0.5  # distance to the nearest other sample, in units of the references' such distance
+ERRORS = 4  # and by so many standard errors
+ALIKE, ALIKE_CLOUDS = 0.5, 10  # distance to the nearest other sample, in units of the references'; of so many at least
 OUTSIDE = 0.1  # of the points, outside the JSD's sphere
-COPIES = 0.1  # of the samples, beyond the references' part
+COPIES = 0.1  # of the samples, beyond the references' part; of 1-NNA, below its best value
 
 
 @dataclass
@@ -39,17 +44,19 @@ class Remarks:
 
 
 def environment(options: Mapping[str, Any], command: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What computed the figures, with which options, and the command that repeats them."""
-    gpu = device.type == "cuda"
+    """What computed the figures, with which options, and the command that repeats them; none for a call from Python."""
+    cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     return {
         "lion_triton": __version__,
         "commit": runs.commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
         "numpy": np.__version__,
         "scipy": scipy.__version__,
-        "device": torch.cuda.get_device_name(device) if gpu else "CPU",
-        "command": shlex.join(["python", "-m", "lion_triton.evaluate", *command]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "command": shlex.join(["python", "-m", "lion_triton.evaluate", *command]) if command else None,
+        "directory": str(Path.cwd()),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         "seed": options["seed"],
         "split": options["split"],
@@ -59,48 +66,68 @@ def environment(options: Mapping[str, Any], command: Sequence[str], device: torc
     }
 
 
-def described(source: Source, points: Float32[Array, "S N 3"], within: Float32[Tensor, "K K"]) -> dict[str, Any]:
-    """A set as it was compared; ``within`` are distances of its first K clouds.
+def described(
+    clouds: CloudSet, points: Float32[Array, "S N 3"], within: Float32[Tensor, "S S"], among: int
+) -> dict[str, Any]:
+    """A set as it was compared; ``within`` are its own distances.
 
     The SHA-256 is of the coordinates as little-endian float32, cloud after cloud. ``size`` and ``center`` are medians
-    over clouds of the boxes' sides and centres, x, y, z; ``nearest_other`` of the distance to the nearest other one of
-    the first K clouds, which is the nearer the more they are. ``repeated`` counts clouds that equal an earlier one;
-    ``outside_sphere`` is the fraction of points outside the sphere that JSD is taken in.
+    over clouds of the boxes' sides and centres, x, y, z, with their standard errors; ``nearest_other`` of the distance
+    to the nearest other one of ``among`` of the clouds, spread over the set: the more they are, the nearer it is.
+    ``repeated`` counts clouds that equal an earlier one; ``outside_sphere`` is the fraction of points outside the
+    sphere that JSD is taken in.
     """
     low, high = points.min(axis=1), points.max(axis=1)
-    others = within.cpu().clone().fill_diagonal_(torch.inf).min(dim=0).values
+    size, size_error = _median(high - low)
+    center, center_error = _median((high + low) / 2)
+    rows = torch.from_numpy(spread(among, len(points)))
+    others = within.cpu()[rows][:, rows].fill_diagonal_(torch.inf).min(dim=0).values
     return {
-        "source": source.what,
+        "source": clouds.what,
         "clouds": len(points),
         "points": points.shape[1],
         "sha256": hashlib.sha256(points.astype("<f4").tobytes()).hexdigest(),
-        "size": np.median(high - low, axis=0).tolist(),
-        "center": np.median((high + low) / 2, axis=0).tolist(),
-        "nearest_other": float(np.median(others.numpy())) if len(others) > 1 else None,
+        "size": size,
+        "size_error": size_error,
+        "center": center,
+        "center_error": center_error,
+        "nearest_other": float(np.median(others.numpy())) if among > 1 else None,
         "repeated": len(points) - len({cloud.tobytes() for cloud in points}),
         "outside_sphere": float((np.square(points).sum(-1) > 0.25).mean()),
     }
 
 
-def remark_on_sets(samples: dict[str, Any], references: dict[str, Any], remarks: Remarks) -> None:
+def _median(values: Float32[Array, "S 3"]) -> tuple[list[float], list[float]]:
+    """Medians, and their standard errors by the interquartile range, as of a normal distribution."""
+    low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75), axis=0)
+    return median.tolist(), (math.sqrt(math.pi / 2 / len(values)) * (high - low) / 1.349).tolist()
+
+
+def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], norm_box: bool, remarks: Remarks) -> None:
     """Point out sets that are unlike each other in what no model should get wrong: they may be in other units."""
     count = samples["clouds"], references["clouds"]
     if count[0] != count[1]:
-        best = metrics.chance_accuracy(*count)
-        text = f"{count[0]} samples against {count[1]} references: all are compared; the best 1-NNA is {best:.3f} at "
-        text += "these sizes, not 0.5"
-        text += f", and COV is at most {count[0] / count[1]:.3f}." if count[0] < count[1] else "."
-        remarks.notes.append(text)
-    size, place = (np.array([s[key] for s in (samples, references)]) for key in ("size", "center"))
-    unit = size[1].max()
-    if np.abs(size[0] - size[1]).max() > UNLIKE_SIZE * unit or np.abs(place[0] - place[1]).max() > UNLIKE_PLACE * unit:
+        best, text = (
+            metrics.chance_accuracy(*count),
+            f"{count[0]} samples against {count[1]} references: all are compared",
+        )
+        text += f"; the best 1-NNA is {best:.3f} at these sizes, not 0.5" if abs(best - 0.5) > 0.02 else ""
+        text += f"; COV is at most {count[0] / count[1]:.3f}" if count[0] < count[1] else ""
+        remarks.notes.append(f"{text}.")
+    unit = max(references["size"])
+    if any(
+        abs(a - b) > max(limit * unit, ERRORS * math.hypot(*errors))
+        for key, limit in (("size", UNLIKE_SIZE), ("center", UNLIKE_PLACE))
+        for a, b, *errors in zip(*(s[k] for k in (key, f"{key}_error") for s in (samples, references)), strict=True)
+    ):
         ours, theirs = (
             f"{' x '.join(f'{x:.2g}' for x in s['size'])} around ({', '.join(f'{x:.2g}' for x in s['center'])})"
             for s in (samples, references)
         )
+        question = "are units, axes and origin the same? --norm-box takes away place and size."
         remarks.warnings.append(
-            f"Samples measure {ours}, references {theirs} (x, y, z; medians of their boxes): are units, axes and "
-            "origin the same? --norm-box takes away place and size."
+            f"Samples measure {ours}, references {theirs} (x, y, z; medians of their boxes): "
+            + ("are axes and proportions the same?" if norm_box else question)
         )
     for name, s in (("samples", samples), ("references", references)):
         if s["repeated"]:
@@ -112,17 +139,43 @@ def remark_on_sets(samples: dict[str, Any], references: dict[str, Any], remarks:
             "radius 0.5 that JSD is taken in, and count at its surface."
         )
     ours, theirs = samples["nearest_other"], references["nearest_other"]
-    if ours is not None and theirs is not None and ours < ALIKE * theirs:
+    if min(count) >= ALIKE_CLOUDS and ours < ALIKE * theirs:
         remarks.warnings.append(
             f"Samples resemble each other: their median distance to the nearest other sample is {ours:.3g}, that of "
             f"references to the nearest other reference {theirs:.3g}. Does the model generate few kinds of shapes?"
         )
 
 
+def remark_on_copies(
+    samples: Float32[Array, "S N 3"], references: Float32[Array, "R M 3"], accuracy: float, remarks: Remarks
+) -> None:
+    """Point out samples that are references; ``accuracy`` is 1-NNA by Chamfer distance."""
+    known = {cloud.tobytes() for cloud in references}
+    equal = sum(cloud.tobytes() in known for cloud in samples)
+    if equal:
+        remarks.warnings.append(f"{equal} of {len(samples)} samples equal a reference.")
+    best = metrics.chance_accuracy(len(samples), len(references))
+    # Four standard errors of as many throws of a coin.
+    if accuracy < best - max(COPIES, 2 / math.sqrt(len(samples) + len(references))):
+        remarks.warnings.append(
+            f"1-NNA of {accuracy:.3f} is far below its best value, {best:.3f}: samples lie nearer to references than "
+            "references to each other. Are they copies?"
+        )
+
+
+def remark_on_scores(scores: Mapping[str, float], bounded: bool, remarks: Remarks) -> None:
+    """Point out scores of a model that are not numbers or missing."""
+    bad = [name for name, value in scores.items() if not math.isfinite(value)]
+    if bad:
+        remarks.warnings.append(f"Not finite: {', '.join(NAMES[name] for name in bad)}. Does the model work?")
+    if not bounded:
+        remarks.notes.append("No bound of the priors: the run's classes are not those of the references.")
+
+
 def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, remarks: Remarks) -> None:
     """Point out copies of training shapes, where samples hold more of them than the references do."""
     copies = memory["samples_as_near_as_two_draws"]
-    if copies is not None and copies / samples > memory["references_as_near_as_two_draws"] / references + COPIES:
+    if copies / samples > memory["references_as_near_as_two_draws"] / references + COPIES:
         remarks.warnings.append(
             f"{copies} of {samples} samples are as near to a training shape as two draws of its points are, and "
             f"{memory['references_as_near_as_two_draws']} of {references} references: were training shapes memorised?"
@@ -136,7 +189,7 @@ def training_set(training: Training | None) -> dict[str, Any] | None:
     return {"source": training.source.what, "clouds": len(training.source), "sha256": training.sha256}
 
 
-def trained_with(model: Model | None) -> dict[str, Any] | None:
+def trained_with(model: ScoredRun | None) -> dict[str, Any] | None:
     """The run that was sampled: its data and their normalisation."""
     if model is None:
         return None
@@ -149,7 +202,7 @@ def trained_with(model: Model | None) -> dict[str, Any] | None:
     }
 
 
-def units(norm_box: bool, model: Model | None) -> str:
+def units(norm_box: bool, model: ScoredRun | None) -> str:
     """The units that clouds were compared in, in words."""
     if norm_box:
         return "each cloud's bounding box fitted to [-0.5, 0.5]"

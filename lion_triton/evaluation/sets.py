@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from lion_triton.data.clouds import Clouds, Normalization, folder_clouds, procedural_clouds
 from lion_triton.data.clouds import Split as Subset
@@ -19,13 +19,17 @@ from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
 SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, and the splits of its points
 LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
 
+SAMPLES, REFERENCES, TRAINING, FLOOR, SCREEN, FEWER = range(
+    3, 9
+)  # streams of random numbers; those of ``data`` are 0 to 2
+
 Array = np.ndarray
 T = TypeVar("T")
 Split = Literal["first10k", "last5k"]
 
 
 @dataclass(frozen=True)
-class Source:
+class CloudSet:
     """A set of clouds: the option that gave it, where it came from, and the clouds."""
 
     option: str
@@ -59,7 +63,7 @@ class Source:
             raise ValueError(f"{self.option}: cloud {i}, {error}") from None
 
 
-def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> Source:
+def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> CloudSet:
     """The clouds at ``path``: a folder <category>/<subset>/<id>.npy, of which ``categories`` can be chosen; a folder
     of clouds, a .npy or .npz of (S, P, 3), or "procedural": ``count`` of those.
 
@@ -68,29 +72,30 @@ def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str
     """
     if path == "procedural" and option != "samples":
         kind = "train" if option == "training" else "held_out"
-        _no_categories(categories, "the procedural shapes are")
+        _no_categories(option, categories, "the procedural shapes are")
         clouds = procedural_clouds(count, PROCEDURAL_POINTS, PROCEDURAL_SEEDS[kind])
-        return Source(option, f"procedural shapes, {kind.replace('_', '-')}", clouds)
+        return CloudSet(option, f"procedural shapes, {kind.replace('_', '-')}", clouds)
     where = Path(path)
     if (where / "clouds.npz").is_file():  # of lion_triton.sample
         where = where / "clouds.npz"
     if where.is_file():
-        _no_categories(categories, f"{where} is")
-        return Source(option, str(where), _read_file(option, where))
+        _no_categories(option, categories, f"{where} is")
+        return CloudSet(option, str(where), _read_file(option, where))
     if not where.is_dir():
         raise ValueError(f"{option}: {where} does not exist")
     files = sorted(f.name for f in where.iterdir() if f.suffix.lower() in SHAPE_SUFFIXES and f.name[0] != ".")
     if files:
-        _no_categories(categories, f"{where} is")
-        return Source(option, str(where), _read_folder(option, where, files))
+        _no_categories(option, categories, f"{where} is")
+        return CloudSet(option, str(where), _read_folder(option, where, files))
     try:
-        return Source(option, f"{where}, {subset}", folder_clouds(where, subset, categories or None))
+        return CloudSet(option, f"{where}, {subset}", folder_clouds(where, subset, categories or None))
     except ValueError as error:
         raise ValueError(f"{option}: {str(error).removeprefix('root: ')}") from None
 
 
-def _no_categories(categories: Sequence[str], what: str) -> None:
-    if categories:
+def _no_categories(option: str, categories: Sequence[str], what: str) -> None:
+    """Samples and training shapes may be a file where the references are a folder."""
+    if categories and option == "reference":
         raise ValueError(
             f"categories: are chosen of a folder <category>/<subset>/<id>.npy, {what} none; got {', '.join(categories)}"
         )
@@ -98,6 +103,8 @@ def _no_categories(categories: Sequence[str], what: str) -> None:
 
 def _read_file(option: str, path: Path) -> Clouds:
     """A .npy file, or a .npz file with an array ``points`` or a single one: (S, P, 3)."""
+    if path.suffix.lower() in SHAPE_SUFFIXES - {".npy", ".npz"}:
+        raise ValueError(f"{option}: expected a .npy or .npz of clouds, or a folder of such files, got {path}")
     names: list[str] = []
     array: Array | None
     try:
@@ -135,6 +142,11 @@ def _read_folder(option: str, folder: Path, files: Sequence[str]) -> Clouds:
             )
         clouds.append(shape.coordinates)
     return in_memory(option, clouds, files)
+
+
+def spread(count: int, total: int) -> Int64[Array, " count"]:
+    """``count`` indices evenly spread over ``total``: a folder's clouds come class by class, these are of all."""
+    return np.arange(count) * total // count
 
 
 def in_memory(option: str, clouds: Sequence[Array], names: Sequence[str]) -> Clouds:
@@ -193,7 +205,7 @@ class Preparation:
         return np.random.default_rng((self.seed, stream, i))
 
     def __call__(
-        self, source: Source, num_points: int, stream: int, indices: Iterable[int] | None = None
+        self, source: CloudSet, num_points: int, stream: int, indices: Iterable[int] | None = None
     ) -> Float32[Array, "K num_points 3"]:
         """The clouds ``indices``, or all. Raises what reading them raises."""
         chosen = range(len(source)) if indices is None else indices

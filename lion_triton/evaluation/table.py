@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,26 +28,37 @@ def render(record: Mapping[str, Any]) -> str:
     figures, sets = record["figures"], {name: record[name] for name in ("samples", "references")}
     lines = ["", *(f"{n:<12}{s['clouds']} clouds of {s['points']} points: {s['source']}" for n, s in sets.items())]
     lines += [f"{'units':<12}{record['normalization']}", f"{'split':<12}{record['split']}"]
-    lines += [f"{'warning':<12}{warning}" for warning in record["warnings"]]
-    lines += [f"{'note':<12}{note}" for note in record["notes"]]
+    for kind in ("warning", "note"):
+        for text in record[f"{kind}s"]:
+            lines += _wrapped(f"{kind:<12}{text}")
     emd = record["emd"]
     lines += ["", f"{'':26}{'CD':>10}" + (f"{f'EMD, {emd}':>14}" if emd != "none" else "")]
     for name, best in (("1nna", f"best {record['chance_1nna']:.3f}"), ("cov", "high"), ("mmd", "low")):
-        line = f"{NAMES[name]:<14}{best:<12}{figures[f'{name}_cd']:>10.5g}"
-        lines.append(line + (f"{figures[f'{name}_emd']:>14.5g}" if emd != "none" else ""))
-    lines.append(f"{'JSD':<14}{'low':<12}{figures['jsd']:>10.5g}")
+        line = f"{NAMES[name]:<14}{best:<12}{number(figures[f'{name}_cd']):>10}"
+        lines.append(line + (f"{number(figures[f'{name}_emd']):>14}" if emd != "none" else ""))
+    lines.append(f"{'JSD':<14}{'low':<12}{number(figures['jsd']):>10}")
     for name, value in figures.items():
         if name.startswith(("reconstruction", "bound")):
             lines.append(f"{NAMES[name]:<26}{number(value):>10}" + (" nats/dim" if name.startswith("bound") else ""))
-    others = [number(s["nearest_other"], "-") for s in sets.values()]
-    lines += ["", "distance to the nearest other cloud of the set (median Chamfer)"]
-    lines += [f"  {name:<24}{value:>10}" for name, value in zip(sets, others, strict=True)]
+    lines += ["", "distance to the nearest other cloud of the set, of equally many of either (median Chamfer)"]
+    others = {name: s["nearest_other"] for name, s in sets.items()}
+    lines += [f"  {name:<24}{'-' if value is None else number(value):>10}" for name, value in others.items()]
     return "\n".join(lines + _memorising(record) + _published(record))
 
 
-def number(value: float | None, missing: str = "not finite") -> str:
-    """Five digits."""
-    return missing if value is None else f"{value:.5g}"
+def _wrapped(line: str) -> list[str]:
+    """The line as wide as the terminal; as it is, where it does not go to one."""
+    if not sys.stdout.isatty():
+        return [line]
+    width = max(40, shutil.get_terminal_size().columns)
+    return textwrap.wrap(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """So many digits; None is what JSON has for NaN and infinity."""
+    if not value:
+        return "not finite" if value is None else "0"
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def _memorising(record: Mapping[str, Any]) -> list[str]:
@@ -53,20 +67,18 @@ def _memorising(record: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["", "distance to the nearest training shape (median Chamfer)"]
     lines += [f"  {name:<24}{number(memory[f'{name}_median']):>10}" for name in ("samples", "references")]
-    if memory["one_shape_drawn_twice"] is not None:
-        lines.append(f"  {'one shape drawn twice':<24}{number(memory['one_shape_drawn_twice']):>10}")
-        text = " and ".join(
-            f"{memory[f'{name}_as_near_as_two_draws']} of {record[name]['clouds']} {name}"
-            for name in ("samples", "references")
-        )
-        lines.append(f"  {text} are as near to a training shape as two draws of its points are")
-    return lines
+    lines.append(f"  {'one shape drawn twice':<24}{number(memory['one_shape_drawn_twice']):>10}")
+    copies = " and ".join(
+        f"{memory[f'{name}_as_near_as_two_draws']} of {record[name]['clouds']} {name}"
+        for name in ("samples", "references")
+    )
+    return [*lines, f"  {copies} (by chance) are as near to a training shape as two draws of its points are"]
 
 
 def _published(record: Mapping[str, Any]) -> list[str]:
     if not record["published"]:
         return []
-    lines = ["", f"in per cent, {record['category']} ({record['published_source']})"]
+    lines = ["", *_wrapped(f"{'published':<12}{record['category']}, in per cent; {record['published_source']}")]
     lines.append(f"  {'':<16}{'1-NNA, CD':>11}{'EMD':>8}{'COV, CD':>10}{'EMD':>8}  split")
     for row in (own_row(record), *record["published"]):
         cells = ("-" if row[name] is None else f"{row[name]:.2f}" for name in PUBLISHED)

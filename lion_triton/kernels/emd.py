@@ -406,7 +406,7 @@ def exact_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B N 3"]) -> Float[Ten
     """Earth mover's distance by optimal assignment: the mean SQUARED distance between assigned points.
 
     x, y: (B, N, 3), of one dtype, finite. Returns (B,) float32 (float64 for float64), in squared units of the
-    coordinates. The assignment is found on the CPU in float64 (about a second per cloud of 2048 points);
+    coordinates. The assignment is found on the CPU in float64 (a few seconds per cloud of 2048 points);
     differentiable in x and y at fixed assignment. Deterministic.
     ValueError: shapes, dtypes or devices that do not fit; N differs; values that are not finite.
     """

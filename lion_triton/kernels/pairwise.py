@@ -249,13 +249,13 @@ def _pairwise_approx(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
     threads = torch.get_num_threads()
     if a.device.type != "cpu" or threads == 1:
         return _all_pairs(lambda s, _: (c for g in groups for c in costs(a[s], g)), a, b, False, progress)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return _all_pairs(
                 lambda s, _: (c for g in pool.map(costs, repeat(a[s]), groups) for c in g), a, b, False, progress
             )
-        finally:
-            torch.set_num_threads(threads)  # what the workers set is every new thread's
+    finally:
+        torch.set_num_threads(threads)  # what the workers set, the last of them late, is every new thread's
 
 
 def _pairwise_exact(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:

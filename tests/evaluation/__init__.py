@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lion_triton.evaluation.sets import Source, in_memory
+from lion_triton.evaluation.sets import CloudSet, in_memory
 
 
 def clouds(count: int, points: int, seed: int, scale: float = 0.1) -> np.ndarray:
@@ -16,9 +16,9 @@ def clouds(count: int, points: int, seed: int, scale: float = 0.1) -> np.ndarray
     return (np.random.default_rng(seed).normal(size=(count, points, 3)) * scale).astype(np.float32)
 
 
-def source(points: np.ndarray, option: str = "samples") -> Source:
+def source(points: np.ndarray, option: str = "samples") -> CloudSet:
     """The clouds as if ``option`` had given them; they are called "0", "1", ..."""
-    return Source(option, "mine", in_memory(option, list(points), [str(i) for i in range(len(points))]))
+    return CloudSet(option, "mine", in_memory(option, list(points), [str(i) for i in range(len(points))]))
 
 
 def refusal(function: Callable[..., Any], *args: Any) -> str:

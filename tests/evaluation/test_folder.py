@@ -20,7 +20,7 @@ def make(out: Path, *names: str) -> Path:
     """A folder with files of these names; with folders where a name ends in a slash."""
     out.mkdir()
     for name in names:
-        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("old")
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text('{"lion_triton": "0.0"}')
     return out
 
 
@@ -77,6 +77,18 @@ def test_a_folder_of_something_else_is_refused(
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"commit": "mine"}'])
+def test_the_evaluation_of_another_program_is_not_replaced(tmp_path: Path, text: str) -> None:
+    out = make(tmp_path / "out", PAGE)
+    (out / JSON).write_text(text)
+    assert "exists and is no evaluation" in refusal(folder.check, out, OF_CLOUDS)
+
+
+def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert "cannot hold" in refusal(folder.check, tmp_path / "out", OF_CLOUDS)
+
+
 @pytest.mark.parametrize(
     ("inside", "reason"), [("", "hold"), ("deeper", "be written to"), ("deeper/still", "be written to")]
 )
@@ -124,7 +136,7 @@ def test_files_replace_those_of_an_earlier_evaluation_and_no_others(tmp_path: Pa
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         JSON: b"new",
         PAGE: b"newer",
-        "notes.txt": b"old",
+        "notes.txt": b'{"lion_triton": "0.0"}',
     }
     folder.write(tmp_path / "a" / "b", {JSON: b"1"})
     assert (tmp_path / "a" / "b" / JSON).read_bytes() == b"1"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lion_triton.data.clouds import Normalization
+from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.evaluation.memorising import (
     COPY,
     SCREEN_POINTS,
@@ -20,7 +20,7 @@ from lion_triton.evaluation.memorising import (
     sampling_floor,
     summary,
 )
-from lion_triton.evaluation.sets import Preparation, Source, in_memory, open_clouds
+from lion_triton.evaluation.sets import CloudSet, Preparation, in_memory, open_clouds
 from lion_triton.kernels import chamfer_distance, pairwise_chamfer
 from tests.evaluation import clouds, source
 
@@ -52,14 +52,26 @@ def test_the_nearest_training_shapes_are_those_of_all_pairs_with_all_points(poin
 
 def test_the_distance_is_to_the_points_that_are_shown() -> None:
     """Training shapes of more points than are compared are drawn from; those of fewer repeat some."""
-    for stored in (700, 120):
-        shapes, samples = training(clouds(12, stored, 5), 300), clouds(3, 300, 6)
+    for long in (12, 7):
+        stored = [cloud[:700] if i < long else cloud[:120] for i, cloud in enumerate(clouds(12, 700, 5))]
+        given = CloudSet("training", "", in_memory("training", stored, [str(i) for i in range(12)]))
+        shapes, samples = Training.read(given, Preparation(None, 0), 300), clouds(3, 300, 6)
         found = nearest(samples, shapes)
         assert found.points.shape == (3, 300, 3)
         expected = chamfer_distance(torch.from_numpy(samples), torch.from_numpy(found.points))
         np.testing.assert_allclose(found.distance, expected, rtol=1e-5)
         for points, i in zip(found.points, found.index, strict=True):
             assert {tuple(p) for p in points.tolist()} <= {tuple(p) for p in shapes.source[i].tolist()}
+
+
+def test_where_most_training_shapes_have_fewer_points_so_few_are_compared() -> None:
+    shapes = training(clouds(4, 30, 5), 40)
+    found = nearest(np.concatenate([shapes.screen, shapes.screen], axis=1), shapes)
+    assert found.points.shape == (4, 30, 3)
+    assert summary(found, found, shapes, CPU)["points"] == 30
+    assert found.index.tolist() == [0, 1, 2, 3]
+    split = Preparation("last5k", 0)
+    assert Training.read(source(clouds(1, 15_000, 0), "training"), split, 6000).num_points == 5000
 
 
 def test_both_passes_report_the_pairs_of_the_first() -> None:
@@ -71,7 +83,7 @@ def test_both_passes_report_the_pairs_of_the_first() -> None:
 def test_training_shapes_are_read_whole_and_once() -> None:
     points, read = clouds(3, 50, 0), list[int]()
 
-    class Noting(Source):
+    class Noting(CloudSet):
         def __getitem__(self, i: int) -> np.ndarray:
             read.append(i)
             return super().__getitem__(i)
@@ -124,21 +136,29 @@ def of_shapes(shapes: Training, index: list[int], points: int, distance: float =
 def test_two_draws_of_a_shape_lie_as_far_apart_as_clouds_of_one_distribution() -> None:
     shapes = training(clouds(4, 100, 5) * np.array([1, 2, 3, 4], np.float32)[:, None, None], 40)
     floor = sampling_floor(of_shapes(shapes, [2, 0, 2, 2, 1], 40), shapes, CPU)
-    assert floor is not None
     unit = pairwise_chamfer(*(torch.from_numpy(clouds(20, 40, seed)) for seed in (8, 9))).median().item()
     np.testing.assert_allclose(floor / unit, np.square([3, 1, 3, 3, 2]), rtol=0.3)  # each of its own shape
     assert floor[0] == floor[2] == floor[3]
 
 
 def test_two_draws_share_no_point() -> None:
-    for stored, expected in ((80, True), (79, False)):
-        shapes = training(clouds(3, stored, 0), 40)
-        floor = sampling_floor(of_shapes(shapes, [0, 1], 40), shapes, CPU)
-        assert (floor is not None) == expected
-    few = training(clouds(1, 2, 0), 1)
-    floor = sampling_floor(of_shapes(few, [0], 1), few, CPU)
-    assert floor is not None
-    assert floor.min() > 0
+    for stored, compared in ((80, 40), (40, 40), (2, 1)):
+        shapes = training(clouds(3, stored, 0), compared)
+        assert sampling_floor(of_shapes(shapes, [0, 1], compared), shapes, CPU).min() > 0
+    split = Training.read(source(clouds(1, 15_000, 0), "training"), Preparation("last5k", 0), 3000)
+    floor = sampling_floor(of_shapes(split, [0], 3000), split, CPU)  # from two halves of 5000 points
+    apart = chamfer_distance(*(torch.from_numpy(clouds(1, 3000, seed)) for seed in (1, 2)))
+    np.testing.assert_allclose(floor, apart, rtol=0.2)
+
+
+def test_two_draws_of_a_shape_with_too_few_points_follow_from_its_halves() -> None:
+    points, index = np.stack(list(procedural_clouds(10, 512, seed=0))), list(range(10))
+    floors = []
+    for stored in (512, 511, 256):
+        shapes = training(points[:, :stored], 256)
+        floors.append(sampling_floor(of_shapes(shapes, index, 256), shapes, CPU))
+    np.testing.assert_allclose(floors[1], floors[0], rtol=0.3)
+    np.testing.assert_allclose(floors[2], floors[0], rtol=0.3)
 
 
 def test_two_draws_are_in_any_order() -> None:
@@ -147,8 +167,17 @@ def test_two_draws_are_in_any_order() -> None:
     points[:, 40:] += 1
     shapes = training(points, 40)
     floor = sampling_floor(of_shapes(shapes, [0, 1, 2], 40), shapes, CPU)
-    assert floor is not None
     assert floor.max() < 0.1
+
+
+def test_other_points_of_a_training_shape_count_as_a_copy_and_another_piece_of_furniture_does_not() -> None:
+    furniture = procedural_clouds(50, 1024, seed=0)
+    points, sofas = np.stack(list(furniture)), furniture.labels == furniture.classes.index("sofa")
+    shapes = training(points[~sofas, 256:], 256)
+    copies, others = (nearest(points[chosen, :256], shapes) for chosen in (~sofas, sofas))
+    found = summary(copies, others, shapes, CPU)
+    assert found["samples_as_near_as_two_draws"] >= 0.95 * 40
+    assert found["references_as_near_as_two_draws"] == 0
 
 
 def test_the_summary_counts_what_is_as_near_as_two_draws() -> None:
@@ -158,12 +187,12 @@ def test_the_summary_counts_what_is_as_near_as_two_draws() -> None:
         """Clouds whose nearest shapes these are, so many times as far from them as two draws of them may lie."""
         near = of_shapes(shapes, index, 40)
         floor = sampling_floor(near, shapes, CPU)
-        assert floor is not None
         return replace(near, distance=(np.array(times) * COPY * floor).astype(np.float32)), floor
 
     samples, floor = some([0, 1, 2, 1], [0, 0.98, 1.02, 5])
     references, _ = some([2, 2, 2], [2, 3, 1.01])
     assert summary(samples, references, shapes, CPU) == {
+        "points": 40,
         "samples_median": np.median(samples.distance),
         "references_median": np.median(references.distance),
         "samples_nearer_than_any_reference": (samples.distance < references.distance.min()).sum(),
@@ -176,29 +205,10 @@ def test_the_summary_counts_what_is_as_near_as_two_draws() -> None:
 
 
 def test_the_summary_takes_the_nearest_reference() -> None:
-    few = training(clouds(3, 50, 5), 40)  # too few points for two draws
-    near = of_shapes(few, [0, 1, 2], 40)
+    shapes = training(clouds(3, 50, 5), 40)
+    near = of_shapes(shapes, [0, 1, 2], 40)
     samples = replace(near, distance=np.array([1, 3, 5], np.float32))
     references = replace(near, distance=np.array([3, 8, 6], np.float32))
-    assert summary(samples, references, few, CPU) == {
-        "samples_median": 3,
-        "references_median": 6,
-        "samples_nearer_than_any_reference": 1,
-        "one_shape_drawn_twice": None,
-        "samples_as_near_as_two_draws": None,
-        "references_as_near_as_two_draws": None,
-    }
-
-
-def test_without_room_for_two_draws_of_a_shape_of_either_set_none_is_counted() -> None:
-    points = clouds(1, 100, 0)[0]
-    shapes = Training.read(
-        Source("training", "", in_memory("training", [points, points[:50]], ["long", "short"])),
-        Preparation(None, 0),
-        40,
-    )
-    long, short = (of_shapes(shapes, [i], 40) for i in (0, 1))
-    for samples, references in ((long, short), (short, long)):
-        found = summary(samples, references, shapes, CPU)
-        assert found["one_shape_drawn_twice"] is found["references_as_near_as_two_draws"] is None
-        assert found["samples_as_near_as_two_draws"] is None
+    found = summary(samples, references, shapes, CPU)
+    assert (found["samples_median"], found["references_median"]) == (3, 6)
+    assert found["samples_nearer_than_any_reference"] == 1

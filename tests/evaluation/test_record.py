@@ -20,9 +20,9 @@ from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import layout
 
 
-def described(points: np.ndarray, first: int | None = None) -> dict[str, Any]:
-    x = torch.from_numpy(points[:first])
-    return record.described(source(points), points, pairwise_chamfer(x, x))
+def described(points: np.ndarray, among: int | None = None) -> dict[str, Any]:
+    x = torch.from_numpy(points)
+    return record.described(source(points), points, pairwise_chamfer(x, x), len(points) if among is None else among)
 
 
 def test_a_set_is_described_as_it_was_compared() -> None:
@@ -36,14 +36,27 @@ def test_a_set_is_described_as_it_was_compared() -> None:
         "points": 2,
         "sha256": hashlib.sha256(points.astype("<f4").tobytes()).hexdigest(),
         "size": [4, 2, 1],
+        "size_error": pytest.approx([x * 0.9291 / 3**0.5 for x in (4, 2, 1)], rel=1e-3),  # quartiles: 1 and 2 boxes
         "center": [2, 0, 0],
+        "center_error": pytest.approx([x * 0.9291 / 3**0.5 for x in (14.5, 15, 15)], rel=1e-3),
         "nearest_other": 2,  # one apart, squared, both ways
         "repeated": 0,
         "outside_sphere": 1,
     }
     assert described(points[:1])["nearest_other"] is None
     assert described(points[[0, 2, 1]])["nearest_other"] == 2
-    assert described(points[[0, 2, 1]], first=2)["nearest_other"] > 1000  # without the one that is nearest
+    # Of two of four clouds, the first and the third: without those that are nearest.
+    assert described(points[[0, 1, 2, 2]], among=2)["nearest_other"] > 1000
+    assert described(points[[0, 2, 1, 2]], among=2)["nearest_other"] == 2
+
+
+def test_the_error_of_a_median_is_that_of_many_such_sets() -> None:
+    rng = np.random.default_rng(0)
+    sets = [np.stack([np.zeros((40, 3)), rng.normal(5, 1, (40, 3))], 1).astype(np.float32) for _ in range(200)]
+    got = [described(points) for points in sets]
+    spread = np.std([of["size"] for of in got], axis=0)
+    np.testing.assert_allclose(np.mean([of["size_error"] for of in got], axis=0), spread, rtol=0.2)
+    np.testing.assert_allclose(np.mean([of["center_error"] for of in got], axis=0), spread / 2, rtol=0.2)
 
 
 def test_clouds_that_equal_an_earlier_one_and_points_outside_the_sphere_are_counted() -> None:
@@ -60,16 +73,18 @@ GOOD: dict[str, Any] = {
     "clouds": 50,
     "points": 64,
     "size": [0.8, 1.0, 0.4],
+    "size_error": [0.0, 0.0, 0.0],
     "center": [0.0, 0.0, 0.1],
+    "center_error": [0.0, 0.0, 0.0],
     "nearest_other": 0.02,
     "repeated": 0,
     "outside_sphere": 0.09,
 }
 
 
-def remarks(samples: dict[str, Any], references: dict[str, Any]) -> Remarks:
+def remarks(samples: dict[str, Any], references: dict[str, Any], norm_box: bool = False) -> Remarks:
     found = Remarks()
-    record.remark_on_sets(GOOD | samples, GOOD | references, found)
+    record.remark_on_sets(GOOD | samples, GOOD | references, norm_box, found)
     return found
 
 
@@ -82,12 +97,49 @@ def remarks(samples: dict[str, Any], references: dict[str, Any]) -> Remarks:
         {"center": [0.1, -0.1, 0.2]},
         {"nearest_other": 0.0101},
         {"nearest_other": 5.0},
-        {"nearest_other": None},
+        {"size": [1.6, 2.0, 0.8], "size_error": [0.26, 0.26, 0.26]},  # differs by less than four errors
+        {"center": [0.0, 1.0, 0.0], "center_error": [0.0, 0.26, 0.0]},
     ],
 )
 def test_of_two_good_sets_nothing_is_pointed_out(samples: dict[str, Any]) -> None:
     assert remarks(samples, {}) == Remarks()
-    assert remarks({}, {"nearest_other": None}) == Remarks()
+
+
+def test_of_few_clouds_none_is_called_alike() -> None:
+    for count, near, warned in ((10, 0.0099, True), (9, 0.0099, False), (1, None, False)):
+        few = {"clouds": count, "nearest_other": near}
+        assert bool(remarks(few, {"clouds": count, "nearest_other": near and 0.02}).warnings) == warned
+
+
+def test_the_errors_of_both_sets_count() -> None:
+    for errors in ((0.2, 0.0), (0.0, 0.2), (0.15, 0.15)):
+        both = [{"size_error": [error] * 3} for error in errors]
+        assert remarks({"size": [1.6, 1.0, 0.4], **both[0]}, both[1]) == Remarks()  # 0.8, and at most four times 0.21
+        assert remarks({"size": [1.7, 1.0, 0.4], **both[0]}, both[1]).warnings
+
+
+def test_with_boxes_fitted_fitting_them_is_no_advice() -> None:
+    (warning,) = remarks({"size": [0.4, 1.0, 0.8]}, {}, norm_box=True).warnings
+    assert warning.endswith("are axes and proportions the same?")
+
+
+def test_samples_that_are_references_are_warned_of() -> None:
+    points = clouds(6, 4, 0)
+
+    def warnings(samples: np.ndarray, references: np.ndarray, accuracy: float) -> list[str]:
+        found = Remarks()
+        record.remark_on_copies(samples, references, accuracy, found)
+        assert not found.notes
+        return found.warnings
+
+    assert warnings(points[:3], points[3:], 0.4) == []
+    assert warnings(points[[0, 0, 1, 2]], points[[5, 0, 1]], 0.4) == ["3 of 4 samples equal a reference."]
+    many = np.concatenate([clouds(200, 1, 1)] * 2)
+    assert warnings(clouds(200, 1, 2), many[:200], 0.40) == []
+    (warning,) = warnings(clouds(200, 1, 2), many[:200], 0.39)
+    assert warning.startswith("1-NNA of 0.390 is far below its best value, 0.499")
+    assert warnings(clouds(50, 1, 2), many[:50], 0.30) == []  # fewer are more often so by chance
+    assert warnings(clouds(50, 1, 2), many[:50], 0.29)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +193,14 @@ def test_points_outside_the_sphere_of_jsd_are_noted() -> None:
 
 
 def test_copies_are_warned_of_where_the_references_have_fewer() -> None:
-    def warnings(samples: int | None, references: int | None, count: int = 100) -> list[str]:
+    def warnings(samples: int, references: int, count: int = 100) -> list[str]:
         found = Remarks()
         memory = {"samples_as_near_as_two_draws": samples, "references_as_near_as_two_draws": references}
         record.remark_on_memorising(memory, 200, count, found)
         assert not found.notes
         return found.warnings
 
-    assert warnings(None, None) == warnings(0, 0) == warnings(20, 0) == warnings(40, 10) == warnings(0, 100) == []
+    assert warnings(0, 0) == warnings(20, 0) == warnings(40, 10) == warnings(0, 100) == []
     (warning,) = warnings(45, 11, 100)
     assert warning.startswith(
         "45 of 200 samples are as near to a training shape as two draws of its points are, and 11"
@@ -158,11 +210,14 @@ def test_copies_are_warned_of_where_the_references_have_fewer() -> None:
 
 
 def test_sets_of_other_sizes_are_noted() -> None:
-    assert remarks({"clouds": 7}, {"clouds": 3}) == Remarks(
+    few = {"clouds": 3, "nearest_other": 0.02}
+    assert remarks({"clouds": 7}, few) == Remarks(
         notes=["7 samples against 3 references: all are compared; the best 1-NNA is 0.533 at these sizes, not 0.5."]
     )
-    (note,) = remarks({"clouds": 3}, {"clouds": 7}).notes
-    assert note.endswith("these sizes, not 0.5, and COV is at most 0.429.")
+    (note,) = remarks(few, {"clouds": 7}).notes
+    assert note.endswith("these sizes, not 0.5; COV is at most 0.429.")
+    (note,) = remarks({"clouds": 50}, {"clouds": 60}).notes  # 1-NNA is 0.499 at best
+    assert note == "50 samples against 60 references: all are compared; COV is at most 0.833."
 
 
 def near(*distances: float) -> Nearest:
@@ -270,26 +325,26 @@ warning     Odd.
 note        Known.
 
                                   CD   EMD, approx
-1-NNA         best 0.498        0.75         0.875
-COV           high             0.125        0.0625
-MMD           low             0.0012        0.0034
-JSD           low           0.098765
-reconstruction, CD           0.00021
-reconstruction, F-score          0.5
-bound of the shape prior         1.5 nats/dim
+1-NNA         best 0.498      0.7500        0.8750
+COV           high            0.1250       0.06250
+MMD           low           0.001200      0.003400
+JSD           low            0.09876
+reconstruction, CD         0.0002100
+reconstruction, F-score       0.5000
+bound of the shape prior       1.500 nats/dim
 bound of both priors      not finite nats/dim
 
-distance to the nearest other cloud of the set (median Chamfer)
-  samples                       0.02
+distance to the nearest other cloud of the set, of equally many of either (median Chamfer)
+  samples                    0.02000
   references                       -
 
 distance to the nearest training shape (median Chamfer)
-  samples                      0.011
-  references                   0.022
-  one shape drawn twice        0.033
-  4 of 50 samples and 3 of 40 references are as near to a training shape as two draws of its points are
+  samples                    0.01100
+  references                 0.02200
+  one shape drawn twice      0.03300
+  4 of 50 samples and 3 of 40 references (by chance) are as near to a training shape as two draws of its points are
 
-in per cent, chair (a table)
+published   chair, in per cent; a table
                     1-NNA, CD     EMD   COV, CD     EMD  split
   these samples         75.00   87.50     12.50    6.25  first10k
   PVD                   56.26   53.32         -       -  mostly last5k"""
@@ -307,7 +362,7 @@ def test_the_table_says_everything() -> None:
         "chance_1nna": 0.498,
         "figures": {
             **{"1nna_cd": 0.75, "1nna_emd": 0.875, "cov_cd": 0.125, "cov_emd": 0.0625},
-            **{"mmd_cd": 0.0012, "mmd_emd": 0.0034, "jsd": 0.098765},
+            **{"mmd_cd": 0.0012, "mmd_emd": 0.0034, "jsd": 0.09876},
             **{"reconstruction_cd": 0.00021, "reconstruction_f_score": 0.5, "bound_shape": 1.5, "bound_joint": None},
         },
         "memorising": {
@@ -321,10 +376,19 @@ def test_the_table_says_everything() -> None:
     }
     assert table.render(full) == TABLE
     figures = {name: value for name, value in full["figures"].items() if not name.endswith("emd")}
-    memory = full["memorising"] | {"one_shape_drawn_twice": None, "samples_as_near_as_two_draws": None}
-    less = full | {"emd": "none", "figures": figures, "published": [], "memorising": memory}
+    less = full | {"emd": "none", "figures": figures, "published": []}
     short = table.render(less)
     assert "EMD" not in short
-    assert "drawn twice" not in short
     assert "per cent" not in short
     assert "training" not in table.render(less | {"memorising": None})
+
+
+def test_only_in_a_terminal_lines_are_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "warning     " + "word " * 30
+    assert table._wrapped(line) == [line]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    wrapped = table._wrapped(line)
+    assert len(wrapped) == 4
+    assert max(map(len, wrapped)) <= 60
+    assert all(part.startswith(" " * 12 + "word") for part in wrapped[1:])

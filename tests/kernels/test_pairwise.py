@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.kernels import neighbors, pairwise
+from lion_triton.kernels import emd, neighbors, pairwise
 from lion_triton.kernels._checks import Impl, interpreting, use_triton
 from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
@@ -149,6 +150,23 @@ class TestEMD:
         assert not out.requires_grad
         torch.testing.assert_close(out, pairwise_emd(a.float(), b.float(), impl="reference"), rtol=1e-5, atol=0)
 
+    def test_approx_leaves_the_number_of_threads_of_every_new_thread(self, threads: int) -> None:
+        """Its workers take one each; also where it is stopped."""
+        a, b = rand(1, 4, 3, seed=0).cpu(), rand(1, 2, 3, seed=1).cpu()
+
+        def of_a_new_thread() -> int:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(torch.get_num_threads).result()
+
+        def stop(pairs: int) -> None:
+            raise KeyboardInterrupt
+
+        pairwise_emd(a, b, impl="reference")
+        assert of_a_new_thread() == torch.get_num_threads() == threads
+        with pytest.raises(KeyboardInterrupt):
+            pairwise_emd(a, b, impl="reference", progress=stop)
+        assert of_a_new_thread() == torch.get_num_threads() == threads
+
     def test_exact(self, threads: int) -> None:
         a, b = rand(3, 12, 3, seed=0), rand(4, 12, 3, seed=1)
         for other in (a, b):
@@ -192,6 +210,36 @@ def test_progress_adds_up_to_all_pairs(distances: Callable[..., Tensor], monkeyp
         distances(a, other, progress=finished.append)
         assert sum(finished) == len(a) * len(other)
         assert len(finished) >= 2
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of what each launch is given beside the clouds; nothing is computed."""
+    given = list[int]()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda x, y, *args, **_: given.append(sum(t.nbytes for t in args if isinstance(t, Tensor)))
+
+    monkeypatch.setattr(pairwise, "_pairwise_nearest_kernel", Kernel())
+    for name in ("_match_rows_kernel", "_match_columns_kernel"):
+        monkeypatch.setattr(emd, name, Kernel())
+    return given
+
+
+@pytest.mark.parametrize(("N", "M"), [(600, 20), (20, 600)])
+@pytest.mark.parametrize(("op", "limit"), [(pairwise_chamfer, 200), (pairwise_emd, 20_000)])
+def test_scratch_is_bounded(
+    op: Callable[..., Tensor], limit: int, N: int, M: int, scratch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, chunks = rand(7, N, 3, seed=0), rand(5, M, 3, seed=1), list[int]()
+    monkeypatch.setattr(pairwise, "_SCRATCH", limit)
+    op(a, b, impl="triton")
+    assert limit / 2 < max(scratch) <= limit
+    monkeypatch.setattr(pairwise, "_SCRATCH", 1)  # too little for anything
+    op(a, b, impl="triton", progress=chunks.append)
+    assert set(chunks) == {5 if op is pairwise_chamfer else 1}  # a row, a pair
+    assert sum(chunks) == 35
 
 
 @pytest.mark.parametrize("op", [pairwise_chamfer, pairwise_emd])
