@@ -19,9 +19,8 @@ from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
 SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, and the splits of its points
 LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
 
-SAMPLES, REFERENCES, TRAINING, FLOOR, SCREEN, FEWER = range(
-    3, 9
-)  # streams of random numbers; those of ``data`` are 0 to 2
+# Streams of random numbers; those of ``data`` are 0 to 2.
+SAMPLES, REFERENCES, TRAINING, FLOOR, SCREEN, FEWER = range(3, 9)
 
 Array = np.ndarray
 T = TypeVar("T")

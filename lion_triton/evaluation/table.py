@@ -72,7 +72,7 @@ def _memorising(record: Mapping[str, Any]) -> list[str]:
         f"{memory[f'{name}_as_near_as_two_draws']} of {record[name]['clouds']} {name}"
         for name in ("samples", "references")
     )
-    return [*lines, f"  {copies} (by chance) are as near to a training shape as two draws of its points are"]
+    return lines + _wrapped(f"  {copies} (by chance) are as near to a training shape as two draws of its points are")
 
 
 def _published(record: Mapping[str, Any]) -> list[str]:
