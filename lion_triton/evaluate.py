@@ -20,7 +20,6 @@ import torch
 import tyro
 from jaxtyping import Float32
 from torch import Tensor
-from tqdm import tqdm
 
 from lion_triton import metrics
 from lion_triton.cli import run_cli
@@ -30,6 +29,7 @@ from lion_triton.devices import best_device
 from lion_triton.evaluation import folder, page, record, table
 from lion_triton.evaluation.memorising import Training, nearest_training, summary
 from lion_triton.evaluation.model import ScoredRun
+from lion_triton.evaluation.phases import Phases
 from lion_triton.evaluation.record import Remarks
 from lion_triton.evaluation.sets import (
     REFERENCES,
@@ -122,19 +122,6 @@ def check(args: EvaluateArguments, is_run: bool) -> None:
                 raise ValueError(f"{name.replace('_', '-')}: is for a run folder, {args.run_or_samples} is not one")
         if args.reference is None:
             raise ValueError("reference: expected the clouds to compare with, as --reference DATA")
-
-
-class Phases:
-    """Progress bars that say which part of the whole each is, as "3/7 Chamfer distances"."""
-
-    def __init__(self, titles: Sequence[str]) -> None:
-        self.titles = list(titles)
-
-    def title(self, name: str) -> str:
-        return f"{self.titles.index(name) + 1}/{len(self.titles)} {name}"
-
-    def __call__(self, name: str, total: int, unit: str) -> "tqdm[Any]":
-        return tqdm(total=total, desc=self.title(name), unit=unit, disable=None)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lion_triton import evaluate, metrics, sample, train
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.data.sources import load_sources
-from lion_triton.evaluation import galleries, model, page
+from lion_triton.evaluation import galleries, model, page, phases
 from lion_triton.evaluation.sets import REFERENCES, SAMPLES, CloudSet, Preparation
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig
@@ -675,7 +675,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(*args, **options)
             made.append(self)
 
-    for module in (evaluate, sample):
+    for module in (phases, sample):
         monkeypatch.setattr(module, "tqdm", Shown)
     return made
 

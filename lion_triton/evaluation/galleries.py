@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from lion_triton.evaluation.model import Bar
+from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.table import number
 from lion_triton.pictures import CELL, thumbnails
 

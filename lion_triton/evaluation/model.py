@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,17 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
-from tqdm import tqdm
 
 from lion_triton import metrics
 from lion_triton.data.clouds import Clouds
 from lion_triton.devices import resolve_precision
+from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION
 from lion_triton.objectives import Posterior, posterior
 from lion_triton.report import reconstruct
 from lion_triton.runs import Run, load_model
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
-
-Bar = Callable[[str, int, str], "tqdm[Any]"]  # title, total, unit
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 
 from lion_triton.evaluation.galleries import SHOWN, data_uri, galleries
 from lion_triton.evaluation.histogram import histogram
-from lion_triton.evaluation.model import Bar
+from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.published import REFERENCES
 from lion_triton.evaluation.table import NAMES, PUBLISHED, number, own_row
 from lion_triton.metrics import chance_accuracy
