@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +83,9 @@ def sample(args: SampleArguments) -> Samples:
     if out.exists() and not (out / "samples.json").is_file():
         raise ValueError(f"out: {out} exists and holds no samples of an earlier command: give another --out")
     resolved(run, args)  # before anything is loaded
+    newest = run.checkpoint(args.checkpoint)
+    if newest is not None:  # by its name: a run that goes on has another newest one when these are done
+        args = replace(args, checkpoint=newest.name)
     lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     if not np.isfinite(points).all():
@@ -184,9 +187,9 @@ def _write(run: Run, args: SampleArguments, points: np.ndarray, labels: np.ndarr
         options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
         record = {
             "lion_triton": __version__,
-            "checkpoint": (run.checkpoint(args.checkpoint) or run.folder).name,
+            "checkpoint": args.checkpoint,
             "options": options,
-            "defaults": asdict(run.config.sampling),
+            "sampling": asdict(resolved(run, args)),
         }
         (partial / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)

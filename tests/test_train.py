@@ -137,7 +137,8 @@ def test_a_checkpoint_can_be_chosen(finished: Path, tmp_path: Path, capsys: pyte
     for name in ("step-00000006", "step-00000008"):
         sample.main([str(finished), "--num-samples", "2", "--checkpoint", name, "--out", str(tmp_path / name)])
         made[name] = np.load(tmp_path / name / "clouds.npz")["points"]
-        assert json.loads((tmp_path / name / "samples.json").read_text())["checkpoint"] == name
+        record = json.loads((tmp_path / name / "samples.json").read_text())
+        assert (record["checkpoint"], record["sampling"]["sampler"], record["sampling"]["steps"]) == (name, "ddim", 3)
     sample.main([str(finished), "--num-samples", "2", "--out", str(tmp_path / "newest")])
     np.testing.assert_array_equal(np.load(tmp_path / "newest" / "clouds.npz")["points"], made["step-00000008"])
     assert not np.array_equal(made["step-00000006"], made["step-00000008"])
