@@ -60,6 +60,13 @@ class TestApproxEMD:
         expected_grads = torch.autograd.grad(expected, (x, y), cotangent)
         torch.testing.assert_close(grads, expected_grads, rtol=rtol, atol=atol)
 
+    def test_gradcheck(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At a fixed match, which is what the gradient is of."""
+        x, y = (rand(2, n, 3, seed=n).requires_grad_() for n in (7, 5))
+        match = emd._approx_match(emd.squared_distances(x.detach(), y.detach()))
+        monkeypatch.setattr(emd, "_approx_match", lambda _: match)
+        torch.autograd.gradcheck(approx_emd_reference, (x, y))
+
     @pytest.mark.parametrize(("first", "second"), [("refs", "samples"), ("refs", "refs"), ("samples", "samples")])
     def test_golden(self, first: str, second: str) -> None:
         short = {"refs": "ref", "samples": "sample"}
