@@ -186,13 +186,14 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     ours = record.described(given, samples, distances.samples, fewer)
     theirs = record.described(references, inputs.boxed, distances.references, fewer)
     record.remark_on_sets(ours, theirs, args.norm_box, remarks)
-    record.remark_on_copies(samples, inputs.boxed, by_chamfer["1nna_cd"], remarks)
+    record.remark_on_copies(given, references, by_chamfer["1nna_cd"], remarks)
 
     near = base = memorising = None
     if training is not None:
         with phases("nearest training shapes", sum(sets) * len(training.source), "pair") as bar:
             near, base = (nearest_training(x, training, device, bar.update) for x in (samples, inputs.boxed))
         memorising = summary(near, base, training, device)
+        record.remark_on_leaks(references, training, remarks)
         record.remark_on_memorising(memorising, *sets, remarks)
     data_units = not inputs.own_units and not args.norm_box
     published = record.published_rows(references.clouds, inputs.points, data_units, remarks)
@@ -203,6 +204,7 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         "run": record.trained_with(run),
         "training": record.training_set(training),
         "normalization": record.units(args.norm_box, run),
+        "split": args.split if max(references.num_points()) >= SPLIT_POINTS else "all points",
         "figures": figures,
         "chance_1nna": metrics.chance_accuracy(*sets),
         **published,

@@ -109,7 +109,8 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     # The run's number of steps belongs to the run's sampler.
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     if steps is None and sampler != "ode":  # what LION.sample takes for None, as a number
-        steps = run.config.model.diffusion.num_train_timesteps if sampler == "ddpm" else 50
+        T = run.config.model.diffusion.num_train_timesteps
+        steps = T if sampler == "ddpm" else min(50, T)
     found = SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
     check_sampling(found, run.config.model.diffusion)
     return found

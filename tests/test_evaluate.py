@@ -557,6 +557,14 @@ def test_many_clouds_are_not_called_alike_for_being_many(tmp_path: Path, more: s
     assert record["samples"]["nearest_other"] == pytest.approx(record["references"]["nearest_other"], rel=0.2)
 
 
+def test_references_are_known_again_also_of_fewer_points(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    given = ["--reference", str(sets[0]), "--training", str(sets[0]), *"--emd none --num-points 20".split()]
+    record = score(sets[0], tmp_path / "out", *given)
+    assert record["split"] == "all points"
+    for words in ("5 of 5 samples equal a reference.", "5 of 5 references are training shapes"):
+        assert any(words in warning for warning in record["warnings"])
+
+
 @pytest.mark.parametrize("fault", ["scaled", "axes", "moved", "alike", "repeated"])
 def test_what_no_model_should_get_wrong_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
@@ -618,7 +626,7 @@ def test_copies_of_training_shapes_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert record["memorising"]["samples_as_near_as_two_draws"] == 2
     assert record["memorising"]["references_as_near_as_two_draws"] == 0
     assert any(w.startswith("2 of 3 samples are as near to a training shape") for w in record["warnings"])
-    assert "2 of 3 samples and 0 of 4 references (by chance) are as near to a training shape" in capsys.readouterr().out
+    assert "as two draws of its points are: 2 of 3 samples and 0 of 4 references" in capsys.readouterr().out
 
 
 # Published figures
@@ -640,7 +648,7 @@ def test_published_rows_stand_beside_shapenet_and_nothing_else(
         names = ("1nna_cd", "1nna_emd", "cov_cd", "cov_emd")  # published EMD is approximate
         shown = [n if n.endswith("cd") or emd == "approx" else None for n in names]
         mine = ["-" if n is None else f"{100 * record['figures'][n]:.2f}" for n in shown]
-        assert lines["these samples"] == [*mine, "first10k"]
+        assert lines["these samples"] == [*mine, "all", "points"]
     assert "Published figures are of 405 references, these of 5." in record["notes"]
     assert "Published figures are of clouds of 2048 points, these of 40 and 40." in record["notes"]
     boxed = score(sets[0], tmp_path / "b", *shapenet, "none", "--norm-box")

@@ -18,7 +18,7 @@ def check(folder: Path, names: Sequence[str]) -> None:
     Files of an earlier evaluation are replaced, any others of these names are not; samples that this evaluation would
     not replace are another one's.
     """
-    dangling = folder.is_symlink() and not folder.exists()
+    dangling = any(path.is_symlink() and not path.exists() for path in (folder, *folder.parents))
     if folder.is_file() or dangling or any((folder / name).is_dir() for name in names):
         raise ValueError(f"out: {folder} cannot hold {', '.join(names)}: give another --out")
     taken = [name for name in names if (folder / name).exists()]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
-from lion_triton.evaluation.sets import FEWER, FLOOR, SCREEN, TRAINING, Array, CloudSet, Preparation
+from lion_triton.evaluation.sets import FEWER, FLOOR, SCREEN, TRAINING, Array, CloudSet, Preparation, fingerprint
 from lion_triton.kernels import chamfer_distance, pairwise_chamfer
 from lion_triton.metrics import Progress
 
@@ -30,6 +30,7 @@ class Training:
     num_points: int  # that shapes and clouds are compared with
     screen: Float32[Array, "T P 3"]
     sha256: str  # of the coordinates of all of them, whole, as little-endian float32
+    hashes: frozenset[bytes]  # of each
 
     @classmethod
     def read(cls, source: CloudSet, prepare: Preparation, num_points: int) -> Training:
@@ -41,13 +42,14 @@ class Training:
             ValueError: see ``CloudSet``.
         """
         num_points = min(num_points, int(np.median([prepare.available(count) for count in source.num_points()])))
-        digest, screen = hashlib.sha256(), []
+        digest, hashes, screen = hashlib.sha256(), [], []
         for i in tqdm(range(len(source)), "reading training shapes", unit="shape", leave=False, disable=None):
             cloud = source[i]
             digest.update(cloud.astype("<f4").tobytes())
+            hashes.append(fingerprint(cloud))
             whole = prepare.draw(cloud, num_points, prepare.rng(TRAINING, i))
             screen.append(_few(whole, min(SCREEN_POINTS, num_points), prepare.rng(SCREEN, i)))
-        return cls(source, prepare, num_points, np.stack(screen), digest.hexdigest())
+        return cls(source, prepare, num_points, np.stack(screen), digest.hexdigest(), frozenset(hashes))
 
 
 def _few(cloud: Float32[Array, "N 3"], num_points: int, rng: np.random.Generator) -> Float32[Array, "num_points 3"]:

@@ -19,7 +19,7 @@ from lion_triton.evaluation.galleries import SHOWN, data_uri, galleries
 from lion_triton.evaluation.histogram import histogram
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.published import REFERENCES
-from lion_triton.evaluation.table import NAMES, PUBLISHED, number, own_row
+from lion_triton.evaluation.table import NAMES, PUBLISHED, many, number, own_row
 from lion_triton.metrics import chance_accuracy
 
 _BEST = {
@@ -91,7 +91,7 @@ def render(
     ]
     sections = [section for section in sections if section[2]]
     sets = record["samples"], record["references"]
-    title = f"{_many(sets[0]['clouds'], 'generated shape')} against {_many(sets[1]['clouds'], 'reference')}"
+    title = f"{many(sets[0]['clouds'], 'generated shape')} against {many(sets[1]['clouds'], 'reference')}"
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
@@ -112,12 +112,8 @@ def render(
     return "\n".join(part for part in parts if part)
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
-
-
 def _set(clouds: Mapping[str, Any]) -> str:
-    return f"{clouds['clouds']} clouds of {clouds['points']} points: {clouds['source']}"
+    return f"{many(clouds['clouds'], 'cloud')} of {clouds['points']} points: {clouds['source']}"
 
 
 def _best(kind: str, record: Mapping[str, Any]) -> str:
@@ -232,7 +228,7 @@ def _chart(record: Mapping[str, Any]) -> str:
     )
     words += f" One shape drawn twice: {number(floor, 3)}."
     caption = "How far samples and references lie from their nearest training shape, in per cent of either set. A copy "
-    caption += "would lie about at the line."
+    caption += "would lie about at the line, an exact one at 0."
     return (
         f'<figure><img width="{width}" height="{height}" alt="{words}" src="{data_uri(file.getvalue())}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -255,14 +251,14 @@ def _memorising(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
     theirs, references = memory["references_as_near_as_two_draws"], len(record["per_reference"])
     verdict = "those may be copies" if copies else "no sample looks like a copy"
     if 0 < copies * references <= theirs * count:
-        verdict = "references are that near at least as often, which is no sign of memorising"
+        verdict = "references are that near at least as often, so this does not tell"
     text.append(
         f"Two draws of points of one training shape lie {number(floor)} apart (the median). {copies} of "
-        f"{_many(count, 'sample')} and {theirs} of {_many(references, 'reference')} are as near to a training shape as "
+        f"{many(count, 'sample')} and {theirs} of {many(references, 'reference')} are as near to a training shape as "
         f"two draws of its points are to each other: {verdict}."
     )
     nearer = memory["samples_nearer_than_any_reference"]
-    text.append(f"{nearer} of {_many(count, 'sample')} are nearer to a training shape than any reference is.")
+    text.append(f"Nearer to a training shape than any reference is: {nearer} of {many(count, 'sample')}.")
     return f'<div class="chart">{_chart(record)}<div>{"".join(f"<p>{part}</p>" for part in text)}</div></div>' + (
         f"<h3>Nearest to a training shape</h3>{cards['copies']}" if cards["copies"] else ""
     )
@@ -271,7 +267,7 @@ def _memorising(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
 def _samples(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
     count = len(record["per_sample"])
     return (
-        f'<p class="soft">{min(SHOWN, count)} of {_many(count, "sample")}, as they come in the set. Pictures of a card '
+        f'<p class="soft">{min(SHOWN, count)} of {many(count, "sample")}, as they come in the set. Pictures of a card '
         "have one scale; CD is the Chamfer distance to the sample. Point at a picture, or tap it, to enlarge it.</p>"
         + cards["samples"]
     )
@@ -292,7 +288,7 @@ def _uncovered(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
     if not missed:
         return "<p>None: every reference is the nearest one of some sample.</p>"
     return (
-        f"<p>{missed} of {_many(len(rows), 'reference')} are the nearest reference of no sample. Here are "
+        f"<p>{missed} of {many(len(rows), 'reference')} are the nearest reference of no sample. Here are "
         f"{min(SHOWN, missed)}, the furthest from any sample first, each beside its nearest sample.</p>"
         + cards["uncovered"]
     )
@@ -317,7 +313,11 @@ def _given(value: Any) -> bool:
 
 def _repeat(record: Mapping[str, Any]) -> str:
     clouds = {"samples": record["samples"], "references": record["references"], "training set": record["training"]}
-    sets = {name: f"{of['clouds']} clouds: {of['source']}; SHA-256 {of['sha256']}" for name, of in clouds.items() if of}
+    sets = {
+        name: f"{many(of['clouds'], 'cloud')}: {of['source']}; SHA-256 {of['sha256']}"
+        for name, of in clouds.items()
+        if of
+    }
     options = {**record["options"], **(record["samples"]["sampling"] or {})}  # as resolved, where a run decides
     run = record["run"] or {}
     trained = {"data": run.get("data"), "normalization": run.get("normalization"), "its classes": run.get("classes")}

@@ -24,12 +24,12 @@ from lion_triton.data.clouds import SYNSETS, Clouds
 from lion_triton.evaluation.memorising import Nearest, Training
 from lion_triton.evaluation.model import ScoredRun
 from lion_triton.evaluation.published import POINTS, REFERENCES, SOURCE, published
-from lion_triton.evaluation.sets import Array, CloudSet, spread
-from lion_triton.evaluation.table import NAMES
+from lion_triton.evaluation.sets import Array, CloudSet, fingerprint, spread
+from lion_triton.evaluation.table import NAMES, many
 
 # When something is pointed out.
 UNLIKE_SIZE, UNLIKE_PLACE = 0.25, 0.15  # difference of the sets' sizes and places, in units of the references' size
-ERRORS = 4  # and by so many standard errors
+ERRORS, MEASURED = 4, 4  # and by so many standard errors, which fewer clouds do not have
 ALIKE, ALIKE_CLOUDS = 0.5, 10  # distance to the nearest other sample, in units of the references'; of so many at least
 OUTSIDE = 0.1  # of the points, outside the JSD's sphere
 COPIES = 0.1  # of the samples, beyond the references' part; of 1-NNA, below its best value
@@ -59,7 +59,6 @@ def environment(options: Mapping[str, Any], command: Sequence[str], device: torc
         "directory": str(Path.cwd()),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         "seed": options["seed"],
-        "split": options["split"],
         "emd": options["emd"],
         "f_score_threshold": metrics.F_SCORE_THRESHOLD,
         "bound_timesteps": metrics.BOUND_TIMESTEPS,
@@ -109,13 +108,13 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
     if count[0] != count[1]:
         best, text = (
             metrics.chance_accuracy(*count),
-            f"{count[0]} samples against {count[1]} references: all are compared",
+            f"{many(count[0], 'sample')} against {many(count[1], 'reference')}: all are compared",
         )
         text += f"; the best 1-NNA is {best:.3f} at these sizes, not 0.5" if abs(best - 0.5) > 0.02 else ""
         text += f"; COV is at most {count[0] / count[1]:.3f}" if count[0] < count[1] else ""
         remarks.notes.append(f"{text}.")
     unit = max(references["size"])
-    if any(
+    if min(count) >= MEASURED and any(
         abs(a - b) > max(limit * unit, ERRORS * math.hypot(*errors))
         for key, limit in (("size", UNLIKE_SIZE), ("center", UNLIKE_PLACE))
         for a, b, *errors in zip(*(s[k] for k in (key, f"{key}_error") for s in (samples, references)), strict=True)
@@ -146,14 +145,12 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
         )
 
 
-def remark_on_copies(
-    samples: Float32[Array, "S N 3"], references: Float32[Array, "R M 3"], accuracy: float, remarks: Remarks
-) -> None:
+def remark_on_copies(samples: CloudSet, references: CloudSet, accuracy: float, remarks: Remarks) -> None:
     """Point out samples that are references; ``accuracy`` is 1-NNA by Chamfer distance."""
-    known = {cloud.tobytes() for cloud in references}
-    equal = sum(cloud.tobytes() in known for cloud in samples)
+    known = {fingerprint(references[j]) for j in range(len(references))}
+    equal = sum(fingerprint(samples[i]) in known for i in range(len(samples)))
     if equal:
-        remarks.warnings.append(f"{equal} of {len(samples)} samples equal a reference.")
+        remarks.warnings.append(f"{equal} of {many(len(samples), 'sample')} equal a reference.")
     best = metrics.chance_accuracy(len(samples), len(references))
     # Four standard errors of as many throws of a coin.
     if accuracy < best - max(COPIES, 2 / math.sqrt(len(samples) + len(references))):
@@ -169,7 +166,7 @@ def remark_on_scores(scores: Mapping[str, float], bounded: bool, remarks: Remark
     if bad:
         remarks.warnings.append(f"Not finite: {', '.join(NAMES[name] for name in bad)}. Does the model work?")
     if not bounded:
-        remarks.notes.append("No bound of the priors: the run's classes are not those of the references.")
+        remarks.notes.append("No bound of the priors: the references have no classes, or other ones than the run.")
 
 
 def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, remarks: Remarks) -> None:
@@ -177,8 +174,18 @@ def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, 
     copies = memory["samples_as_near_as_two_draws"]
     if copies / samples > memory["references_as_near_as_two_draws"] / references + COPIES:
         remarks.warnings.append(
-            f"{copies} of {samples} samples are as near to a training shape as two draws of its points are, and "
-            f"{memory['references_as_near_as_two_draws']} of {references} references: were training shapes memorised?"
+            f"{copies} of {many(samples, 'sample')} are as near to a training shape as two draws of its points are, "
+            f"and {memory['references_as_near_as_two_draws']} of {many(references, 'reference')}: were training shapes "
+            "memorised?"
+        )
+
+
+def remark_on_leaks(references: CloudSet, training: Training, remarks: Remarks) -> None:
+    """Point out references that the model was trained on."""
+    known = sum(fingerprint(references[j]) in training.hashes for j in range(len(references)))
+    if known:
+        remarks.warnings.append(
+            f"{known} of {many(len(references), 'reference')} are training shapes: the figures reward copies."
         )
 
 

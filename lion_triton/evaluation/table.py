@@ -26,7 +26,10 @@ PUBLISHED = ("1nna_cd", "1nna_emd", "cov_cd", "cov_emd")
 def render(record: Mapping[str, Any]) -> str:
     """All lines, without the distances of single clouds. ``record`` is what ``evaluation.json`` says."""
     figures, sets = record["figures"], {name: record[name] for name in ("samples", "references")}
-    lines = ["", *(f"{n:<12}{s['clouds']} clouds of {s['points']} points: {s['source']}" for n, s in sets.items())]
+    lines = [
+        "",
+        *(f"{n:<12}{many(s['clouds'], 'cloud')} of {s['points']} points: {s['source']}" for n, s in sets.items()),
+    ]
     lines += [f"{'units':<12}{record['normalization']}", f"{'split':<12}{record['split']}"]
     for kind in ("warning", "note"):
         for text in record[f"{kind}s"]:
@@ -54,6 +57,11 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
+def many(count: int, what: str) -> str:
+    """A count with its noun: "1 sample", "2 samples"."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """So many digits; None is what JSON has for NaN and infinity."""
     if not value:
@@ -69,10 +77,10 @@ def _memorising(record: Mapping[str, Any]) -> list[str]:
     lines += [f"  {name:<24}{number(memory[f'{name}_median']):>10}" for name in ("samples", "references")]
     lines.append(f"  {'one shape drawn twice':<24}{number(memory['one_shape_drawn_twice']):>10}")
     copies = " and ".join(
-        f"{memory[f'{name}_as_near_as_two_draws']} of {record[name]['clouds']} {name}"
-        for name in ("samples", "references")
+        f"{memory[f'{name}s_as_near_as_two_draws']} of {many(record[f'{name}s']['clouds'], name)}"
+        for name in ("sample", "reference")
     )
-    return lines + _wrapped(f"  {copies} (by chance) are as near to a training shape as two draws of its points are")
+    return lines + _wrapped(f"  as near to a training shape as two draws of its points are: {copies}")
 
 
 def _published(record: Mapping[str, Any]) -> list[str]:

@@ -186,7 +186,7 @@ class _Run:
             return diffusion.probability_flow(eps_model, x, schedule)
         steps = self.steps
         if steps is None:
-            steps = schedule.num_train_timesteps if self.sampler == "ddpm" else 50
+            steps = schedule.num_train_timesteps if self.sampler == "ddpm" else min(50, schedule.num_train_timesteps)
         key = new_key(x.device, self.generator)
 
         def report(step: int, *_: object) -> None:

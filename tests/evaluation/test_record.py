@@ -118,6 +118,22 @@ def test_the_errors_of_both_sets_count() -> None:
         assert remarks({"size": [1.7, 1.0, 0.4], **both[0]}, both[1]).warnings
 
 
+def test_of_sets_too_small_to_measure_none_is_called_unlike() -> None:
+    double = {"size": [1.6, 2.0, 0.8], "nearest_other": None}
+    for count, warned in ((3, False), (4, True)):
+        assert bool(remarks(double | {"clouds": count}, {}).warnings) == warned
+        assert bool(remarks(double, {"clouds": count}).warnings) == warned
+
+
+def test_references_that_are_training_shapes_are_warned_of() -> None:
+    points, found = clouds(6, 40, 0), Remarks()
+    training = Training.read(source(points[:4], "training"), Preparation(None, 0), 8)  # fewer points than they have
+    record.remark_on_leaks(source(points[4:]), training, found)
+    assert found == Remarks()
+    record.remark_on_leaks(source(points[2:]), training, found)
+    assert found.warnings == ["2 of 4 references are training shapes: the figures reward copies."]
+
+
 def test_with_boxes_fitted_fitting_them_is_no_advice() -> None:
     (warning,) = remarks({"size": [0.4, 1.0, 0.8]}, {}, norm_box=True).warnings
     assert warning.endswith("are axes and proportions the same?")
@@ -342,7 +358,7 @@ distance to the nearest training shape (median Chamfer)
   samples                    0.01100
   references                 0.02200
   one shape drawn twice      0.03300
-  4 of 50 samples and 3 of 40 references (by chance) are as near to a training shape as two draws of its points are
+  as near to a training shape as two draws of its points are: 4 of 50 samples and 3 of 40 references
 
 published   chair, in per cent; a table
                     1-NNA, CD     EMD   COV, CD     EMD  split
