@@ -38,6 +38,8 @@ from lion_triton.evaluation.sets import (
     CloudSet,
     Preparation,
     Split,
+    fingerprint,
+    fit_box,
     in_memory,
     open_clouds,
 )
@@ -136,6 +138,8 @@ class Inputs:
     points: tuple[int, int]  # of each sample and each reference
     plain: Float32[np.ndarray, "R M 3"]  # the references in the units of the run, or as they are
     boxed: Float32[np.ndarray, "R M 3"]  # as they are compared
+    fingerprints: list[bytes]  # of the whole references
+    split: str  # which of the references' points were drawn from
     own_units: bool  # the run's, which gives each cloud its own
     out: Path
 
@@ -186,14 +190,14 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     ours = record.described(given, samples, distances.samples, fewer)
     theirs = record.described(references, inputs.boxed, distances.references, fewer)
     record.remark_on_sets(ours, theirs, args.norm_box, remarks)
-    record.remark_on_copies(given, references, by_chamfer["1nna_cd"], remarks)
+    record.remark_on_copies([fingerprint(c) for c in given], inputs.fingerprints, by_chamfer["1nna_cd"], remarks)
 
     near = base = memorising = None
     if training is not None:
         with phases("nearest training shapes", sum(sets) * len(training.source), "pair") as bar:
             near, base = (nearest_training(x, training, device, bar.update) for x in (samples, inputs.boxed))
         memorising = summary(near, base, training, device)
-        record.remark_on_leaks(references, training, remarks)
+        record.remark_on_leaks(inputs.fingerprints, training, remarks)
         record.remark_on_memorising(memorising, *sets, remarks)
     data_units = not inputs.own_units and not args.norm_box
     published = record.published_rows(references.clouds, inputs.points, data_units, remarks)
@@ -204,7 +208,7 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         "run": record.trained_with(run),
         "training": record.training_set(training),
         "normalization": record.units(args.norm_box, run),
-        "split": args.split if max(references.num_points()) >= SPLIT_POINTS else "all points",
+        "split": inputs.split,
         "figures": figures,
         "chance_1nna": metrics.chance_accuracy(*sets),
         **published,
@@ -246,9 +250,13 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
     references, shapes = _data(args, run, given, remarks)
     own_units = run.run.normalization if run and run.run.normalization.kind != "global" else None
     prepare = Preparation(args.split, args.seed, own_units)
-    points = _points(args, run, given, references, prepare, remarks)
-    plain, boxed = prepare, replace(prepare, norm_box=args.norm_box)
-    as_they_are = plain(references, points[1], REFERENCES)
+    counts = references.num_points()
+    divided = max(counts) >= SPLIT_POINTS
+    if not divided and args.split != EvaluateArguments.split:
+        remarks.notes.append(f"The split {args.split} changes nothing: no reference has {SPLIT_POINTS} points.")
+    points = _points(args, run, given, min(map(prepare.available, counts)), remarks)
+    plain = prepare(references, points[1], REFERENCES)
+    boxed = replace(prepare, norm_box=args.norm_box)
     return Inputs(
         run,
         given,
@@ -256,8 +264,10 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
         None if shapes is None else Training.read(shapes, boxed, min(points)),
         len(given) if given is not None else args.num_samples or len(references),
         points,
-        as_they_are,
-        boxed(references, points[1], REFERENCES) if args.norm_box else as_they_are,
+        plain,
+        np.stack([fit_box(cloud) for cloud in plain]) if args.norm_box else plain,
+        [fingerprint(cloud) for cloud in references],
+        args.split if divided else "all points",
         own_units is not None,
         out,
     )
@@ -307,14 +317,10 @@ def _data(
 
 
 def _points(
-    args: EvaluateArguments,
-    run: ScoredRun | None,
-    given: CloudSet | None,
-    reference: CloudSet,
-    prepare: Preparation,
-    remarks: Remarks,
+    args: EvaluateArguments, run: ScoredRun | None, given: CloudSet | None, available: int, remarks: Remarks
 ) -> tuple[int, int]:
-    """Points per sample and per reference; what keeps them from being as asked for is pointed out."""
+    """Points per sample and per reference, of which each has so many; what keeps them from being as asked for is
+    pointed out."""
     if run is not None:
         samples = run.run.config.data.num_points if args.num_points is None else args.num_points
     else:
@@ -325,8 +331,7 @@ def _points(
             remarks.warnings.append(f"Samples have only {samples} points, not the {args.num_points} asked for.")
         elif args.num_points is None and max(counts) > samples:
             remarks.notes.append(f"Samples have {samples} to {max(counts)} points: {samples} are drawn of each.")
-    counts = reference.num_points()
-    references = min(samples, *(prepare.available(count) for count in counts))
+    references = min(samples, available)
     if references < samples:
         text = f"References have only {references} points, fewer than the {samples} of the samples"
         if args.emd == "approx":
@@ -339,8 +344,6 @@ def _points(
             )
     if run is not None and references < (fewest := fewest_points(run.run.config.model)):
         raise ValueError(f"num-points: this model needs at least {fewest}, got references of {references}")
-    if max(counts) < SPLIT_POINTS and args.split != EvaluateArguments.split:
-        remarks.notes.append(f"The split {args.split} changes nothing: no reference has {SPLIT_POINTS} points.")
     return samples, references
 
 

@@ -21,7 +21,7 @@ from lion_triton import __version__
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling
 from lion_triton.devices import autocast, best_device
-from lion_triton.models.lion import LION
+from lion_triton.models.lion import LION, default_steps
 from lion_triton.pictures import grid
 from lion_triton.runs import Run, load_model, open_run
 
@@ -108,9 +108,8 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
         raise ValueError(f"eta: is the stochasticity of ddim, got {args.eta:g} for {sampler}")
     # The run's number of steps belongs to the run's sampler.
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
-    if steps is None and sampler != "ode":  # what LION.sample takes for None, as a number
-        T = run.config.model.diffusion.num_train_timesteps
-        steps = T if sampler == "ddpm" else min(50, T)
+    if steps is None and sampler != "ode":
+        steps = default_steps(sampler, run.config.model.diffusion.num_train_timesteps)
     found = SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
     check_sampling(found, run.config.model.diffusion)
     return found

@@ -30,7 +30,7 @@ class Training:
     num_points: int  # that shapes and clouds are compared with
     screen: Float32[Array, "T P 3"]
     sha256: str  # of the coordinates of all of them, whole, as little-endian float32
-    hashes: frozenset[bytes]  # of each
+    fingerprints: frozenset[bytes]  # of each
 
     @classmethod
     def read(cls, source: CloudSet, prepare: Preparation, num_points: int) -> Training:
@@ -42,14 +42,14 @@ class Training:
             ValueError: see ``CloudSet``.
         """
         num_points = min(num_points, int(np.median([prepare.available(count) for count in source.num_points()])))
-        digest, hashes, screen = hashlib.sha256(), [], []
+        digest, fingerprints, screen = hashlib.sha256(), [], []
         for i in tqdm(range(len(source)), "reading training shapes", unit="shape", leave=False, disable=None):
             cloud = source[i]
             digest.update(cloud.astype("<f4").tobytes())
-            hashes.append(fingerprint(cloud))
+            fingerprints.append(fingerprint(cloud))
             whole = prepare.draw(cloud, num_points, prepare.rng(TRAINING, i))
             screen.append(_few(whole, min(SCREEN_POINTS, num_points), prepare.rng(SCREEN, i)))
-        return cls(source, prepare, num_points, np.stack(screen), digest.hexdigest(), frozenset(hashes))
+        return cls(source, prepare, num_points, np.stack(screen), digest.hexdigest(), frozenset(fingerprints))
 
 
 def _few(cloud: Float32[Array, "N 3"], num_points: int, rng: np.random.Generator) -> Float32[Array, "num_points 3"]:

@@ -24,7 +24,7 @@ from lion_triton.data.clouds import SYNSETS, Clouds
 from lion_triton.evaluation.memorising import Nearest, Training
 from lion_triton.evaluation.model import ScoredRun
 from lion_triton.evaluation.published import POINTS, REFERENCES, SOURCE, published
-from lion_triton.evaluation.sets import Array, CloudSet, fingerprint, spread
+from lion_triton.evaluation.sets import Array, CloudSet, spread
 from lion_triton.evaluation.table import NAMES, many
 
 # When something is pointed out.
@@ -106,10 +106,8 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
     """Point out sets that are unlike each other in what no model should get wrong: they may be in other units."""
     count = samples["clouds"], references["clouds"]
     if count[0] != count[1]:
-        best, text = (
-            metrics.chance_accuracy(*count),
-            f"{many(count[0], 'sample')} against {many(count[1], 'reference')}: all are compared",
-        )
+        best = metrics.chance_accuracy(*count)
+        text = f"{many(count[0], 'sample')} against {many(count[1], 'reference')}: all are compared"
         text += f"; the best 1-NNA is {best:.3f} at these sizes, not 0.5" if abs(best - 0.5) > 0.02 else ""
         text += f"; COV is at most {count[0] / count[1]:.3f}" if count[0] < count[1] else ""
         remarks.notes.append(f"{text}.")
@@ -145,10 +143,10 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
         )
 
 
-def remark_on_copies(samples: CloudSet, references: CloudSet, accuracy: float, remarks: Remarks) -> None:
-    """Point out samples that are references; ``accuracy`` is 1-NNA by Chamfer distance."""
-    known = {fingerprint(references[j]) for j in range(len(references))}
-    equal = sum(fingerprint(samples[i]) in known for i in range(len(samples)))
+def remark_on_copies(samples: Sequence[bytes], references: Sequence[bytes], accuracy: float, remarks: Remarks) -> None:
+    """Point out samples that are references, by their fingerprints; ``accuracy`` is 1-NNA by Chamfer distance."""
+    known = set(references)
+    equal = sum(sample in known for sample in samples)
     if equal:
         remarks.warnings.append(f"{equal} of {many(len(samples), 'sample')} equal a reference.")
     best = metrics.chance_accuracy(len(samples), len(references))
@@ -180,9 +178,9 @@ def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, 
         )
 
 
-def remark_on_leaks(references: CloudSet, training: Training, remarks: Remarks) -> None:
-    """Point out references that the model was trained on."""
-    known = sum(fingerprint(references[j]) in training.hashes for j in range(len(references)))
+def remark_on_leaks(references: Sequence[bytes], training: Training, remarks: Remarks) -> None:
+    """Point out references that the model was trained on, by their fingerprints."""
+    known = sum(reference in training.fingerprints for reference in references)
     if known:
         remarks.warnings.append(
             f"{known} of {many(len(references), 'reference')} are training shapes: the figures reward copies."

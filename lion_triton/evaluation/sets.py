@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -50,6 +50,9 @@ class CloudSet:
         if size > LARGEST:
             raise ValueError(f"{self.option}: expected coordinates up to {LARGEST:g}, got {size:g} in cloud {i}")
         return cloud
+
+    def __iter__(self) -> Iterator[Float32[Array, "P 3"]]:
+        return (self[i] for i in range(len(self)))
 
     def num_points(self) -> list[int]:
         """Of each cloud; of clouds on disk only headers are read. Raises what reading them raises."""
@@ -154,6 +157,11 @@ def fingerprint(cloud: Float32[Array, "P 3"]) -> bytes:
     return hashlib.sha256(cloud.tobytes()).digest()
 
 
+def fit_box(cloud: Float32[Array, "P 3"]) -> Float32[Array, "P 3"]:
+    """The cloud with its bounding box in [-0.5, 0.5], as ``--norm-box`` has it."""
+    return Normalization("box").apply(cloud) / np.float32(2)
+
+
 def in_memory(option: str, clouds: Sequence[Array], names: Sequence[str]) -> Clouds:
     """Clouds (P_i, 3) as float32, all of them finite.
 
@@ -203,7 +211,7 @@ class Preparation:
             center, scale = self.normalization.center_and_scale(cloud)
             part = ((part - center) / scale).astype(np.float32)
         # By the box of the points that are compared.
-        return Normalization("box").apply(part) / np.float32(2) if self.norm_box else part
+        return fit_box(part) if self.norm_box else part
 
     def rng(self, stream: int, i: int) -> np.random.Generator:
         """What decides the points of cloud i: the seed, the stream and i, not what was drawn before."""

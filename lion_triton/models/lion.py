@@ -186,7 +186,7 @@ class _Run:
             return diffusion.probability_flow(eps_model, x, schedule)
         steps = self.steps
         if steps is None:
-            steps = schedule.num_train_timesteps if self.sampler == "ddpm" else min(50, schedule.num_train_timesteps)
+            steps = default_steps(self.sampler, schedule.num_train_timesteps)
         key = new_key(x.device, self.generator)
 
         def report(step: int, *_: object) -> None:
@@ -210,6 +210,11 @@ class _Run:
                 eps_model, x, schedule, key, steps=steps, eta=self.eta, clip=self.clip_x0, callback=report
             )
         raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {self.sampler!r}')
+
+
+def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:
+    """Network evaluations per prior where nobody says how many."""
+    return num_train_timesteps if sampler == "ddpm" else min(50, num_train_timesteps)
 
 
 def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int[Tensor, " 2"]:

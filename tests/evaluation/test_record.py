@@ -14,7 +14,7 @@ from lion_triton.evaluation import record, table
 from lion_triton.evaluation.memorising import Nearest, Training
 from lion_triton.evaluation.published import REFERENCES, published
 from lion_triton.evaluation.record import Remarks
-from lion_triton.evaluation.sets import Preparation, open_clouds
+from lion_triton.evaluation.sets import Preparation, fingerprint, open_clouds
 from lion_triton.kernels import pairwise_chamfer
 from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import layout
@@ -128,9 +128,9 @@ def test_of_sets_too_small_to_measure_none_is_called_unlike() -> None:
 def test_references_that_are_training_shapes_are_warned_of() -> None:
     points, found = clouds(6, 40, 0), Remarks()
     training = Training.read(source(points[:4], "training"), Preparation(None, 0), 8)  # fewer points than they have
-    record.remark_on_leaks(source(points[4:]), training, found)
+    record.remark_on_leaks([*map(fingerprint, points[4:])], training, found)
     assert found == Remarks()
-    record.remark_on_leaks(source(points[2:]), training, found)
+    record.remark_on_leaks([*map(fingerprint, points[2:])], training, found)
     assert found.warnings == ["2 of 4 references are training shapes: the figures reward copies."]
 
 
@@ -144,7 +144,7 @@ def test_samples_that_are_references_are_warned_of() -> None:
 
     def warnings(samples: np.ndarray, references: np.ndarray, accuracy: float) -> list[str]:
         found = Remarks()
-        record.remark_on_copies(samples, references, accuracy, found)
+        record.remark_on_copies([*map(fingerprint, samples)], [*map(fingerprint, references)], accuracy, found)
         assert not found.notes
         return found.warnings
 
