@@ -66,10 +66,10 @@ def box_muller_reference(radius: Tensor, angle: Tensor) -> Tensor:
     return torch.stack((r * cos, r * sin), dim=-1)
 
 
-def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
-    """The four normals of each int64 counter: (n,) to (n, 4)."""
+def philox_words_reference(key: Tensor, counters: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four uint32 words of each int64 counter, in int64 tensors."""
     seed, offset = key.unbind()
-    x0, x1, x2, x3 = philox_reference(
+    return philox_reference(
         counters & _U32,
         (counters >> 32) + (stream << 24),
         offset & _U32,
@@ -77,6 +77,11 @@ def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
         seed & _U32,
         (seed >> 32) & _U32,
     )
+
+
+def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
+    """The four normals of each int64 counter: (n,) to (n, 4)."""
+    x0, x1, x2, x3 = philox_words_reference(key, counters, stream)
     return box_muller_reference(torch.stack((x0, x2), dim=-1), torch.stack((x1, x3), dim=-1)).flatten(1)
 
 
