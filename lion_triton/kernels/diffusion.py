@@ -37,14 +37,16 @@ The references compute in float32 too, or in float64 for float64 input; their no
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, check_same, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels._checks import Impl, check_float, check_same, sums_dtype, upcast, use_triton
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._triton import launch, tl, triton
 from lion_triton.kernels.noise import check_key, noise_block, normal_noise_reference
 
 # Elements per cloud up to which a row holds; counters (of four elements) per program; warps. One counter a
@@ -77,7 +79,7 @@ def posterior_q_sample_reference(mu: Tensor, log_sigma: Tensor, alpha: Tensor, s
 def noise_mse_reference(pred: Tensor, key: Tensor, weight: Tensor | None = None) -> Tensor:
     """Specification of ``noise_mse``; differentiable in ``pred`` and ``weight``."""
     x = upcast(pred)
-    mse = (normal_noise_reference(x.shape, key).to(x.dtype) - x).square().reshape(len(x), -1).mean(1)
+    mse = (normal_noise_reference(x.shape, key).to(x.dtype) - x).square().unsqueeze(1).flatten(1).mean(1)
     return mse if weight is None else weight.to(mse.dtype) * mse
 
 
@@ -95,7 +97,7 @@ def gaussian_kl_reference(mu: Tensor, log_sigma: Tensor) -> Tensor:
     """Specification of ``gaussian_kl``; differentiable in both inputs."""
     m = upcast(mu)
     s = log_sigma.to(m.dtype)
-    return (0.5 * (m * m + (2.0 * s).exp() - 1.0) - s).reshape(len(m), -1).sum(1)
+    return (0.5 * (m * m + (2.0 * s).exp() - 1.0) - s).unsqueeze(1).flatten(1).sum(1)
 
 
 # Kernels. One program makes one block of one cloud.
@@ -233,7 +235,7 @@ def _gaussian_kl_bwd_kernel(  # type: ignore[no-untyped-def]
 
 def _config(x: Tensor) -> tuple[int, int, int, int]:
     """Elements per cloud, programs per cloud, noise counters per program, warps."""
-    M = x.numel() // x.shape[0]
+    M = prod(x.shape[1:])
     block, warps = next((block, warps) for most, block, warps in _LAUNCH if most >= M)
     # A cloud that starts inside a counter may reach three elements further.
     chunks = triton.cdiv(M if M % 4 == 0 else M + 3, 4 * block)
@@ -242,199 +244,132 @@ def _config(x: Tensor) -> tuple[int, int, int, int]:
 
 def _launch(kernel: Any, x: Tensor, *tensors: Tensor | None) -> None:
     M, chunks, block, warps = _config(x)
-    dense = (None if t is None else t.contiguous() for t in tensors)
-    with torch.cuda.device_of(x):
-        kernel[(x.shape[0] * chunks,)](*dense, M, chunks, BLOCK=block, num_warps=warps)
+    dense = [None if t is None else t.contiguous() for t in tensors]
+    launch(kernel, (x.shape[0] * chunks,), *dense, M, chunks, BLOCK=block, num_warps=warps)
 
 
 def _partials(x: Tensor, count: int) -> Tensor:
     """Room for ``count`` sums of every program; ``.sum(1)`` adds a cloud's in a fixed order."""
-    return torch.empty((x.shape[0], _config(x)[1], count), dtype=torch.float32, device=x.device)
+    return x.new_empty((x.shape[0], _config(x)[1], count), dtype=torch.float32)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-def _sums_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+def _sums_like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=sums_dtype(x))
 
 
 # q_sample and posterior_q_sample
 
 
-@torch.library.custom_op("lion_triton::q_sample", mutates_args=())
+@op(fake=_like)
 def _q_sample_op(x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
-    out = _empty_like(x_0)
+    out = _like(x_0)
     _launch(_q_sample_fwd_kernel, x_0, x_0, log_sigma, alpha, sigma, key, out)
     return out
 
 
-@_q_sample_op.register_fake
-def _(x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
-    return _empty_like(x_0)
-
-
-@torch.library.custom_op("lion_triton::q_sample_bwd", mutates_args=())
-def _q_sample_bwd_op(
-    grad: Tensor, x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, key: Tensor, scalars: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_0, dlog_sigma (empty without ``log_sigma``), [dalpha, dsigma] (B, 2) (empty unless ``scalars``)."""
-    dx = _empty_like(x_0)
-    dlog_sigma = None if log_sigma is None else _empty_like(log_sigma)
-    partials = _partials(x_0, 2) if scalars else None
-    _launch(_q_sample_bwd_kernel, x_0, grad, x_0, log_sigma, alpha, key, dx, dlog_sigma, partials)
-    return (
-        dx,
-        dx.new_empty(0) if dlog_sigma is None else dlog_sigma,
-        dx.new_empty((0, 2), dtype=torch.float32) if partials is None else partials.sum(1),
-    )
-
-
-@_q_sample_bwd_op.register_fake
-def _(
+def _empty_q_sample_gradients(
     grad: Tensor, x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, key: Tensor, scalars: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _empty_like(x_0),
-        x_0.new_empty(0) if log_sigma is None else _empty_like(log_sigma),
+        _like(x_0),
+        x_0.new_empty(0) if log_sigma is None else _like(log_sigma),
         alpha.new_empty((alpha.shape[0] if scalars else 0, 2), dtype=torch.float32),
     )
 
 
-def _q_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_0, log_sigma, alpha, _, key = inputs
-    ctx.save_for_backward(x_0, log_sigma, alpha, key)
+@op(fake=_empty_q_sample_gradients)
+def _q_sample_bwd_op(
+    grad: Tensor, x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, key: Tensor, scalars: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx_0, dlog_sigma (empty without ``log_sigma``), [dalpha, dsigma] (B, 2) (empty unless ``scalars``)."""
+    dx, dlog_sigma, dscalars = _empty_q_sample_gradients(grad, x_0, log_sigma, alpha, key, scalars)
+    given = None if log_sigma is None else dlog_sigma
+    partials = _partials(x_0, 2) if scalars else None
+    _launch(_q_sample_bwd_kernel, x_0, grad, x_0, log_sigma, alpha, key, dx, given, partials)
+    return dx, dlog_sigma, dscalars if partials is None else partials.sum(1)
 
 
-def _q_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x_0, log_sigma, alpha, key = ctx.saved_tensors
-    scalars = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+@gradient(_q_sample_op, save=lambda x_0, log_sigma, alpha, sigma, key, out: (x_0, log_sigma, alpha, key))
+def _q_sample_backward(
+    needs: Needs, grad: Tensor, x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, key: Tensor
+) -> Gradients:
+    scalars = needs[2] or needs[3]
     dx, dlog_sigma, dscalars = _q_sample_bwd_op(grad, x_0, log_sigma, alpha, key, scalars)
-    dalpha, dsigma = dscalars.unbind(1) if scalars else (None, None)
-    return dx, None if log_sigma is None else dlog_sigma, dalpha, dsigma, None
-
-
-_q_sample_op.register_autograd(_q_sample_backward, setup_context=_q_sample_setup)
+    return dx, None if log_sigma is None else dlog_sigma, *(dscalars.unbind(1) if scalars else ())
 
 
 # noise_mse, without its weight, which autograd handles
 
 
-@torch.library.custom_op("lion_triton::noise_mse", mutates_args=())
+@op(fake=_sums_like)
 def _noise_mse_op(pred: Tensor, key: Tensor) -> Tensor:
     partials = _partials(pred, 1)
     _launch(_noise_mse_fwd_kernel, pred, pred, key, partials)
-    return partials.sum((1, 2)).to(_sums_like(pred).dtype)
+    return partials.sum((1, 2)).to(sums_dtype(pred))
 
 
-@_noise_mse_op.register_fake
-def _(pred: Tensor, key: Tensor) -> Tensor:
-    return _sums_like(pred)
-
-
-@torch.library.custom_op("lion_triton::noise_mse_bwd", mutates_args=())
+@op(fake=lambda grad, pred, key: _like(pred))
 def _noise_mse_bwd_op(grad: Tensor, pred: Tensor, key: Tensor) -> Tensor:
-    dpred = _empty_like(pred)
+    dpred = _like(pred)
     _launch(_noise_mse_bwd_kernel, pred, grad, pred, key, dpred)
     return dpred
 
 
-@_noise_mse_bwd_op.register_fake
-def _(grad: Tensor, pred: Tensor, key: Tensor) -> Tensor:
-    return _empty_like(pred)
-
-
-def _noise_mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _noise_mse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _noise_mse_bwd_op(grad, *ctx.saved_tensors), None
-
-
-_noise_mse_op.register_autograd(_noise_mse_backward, setup_context=_noise_mse_setup)
+@gradient(_noise_mse_op, save=lambda pred, key, out: (pred, key))
+def _noise_mse_backward(needs: Needs, grad: Tensor, pred: Tensor, key: Tensor) -> Gradients:
+    return (_noise_mse_bwd_op(grad, pred, key),)
 
 
 # ancestral_step, whose backward needs no noise
 
 
-@torch.library.custom_op("lion_triton::ancestral_step", mutates_args=())
+@op(fake=_like)
 def _ancestral_step_op(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
-    out = _empty_like(x_t)
+    out = _like(x_t)
     _launch(_ancestral_step_fwd_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, key, out)
     return out
 
 
-@_ancestral_step_op.register_fake
-def _(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
-    return _empty_like(x_t)
-
-
-@torch.library.custom_op("lion_triton::ancestral_step_bwd", mutates_args=())
+@op(fake=lambda grad, coef_x, coef_eps, eps_dtype: (_like(grad), grad.new_empty(grad.shape, dtype=eps_dtype)))
 def _ancestral_step_bwd_op(
     grad: Tensor, coef_x: Tensor, coef_eps: Tensor, eps_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    dx_t, deps = _empty_like(grad), torch.empty(grad.shape, dtype=eps_dtype, device=grad.device)
+    dx_t, deps = _like(grad), grad.new_empty(grad.shape, dtype=eps_dtype)
     _launch(_ancestral_step_bwd_kernel, grad, grad, coef_x, coef_eps, dx_t, deps)
     return dx_t, deps
 
 
-@_ancestral_step_bwd_op.register_fake
-def _(grad: Tensor, coef_x: Tensor, coef_eps: Tensor, eps_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _empty_like(grad), torch.empty(grad.shape, dtype=eps_dtype, device=grad.device)
-
-
-def _ancestral_step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, eps, coef_x, coef_eps, _, _ = inputs
-    ctx.save_for_backward(coef_x, coef_eps)
-    ctx.eps_dtype = eps.dtype
-
-
-def _ancestral_step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx_t, deps = _ancestral_step_bwd_op(grad, *ctx.saved_tensors, ctx.eps_dtype)
-    return dx_t, deps, None, None, None, None
-
-
-_ancestral_step_op.register_autograd(_ancestral_step_backward, setup_context=_ancestral_step_setup)
+@gradient(_ancestral_step_op, save=lambda x_t, eps, coef_x, coef_eps, rho, key, out: (coef_x, coef_eps, eps.dtype))
+def _ancestral_step_backward(
+    needs: Needs, grad: Tensor, coef_x: Tensor, coef_eps: Tensor, eps_dtype: torch.dtype
+) -> Gradients:
+    return _ancestral_step_bwd_op(grad, coef_x, coef_eps, eps_dtype)
 
 
 # gaussian_kl
 
 
-@torch.library.custom_op("lion_triton::gaussian_kl", mutates_args=())
+@op(fake=_sums_like)
 def _gaussian_kl_op(mu: Tensor, log_sigma: Tensor) -> Tensor:
     partials = _partials(mu, 1)
     _launch(_gaussian_kl_fwd_kernel, mu, mu, log_sigma, partials)
-    return partials.sum((1, 2)).to(_sums_like(mu).dtype)
+    return partials.sum((1, 2)).to(sums_dtype(mu))
 
 
-@_gaussian_kl_op.register_fake
-def _(mu: Tensor, log_sigma: Tensor) -> Tensor:
-    return _sums_like(mu)
-
-
-@torch.library.custom_op("lion_triton::gaussian_kl_bwd", mutates_args=())
+@op(fake=lambda grad, mu, log_sigma: (_like(mu), _like(log_sigma)))
 def _gaussian_kl_bwd_op(grad: Tensor, mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    dmu, dlog_sigma = _empty_like(mu), _empty_like(log_sigma)
+    dmu, dlog_sigma = _like(mu), _like(log_sigma)
     _launch(_gaussian_kl_bwd_kernel, mu, grad, mu, log_sigma, dmu, dlog_sigma)
     return dmu, dlog_sigma
 
 
-@_gaussian_kl_bwd_op.register_fake
-def _(grad: Tensor, mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(mu), _empty_like(log_sigma)
-
-
-def _gaussian_kl_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gaussian_kl_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gaussian_kl_bwd_op(grad, *ctx.saved_tensors)
-
-
-_gaussian_kl_op.register_autograd(_gaussian_kl_backward, setup_context=_gaussian_kl_setup)
+@gradient(_gaussian_kl_op, save=lambda mu, log_sigma, out: (mu, log_sigma))
+def _gaussian_kl_backward(needs: Needs, grad: Tensor, mu: Tensor, log_sigma: Tensor) -> Gradients:
+    return _gaussian_kl_bwd_op(grad, mu, log_sigma)
 
 
 # Public functions
@@ -442,8 +377,8 @@ _gaussian_kl_op.register_autograd(_gaussian_kl_backward, setup_context=_gaussian
 
 def _check_batch(name: str, x: Tensor) -> None:
     check_float(name, x)
-    if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"{name}: expected a non-empty tensor (B, ...), got shape {tuple(x.shape)}")
+    if x.ndim == 0 or 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected shape (B, ...) with at least one element a cloud, got {tuple(x.shape)}")
 
 
 def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -482,7 +417,7 @@ def q_sample(
         Deterministic, gradients too. Triton computes float64 input in float32.
 
     Raises:
-        ValueError: an empty ``x_0``; ``alpha``, ``sigma`` or ``key`` of another shape, dtype or device.
+        ValueError: clouds without elements; ``alpha``, ``sigma`` or ``key`` of another shape, dtype or device.
     """
     _check_batch("x_0", x_0)
     _check_scalars("x_0", x_0, alpha=alpha, sigma=sigma)
@@ -515,7 +450,7 @@ def posterior_q_sample(
         Deterministic, gradients too. Triton computes float64 input in float32.
 
     Raises:
-        ValueError: an empty ``mu``; another argument of another shape, dtype or device.
+        ValueError: clouds without elements; another argument of another shape, dtype or device.
     """
     _check_batch("mu", mu)
     _check_like("log_sigma", log_sigma, "mu", mu)
@@ -547,7 +482,7 @@ def noise_mse(
         ``weight``. Deterministic, gradients too. Triton computes float64 input in float32.
 
     Raises:
-        ValueError: an empty ``pred``; ``weight`` or ``key`` of another shape, dtype or device.
+        ValueError: clouds without elements; ``weight`` or ``key`` of another shape, dtype or device.
     """
     _check_batch("pred", pred)
     if weight is not None:
@@ -584,7 +519,7 @@ def ancestral_step(
         constants and get no gradient. Deterministic. Triton computes float64 input in float32.
 
     Raises:
-        ValueError: an empty ``x_t``; another argument of another shape, dtype or device.
+        ValueError: clouds without elements; another argument of another shape, dtype or device.
     """
     _check_batch("x_t", x_t)
     _check_like("eps", eps, "x_t", x_t)
@@ -607,7 +542,7 @@ def gaussian_kl(
         gradients too. Triton computes float64 input in float32.
 
     Raises:
-        ValueError: an empty ``mu``; ``log_sigma`` of another shape, dtype or device.
+        ValueError: clouds without elements; ``log_sigma`` of another shape, dtype or device.
     """
     _check_batch("mu", mu)
     _check_like("log_sigma", log_sigma, "mu", mu)

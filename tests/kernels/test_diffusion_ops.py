@@ -241,8 +241,12 @@ x, c, k = torch.ones(2, 3), torch.ones(2), torch.tensor([0, 0])
     ("call", "message"),
     [
         (lambda: q_sample(x.int(), c, c, k), "x_0: expected float32, .* got torch.int32"),
-        (lambda: q_sample(x[:0], c[:0], c[:0], k), r"x_0: expected a non-empty .* got shape \(0, 3\)"),
-        (lambda: q_sample(x[0, 0], c, c, k), r"x_0: expected a non-empty .* got shape \(\)"),
+        (
+            lambda: q_sample(x[:, :0], c, c, k),
+            r"x_0: expected shape \(B, ...\) with at least one element .* got \(2, 0\)",
+        ),
+        (lambda: q_sample(x[0, 0], c, c, k), r"x_0: expected shape \(B, ...\) .* got \(\)"),
+        (lambda: noise_mse([1.0], k), "pred: expected a tensor, got list"),  # type: ignore[arg-type]
         (lambda: q_sample(x, c[:1], c, k), r"alpha: .* shape \(2,\), got \(1,\)"),
         (lambda: q_sample(x, c, x, k), r"sigma: .* shape \(2,\), got \(2, 3\)"),
         (lambda: q_sample(x, c, c.to("meta"), k), "sigma: expected the device of x_0 .* got meta"),
