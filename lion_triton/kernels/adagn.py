@@ -40,10 +40,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lion_triton.kernels._checks import Impl, check_float, use_triton
-from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._triton import launch, tl, triton
 from lion_triton.kernels.dropout import keep_element, keep_elements, keep_mask_reference, keep_threshold
 from lion_triton.kernels.noise import check_key
 
@@ -75,7 +75,8 @@ def adagn_reference(
     """Plain PyTorch form of :func:`adagn`, weight and bias already in scale and shift."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     offset = None if offset is None else offset.to(dtype)
-    return _AdaGN.apply(x, scale.to(dtype), shift.to(dtype), offset, key, num_groups, eps, act, dropout)
+    silu, dropout = act == "silu", float(dropout)
+    return _adagn_reference_op(x, scale.to(dtype), shift.to(dtype), offset, key, num_groups, eps, silu, dropout)[0]
 
 
 def adagn(
@@ -148,63 +149,88 @@ def fold_affine(
     return weight.to(dtype) * scale, torch.addcmul(shift, bias.to(dtype), scale)
 
 
-class _AdaGN(torch.autograd.Function):
-    """Two temporaries forward, three backward, passes in place: on a CPU, fresh pages cost more than arithmetic.
+def _empty_reference(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(3))
 
-    Autograd's own backward of the same formulas took about twice as long. Saved are x and coefficients per cloud
-    and channel, neither xhat nor z.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (B, *P, C)
-        scale: Tensor,  # (B, C)
-        shift: Tensor,  # (B, C)
-        offset: Tensor | None,  # (B, C)
-        key: Tensor | None,
-        num_groups: int,
-        eps: float,
-        act: Activation,
-        dropout: float,
-    ) -> Tensor:
-        X = _positions(x, scale.dtype)  # (B, P, C)
-        means = X.sum(1) / X.shape[1]  # (B, C)
-        if offset is not None:
-            means += offset
-        mean = _group_mean(means, num_groups)
-        center = mean if offset is None else mean - offset
-        z = X - center[:, None]
-        rstd = (_group_mean(z.square().sum(1) / X.shape[1], num_groups) + eps).rsqrt()
-        torch.addcmul(shift[:, None], z, (rstd * scale)[:, None], out=z)
-        if act == "silu":
-            F.silu(z, inplace=True)
-        if dropout:
-            assert key is not None
-            z.mul_(_keep(z, dropout, key))
-        ctx.save_for_backward(x, center, means - mean, rstd, scale, shift, key)
-        ctx.num_groups, ctx.act, ctx.dropout = num_groups, act, dropout
-        return z.view(x.shape).to(x.dtype)
+# The references are ops of their own: two temporaries forward, three backward, passes in place (on a CPU, fresh pages
+# cost more than arithmetic). Autograd's own backward of the same formulas takes about twice as long.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, center, deviation, rstd, scale, shift, key = ctx.saved_tensors
-        X, dz = _positions(x, scale.dtype), _positions(grad, scale.dtype)  # (B, P, C)
-        a = rstd * scale
-        if ctx.dropout:
-            dz = dz * _keep(dz, ctx.dropout, key)
-        centered = X - center[:, None]
-        if ctx.act == "silu":
-            z = torch.addcmul(shift[:, None], centered, a[:, None])
-            dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
-        dx = centered * dz
-        s1, s2 = dz.sum(1), dx.sum(1) * rstd  # (B, C)
-        m1 = _group_mean(scale * s1 / X.shape[1], ctx.num_groups)
-        m2 = _group_mean(scale * s2 / X.shape[1], ctx.num_groups) * rstd
-        torch.addcmul((-rstd * m1)[:, None], dz, a[:, None], out=dx).addcmul_(centered, (-rstd * m2)[:, None])
-        doffset = a * s1 - X.shape[1] * rstd * (m1 + m2 * deviation) if ctx.needs_input_grad[3] else None
-        return dx.view(x.shape).to(x.dtype), s2, s1, doffset, None, None, None, None, None
+
+@op(fake=_empty_reference)
+def _adagn_reference_op(
+    x: Tensor,  # (B, *P, C)
+    scale: Tensor,  # (B, C)
+    shift: Tensor,  # (B, C)
+    offset: Tensor | None,  # (B, C)
+    key: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; per cloud and channel what to subtract from x, by how much its mean differs from the group's, and rstd."""
+    X = _positions(x, scale.dtype)  # (B, P, C)
+    means = X.sum(1) / X.shape[1]  # (B, C)
+    if offset is not None:
+        means += offset
+    mean = _group_mean(means, num_groups)
+    center = mean if offset is None else mean - offset
+    z = X - center[:, None]
+    rstd = (_group_mean(z.square().sum(1) / X.shape[1], num_groups) + eps).rsqrt()
+    torch.addcmul(shift[:, None], z, (rstd * scale)[:, None], out=z)
+    if silu:
+        F.silu(z, inplace=True)
+    if dropout:
+        assert key is not None
+        z.mul_(_keep(z, dropout, key))
+    return z.view(x.shape).to(x.dtype), center, means - mean, rstd
+
+
+@op(fake=lambda grad, x, scale, *_: (x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(3))))
+def _adagn_reference_bwd_op(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    key: Tensor | None,
+    center: Tensor,
+    deviation: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, scale, shift and offset."""
+    X, dz = _positions(x, scale.dtype), _positions(grad, scale.dtype)  # (B, P, C)
+    P = X.shape[1]
+    a = rstd * scale
+    if dropout:
+        assert key is not None
+        dz = dz * _keep(dz, dropout, key)
+    centered = X - center[:, None]
+    if silu:
+        z = torch.addcmul(shift[:, None], centered, a[:, None])
+        dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
+    dx = centered * dz
+    s1, s2 = dz.sum(1), dx.sum(1) * rstd  # (B, C)
+    m1 = _group_mean(scale * s1 / P, num_groups)
+    m2 = _group_mean(scale * s2 / P, num_groups) * rstd
+    torch.addcmul((-rstd * m1)[:, None], dz, a[:, None], out=dx).addcmul_(centered, (-rstd * m2)[:, None])
+    return dx.view(x.shape).to(x.dtype), s2, s1, a * s1 - P * rstd * (m1 + m2 * deviation)
+
+
+@gradient(
+    _adagn_reference_op,
+    save=lambda x, scale, shift, offset, key, num_groups, eps, silu, dropout, out: (
+        *(x, scale, shift, key),
+        *out[1:],
+        *(num_groups, silu, dropout),
+    ),
+)
+def _adagn_reference_backward(needs: Needs, grad: Tensor, *saved: Any) -> Gradients:
+    dx, dscale, dshift, doffset = _adagn_reference_bwd_op(grad, *saved)
+    return dx, dscale, dshift, doffset if needs[3] else None
 
 
 def _keep(like: Tensor, dropout: float, key: Tensor) -> Tensor:
@@ -385,6 +411,20 @@ def _adagn_held_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _saved(scale_ptr, shift_ptr, offset_ptr, stats_ptr, strides, cloud, group, c, in_c, G):  # type: ignore[no-untyped-def]
+    """By channel: what to subtract from x, rstd, scale and shift."""
+    scale_stride, shift_stride, offset_stride = strides
+    mean = _load(stats_ptr + cloud * 2 * G + group, in_c) - _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    rstd = _load(stats_ptr + cloud * 2 * G + G + group, in_c)
+    return (
+        mean,
+        rstd,
+        _load(scale_ptr + cloud * scale_stride + c, in_c),
+        _load(shift_ptr + cloud * shift_stride + c, in_c),
+    )
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
@@ -421,10 +461,18 @@ def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     row = tl.arange(0, ROWS)
     mask = (row < P)[:, None] & in_c[None, :]
     at = cloud * P * C + row[:, None].to(tl.int64) * C + c[None, :]
-    mean, rstd = _load(stats_ptr + cloud * 2 * G + group, in_c), _load(stats_ptr + cloud * 2 * G + G + group, in_c)
-    scale = _load(scale_ptr + cloud * scale_stride + c, in_c)
-    shift = _load(shift_ptr + cloud * shift_stride + c, in_c)
-    mean -= _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    mean, rstd, scale, shift = _saved(
+        scale_ptr,
+        shift_ptr,
+        offset_ptr,
+        stats_ptr,
+        (scale_stride, shift_stride, offset_stride),
+        cloud,
+        group,
+        c,
+        in_c,
+        G,
+    )
     slope = rstd * scale
 
     x = tl.where(mask, _load(x_ptr + at, mask) - mean[None, :], 0.0)
@@ -567,21 +615,6 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _saved(
-    scale_ptr, shift_ptr, offset_ptr, stats_ptr, scale_stride, shift_stride, offset_stride, cloud, group, c, in_c, G
-):  # type: ignore[no-untyped-def]
-    """By channel: what to subtract from x, rstd, scale and shift."""
-    mean = _load(stats_ptr + cloud * 2 * G + group, in_c) - _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    rstd = _load(stats_ptr + cloud * 2 * G + G + group, in_c)
-    return (
-        mean,
-        rstd,
-        _load(scale_ptr + cloud * scale_stride + c, in_c),
-        _load(shift_ptr + cloud * shift_stride + c, in_c),
-    )
-
-
 @triton.jit(do_not_specialize=["threshold"])
 def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
@@ -613,7 +646,16 @@ def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
     cloud, first, end = _chunk(P, chunks, chunk_rows)
     group, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
     mean, rstd, scale, shift = _saved(
-        scale_ptr, shift_ptr, offset_ptr, stats_ptr, scale_stride, shift_stride, offset_stride, cloud, group, c, in_c, G
+        scale_ptr,
+        shift_ptr,
+        offset_ptr,
+        stats_ptr,
+        (scale_stride, shift_stride, offset_stride),
+        cloud,
+        group,
+        c,
+        in_c,
+        G,
     )
     slope = rstd * scale
     row = tl.arange(0, ROWS)
@@ -714,7 +756,16 @@ def _adagn_bwd_kernel(  # type: ignore[no-untyped-def]
     cloud, first, end = _chunk(P, chunks, chunk_rows)
     group, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
     mean, rstd, scale, shift = _saved(
-        scale_ptr, shift_ptr, offset_ptr, stats_ptr, scale_stride, shift_stride, offset_stride, cloud, group, c, in_c, G
+        scale_ptr,
+        shift_ptr,
+        offset_ptr,
+        stats_ptr,
+        (scale_stride, shift_stride, offset_stride),
+        cloud,
+        group,
+        c,
+        in_c,
+        G,
     )
     slope = rstd * scale
     group += cloud * 2 * G
@@ -782,7 +833,13 @@ def _per_cloud(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]
     return unit, [0 if t is None else t.stride(0) for t in unit]
 
 
-@torch.library.custom_op("lion_triton::adagn", mutates_args=())
+def _empty_forward(
+    x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, key: Tensor | None, num_groups: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], 2, num_groups), dtype=torch.float32)
+
+
+@op(fake=_empty_forward)
 def _adagn_op(
     x: Tensor,
     scale: Tensor,
@@ -796,61 +853,48 @@ def _adagn_op(
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and rstd (B, 2, G)."""
     x = x.contiguous()
-    y, stats = _empty_forward(x, scale, shift, offset, key, num_groups, eps, silu, dropout)
-    (scale, shift, offset), strides = _per_cloud(scale, shift, offset)
+    y, stats = _empty_forward(x, scale, shift, offset, key, num_groups)
+    style, strides = _per_cloud(scale, shift, offset)
+    tensors = (x, *style, key.contiguous() if key is not None and dropout else None)
     drop = keep_threshold(dropout)
-    key = key.contiguous() if key is not None and dropout else None
-    if not len(x):
+    held = _Held(x, num_groups, _HELD)
+    if held.fits:
+        sizes = (*strides, eps, *held.sizes, *drop)
+        launch(_adagn_held_kernel, held.grid, *tensors, stats, y, *sizes, SILU=silu, **held.block)
         return y, stats
-    with torch.cuda.device_of(x):
-        held = _Held(x, num_groups, _HELD)
-        if held.fits:
-            _adagn_held_kernel[held.grid](
-                x, scale, shift, offset, key, stats, y, *strides, eps, *held.sizes, *drop, SILU=silu, **held.block
-            )
-            return y, stats
-        cut = _Chunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
-        partials = torch.empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32, device=x.device)
-        _adagn_stats_kernel[cut.grid](x, offset, partials, strides[2], *cut.sizes, cut.chunk_rows, **cut.rows)
-        _adagn_fwd_kernel[cut.grid](
-            x,
-            scale,
-            shift,
-            offset,
-            key,
-            partials,
-            stats,
-            y,
-            *strides,
-            eps,
-            *cut.sizes,
-            cut.chunk_rows,
-            *drop,
-            CHUNKS=max(_PARTIALS // cut.rows["GROUPS"], 1),
-            SILU=silu,
-            VECTORS=cut.vectors,
-            **cut.rows,
-        )
+    cut = _Chunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
+    partials = x.new_empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32)
+    sizes = (*cut.sizes, cut.chunk_rows)
+    launch(_adagn_stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
+    launch(
+        _adagn_fwd_kernel,
+        cut.grid,
+        *tensors,
+        partials,
+        stats,
+        y,
+        *strides,
+        eps,
+        *sizes,
+        *drop,
+        CHUNKS=max(_PARTIALS // cut.rows["GROUPS"], 1),
+        SILU=silu,
+        VECTORS=cut.vectors,
+        **cut.rows,
+    )
     return y, stats
 
 
-@_adagn_op.register_fake
-def _empty_forward(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    offset: Tensor | None,
-    key: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty((x.shape[0], 2, num_groups), dtype=torch.float32, device=x.device)
+def _empty_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def empty(like: Tensor | None) -> Tensor:
+        return x.new_empty(0) if like is None else like.new_empty(like.shape)
+
+    return empty(x), empty(scale), empty(shift), empty(offset)
 
 
-@torch.library.custom_op("lion_triton::adagn_bwd", mutates_args=())
+@op(fake=_empty_backward)
 def _adagn_bwd_op(
     dy: Tensor,
     x: Tensor,
@@ -864,68 +908,47 @@ def _adagn_bwd_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, scale, shift and offset (empty without one)."""
     dy, x = dy.contiguous(), x.contiguous()
-    num_groups = stats.shape[2]
-    dx, dscale, dshift, doffset = _empty_backward(dy, x, scale, shift, offset, key, stats, silu, dropout)
+    out = dx, dscale, dshift, doffset = _empty_backward(dy, x, scale, shift, offset)
     gradients = (dscale, dshift, None if offset is None else doffset)
-    (scale, shift, offset), strides = _per_cloud(scale, shift, offset)
+    num_groups = stats.shape[2]
+    style, strides = _per_cloud(scale, shift, offset)
+    tensors = (dy, x, *style, key.contiguous() if key is not None and dropout else None, stats)
     drop = keep_threshold(dropout)
-    key = key.contiguous() if key is not None and dropout else None
-    tensors = (dy, x, scale, shift, offset, key, stats)
-    if not len(x):
-        return dx, dscale, dshift, doffset
-    with torch.cuda.device_of(x):
-        held = _Held(x, num_groups, _HELD_BACKWARD)
-        if held.fits:
-            _adagn_held_bwd_kernel[held.grid](
-                *tensors, dx, *gradients, *strides, *held.sizes, *drop, SILU=silu, **held.block
-            )
-            return dx, dscale, dshift, doffset
-        cut = _Chunks(x, num_groups, _ELEMENTS_PER_THREAD)
-        partials = torch.empty((cut.B, cut.chunks, 3, cut.C), dtype=torch.float32, device=x.device)
-        means = torch.empty_like(stats)
-        cut_by = (*strides, *cut.sizes, cut.chunk_rows, *drop)
-        _adagn_bwd_sums_kernel[cut.grid](*tensors, partials, *cut_by, SILU=silu, VECTORS=cut.vectors, **cut.rows)
-        _adagn_bwd_combine_kernel[(cut.B,)](
-            scale,
-            stats,
-            partials,
-            means,
-            *gradients,
-            strides[0],
-            *cut.sizes,
-            CHUNKS=max(_PARTIALS // (cut.rows["GROUPS"] * cut.rows["WIDTH"]), 1),
-            **cut.channels,
-        )
-        _adagn_bwd_kernel[cut.grid](*tensors, means, dx, *cut_by, SILU=silu, VECTORS=cut.vectors, **cut.rows)
-    return dx, dscale, dshift, doffset
+    held = _Held(x, num_groups, _HELD_BACKWARD)
+    if held.fits:
+        sizes = (*strides, *held.sizes, *drop)
+        launch(_adagn_held_bwd_kernel, held.grid, *tensors, dx, *gradients, *sizes, SILU=silu, **held.block)
+        return out
+    cut = _Chunks(x, num_groups, _ELEMENTS_PER_THREAD)
+    partials = x.new_empty((cut.B, cut.chunks, 3, cut.C), dtype=torch.float32)
+    means = torch.empty_like(stats)
+    sizes = (*strides, *cut.sizes, cut.chunk_rows, *drop)
+    flags = {"SILU": silu, "VECTORS": cut.vectors, **cut.rows}
+    launch(_adagn_bwd_sums_kernel, cut.grid, *tensors, partials, *sizes, **flags)
+    launch(
+        _adagn_bwd_combine_kernel,
+        (cut.B,),
+        style[0],
+        stats,
+        partials,
+        means,
+        *gradients,
+        strides[0],
+        *cut.sizes,
+        CHUNKS=max(_PARTIALS // (cut.rows["GROUPS"] * cut.rows["WIDTH"]), 1),
+        **cut.channels,
+    )
+    launch(_adagn_bwd_kernel, cut.grid, *tensors, means, dx, *sizes, **flags)
+    return out
 
 
-@_adagn_bwd_op.register_fake
-def _empty_backward(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    offset: Tensor | None,
-    key: Tensor | None,
-    stats: Tensor,
-    silu: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def empty(like: Tensor | None) -> Tensor:
-        return x.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-    return empty(x), empty(scale), empty(shift), empty(offset)
-
-
-def _adagn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, _, ctx.silu, ctx.dropout = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _adagn_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dscale, dshift, doffset = _adagn_bwd_op(dy, *ctx.saved_tensors, ctx.silu, ctx.dropout)
-    return dx, dscale, dshift, doffset if ctx.needs_input_grad[3] else None, None, None, None, None, None
-
-
-_adagn_op.register_autograd(_adagn_backward, setup_context=_adagn_setup)
+@gradient(
+    _adagn_op,
+    save=lambda x, scale, shift, offset, key, num_groups, eps, silu, dropout, out: (
+        *(x, scale, shift, offset, key, out[1]),
+        *(silu, dropout),
+    ),
+)
+def _adagn_backward(needs: Needs, dy: Tensor, *saved: Any) -> Gradients:
+    dx, dscale, dshift, doffset = _adagn_bwd_op(dy, *saved)
+    return dx, dscale, dshift, doffset if needs[3] else None

@@ -14,14 +14,13 @@ Source: Srivastava et al., "Dropout", JMLR 2014; Salmon et al. 2011 for the bits
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_float, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._triton import launch, tl, triton
 from lion_triton.kernels.noise import check_key, philox, philox_words_reference
 
 _COUNTERS, _WARPS = 128, 4  # of a program: 1024 elements
@@ -92,40 +91,18 @@ def _dropout_kernel(x_ptr, key_ptr, y_ptr, numel, threshold, scale, COUNTERS: tl
     tl.store(y_ptr + i, tl.where(keep, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=i < numel)
 
 
-@torch.library.custom_op("lion_triton::dropout", mutates_args=())
+@op(fake=lambda x, key, p: x.new_empty(x.shape))
 def _dropout_op(x: Tensor, key: Tensor, p: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    threshold, scale = keep_threshold(p)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _dropout_kernel[(triton.cdiv(x.numel(), 8 * _COUNTERS),)](
-                x.contiguous(),
-                key.contiguous(),
-                y,
-                x.numel(),
-                threshold,
-                scale,
-                COUNTERS=_COUNTERS,
-                num_warps=_WARPS,
-            )
+    y = x.new_empty(x.shape)
+    sizes = (x.numel(), *keep_threshold(p))
+    grid = (triton.cdiv(x.numel(), 8 * _COUNTERS),)
+    launch(_dropout_kernel, grid, x.contiguous(), key.contiguous(), y, *sizes, COUNTERS=_COUNTERS, num_warps=_WARPS)
     return y
 
 
-@_dropout_op.register_fake
-def _(x: Tensor, key: Tensor, p: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, key, ctx.p = inputs
-    ctx.save_for_backward(key)
-
-
-def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _dropout_op(grad, *ctx.saved_tensors, ctx.p), None, None
-
-
-_dropout_op.register_autograd(_dropout_backward, setup_context=_dropout_setup)
+@gradient(_dropout_op, save=lambda x, key, p, out: (key, p), once=False)
+def _dropout_backward(needs: Needs, grad: Tensor, key: Tensor, p: float) -> Gradients:
+    return (_dropout_op(grad, key, p),)
 
 
 def dropout(
@@ -145,4 +122,4 @@ def dropout(
         return x
     if not use_triton(impl, x):
         return dropout_reference(x, p, key)
-    return _dropout_op(x, key, p)
+    return _dropout_op(x, key, float(p))
