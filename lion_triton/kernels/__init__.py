@@ -8,16 +8,11 @@ from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.diffusion import ancestral_step, gaussian_kl, noise_mse, posterior_q_sample, q_sample
 from lion_triton.kernels.emd import approx_emd, exact_emd
-from lion_triton.kernels.neighbors import (
-    ball_query,
-    chamfer_distance,
-    group,
-    nearest_neighbor,
-    three_interpolate,
-    three_nn,
-)
+from lion_triton.kernels.gather import group, three_interpolate
+from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
 from lion_triton.kernels.noise import normal_noise
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
+from lion_triton.kernels.query import ball_query, three_nn
 from lion_triton.kernels.sampling import furthest_point_sample
 from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, plan_voxels, trilinear_devoxelize, voxel_coords
 

@@ -30,10 +30,12 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, use_triton
-from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels._checks import Impl, check_integer, use_triton
+from lion_triton.kernels._op import op
+from lion_triton.kernels._triton import launch, tl, triton
 
 _U32 = 0xFFFFFFFF
+_BLOCK = 256  # counters per program
 
 
 def philox_reference(
@@ -159,19 +161,16 @@ def _normal_noise_kernel(key_ptr, out_ptr, numel, BLOCK: tl.constexpr):  # type:
     tl.store(out_ptr + i, noise_block(key_ptr, first, 0, BLOCK), mask=i < numel)
 
 
-@torch.library.custom_op("lion_triton::normal_noise", mutates_args=())
+def _empty_noise(shape: list[int], key: Tensor) -> Tensor:
+    return key.new_empty(shape, dtype=torch.float32)
+
+
+@op(fake=_empty_noise)
 def _normal_noise_op(shape: list[int], key: Tensor) -> Tensor:
-    out = torch.empty(shape, dtype=torch.float32, device=key.device)
-    block = 256
-    with torch.cuda.device_of(key):
-        grid = (triton.cdiv(out.numel(), 4 * block),)
-        _normal_noise_kernel[grid](key.contiguous(), out, out.numel(), BLOCK=block, num_warps=4)
+    out = _empty_noise(shape, key)
+    grid = (triton.cdiv(out.numel(), 4 * _BLOCK),)
+    launch(_normal_noise_kernel, grid, key.contiguous(), out, out.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
-
-
-@_normal_noise_op.register_fake
-def _(shape: list[int], key: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=key.device)
 
 
 def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl = "auto") -> Float32[Tensor, " ..."]:
@@ -188,11 +187,12 @@ def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl =
         float32 tensor of ``shape`` without gradient. Deterministic: same key, same bits.
 
     Raises:
-        ValueError: a negative size, or a key that is not an int64 tensor of shape (2,).
+        ValueError: a shape that is not a sequence of sizes >= 0, or a key that is not an int64 tensor of shape (2,).
     """
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape: expected sizes >= 0, got {tuple(shape)}")
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
+    sizes = [check_integer("shape", size, least=0) for size in shape]
     check_key(key)
-    if not use_triton(impl, key) or prod(shape) == 0:
-        return normal_noise_reference(shape, key)
-    return _normal_noise_op(list(shape), key)
+    if not use_triton(impl, key):
+        return normal_noise_reference(sizes, key)
+    return _normal_noise_op(sizes, key)
