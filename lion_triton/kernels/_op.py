@@ -49,12 +49,15 @@ def op(*, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
     return register
 
 
-def gradient(op: Any, *, save: Callable[..., tuple[Any, ...]], once: bool = True) -> Callable[[_Function], _Function]:
-    """Make a function the backward of an op: of the first tensor that it returns, the others are constants.
+def gradient(
+    op: Any, *, save: Callable[..., tuple[Any, ...]], results: int = 1, once: bool = True
+) -> Callable[[_Function], _Function]:
+    """Make a function the backward of an op: of the first ``results`` tensors that it returns; others are constants.
 
     save: the op's arguments and its result to what the backward needs of them, tensors or not.
-    The function gets which arguments need a gradient, the gradient of the result, and what was saved; it returns the
-    gradients of the arguments in order, as far as there are any. once: it cannot be differentiated itself, and says so.
+    The function gets which arguments need a gradient, the gradients of the results (None where there is none, but not
+    for all), and what was saved; it returns the gradients of the arguments in order, as far as there are any. once: it
+    cannot be differentiated itself, and says so.
     """
 
     def register(backward: _Function) -> _Function:
@@ -68,14 +71,15 @@ def gradient(op: Any, *, save: Callable[..., tuple[Any, ...]], once: bool = True
             ctx.others = [None if isinstance(x, Tensor) else x for x in saved]
             ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in saved])
             if not isinstance(out, Tensor):
-                ctx.mark_non_differentiable(*out[1:])
+                ctx.mark_non_differentiable(*out[results:])
             return out
 
-        def node_backward(ctx: Any, grad: Tensor | None, *_: Any) -> Gradients:
-            if grad is None:
+        def node_backward(ctx: Any, *grads_out: Tensor | None) -> Gradients:
+            given = grads_out[:results]
+            if all(grad is None for grad in given):
                 return nothing
             saved = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-            grads = backward(ctx.needs_input_grad, grad, *saved)
+            grads = backward(ctx.needs_input_grad, *given, *saved)
             return grads + nothing[len(grads) :]
 
         # With gradients off it is the same, and 2 us quicker.

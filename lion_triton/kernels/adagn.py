@@ -34,6 +34,7 @@ Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1 to 7, with LION's sty
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_float, use_triton
+from lion_triton.kernels._groups import (
+    RowChunks,
+    by_channel,
+    by_group,
+    chunk_of_program,
+    group_mean,
+    load,
+    load_offset,
+    locate,
+    per_cloud,
+    running_moments,
+)
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
 from lion_triton.kernels.dropout import keep_element, keep_elements, keep_mask_reference, keep_threshold
@@ -49,14 +62,11 @@ from lion_triton.kernels.noise import check_key
 
 Activation = Literal["silu"] | None
 
-# Chosen by machine code (128-bit accesses, no spill), not by timing: warps up to 1024 channels; bytes of x per
-# thread and step of a program's loop, forward; elements, backward, where x and dy are loaded.
-_WARPS, _BYTES_PER_THREAD, _ELEMENTS_PER_THREAD = 4, 32, 8
+# Chosen by machine code (128-bit accesses, no spill), not by timing: bytes of x per thread and step of a program's
+# loop, forward; elements, backward, where x and dy are loaded.
+_BYTES_PER_THREAD, _ELEMENTS_PER_THREAD = 32, 8
 # Elements that a program of one launch may hold, forward and backward (x and dy); bytes of a row it reads at least.
 _HELD, _HELD_BACKWARD, _HELD_WARPS, _LEAST_ROW = 16384, 8192, 8, 32
-# Chunks for about as many programs as a GPU runs at once, but of no less than so many elements, and not too many to
-# be combined by every program. The bits of a cloud's result may therefore depend on the size of its batch.
-_PROGRAMS, _LEAST_CHUNK, _MOST_CHUNKS = 1024, 4096, 128
 _PARTIALS = 1024  # values that a program combines at once
 
 
@@ -112,14 +122,13 @@ def adagn(
     if x.ndim < 2 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected a non-empty shape (B, ..., C), got {tuple(x.shape)}")
     B, C = x.shape[0], x.shape[-1]
-    if num_groups < 1 or C % num_groups:
-        raise ValueError(f"num_groups: expected a divisor of C = {C}, got {num_groups}")
+    num_groups = check_groups(num_groups, C)
     _check_pair(x, (B, C), scale=scale, shift=shift)
     _check_pair(x, (C,), weight=weight, bias=bias)
     if act not in ("silu", None):
         raise ValueError(f'act: expected "silu" or None, got {act!r}')
     if offset is not None:
-        _check_shape("offset", offset, (C,) if offset.ndim == 1 else (B, C), x)
+        check_shape("offset", offset, (C,) if offset.ndim == 1 else (B, C), x)
         offset = offset.expand(B, C)
     keep_threshold(dropout)
     if dropout and key is None:
@@ -174,10 +183,10 @@ def _adagn_reference_op(
     means = X.sum(1) / X.shape[1]  # (B, C)
     if offset is not None:
         means += offset
-    mean = _group_mean(means, num_groups)
+    mean = group_mean(means, num_groups)
     center = mean if offset is None else mean - offset
     z = X - center[:, None]
-    rstd = (_group_mean(z.square().sum(1) / X.shape[1], num_groups) + eps).rsqrt()
+    rstd = (group_mean(z.square().sum(1) / X.shape[1], num_groups) + eps).rsqrt()
     torch.addcmul(shift[:, None], z, (rstd * scale)[:, None], out=z)
     if silu:
         F.silu(z, inplace=True)
@@ -214,8 +223,8 @@ def _adagn_reference_bwd_op(
         dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
     dx = centered * dz
     s1, s2 = dz.sum(1), dx.sum(1) * rstd  # (B, C)
-    m1 = _group_mean(scale * s1 / P, num_groups)
-    m2 = _group_mean(scale * s2 / P, num_groups) * rstd
+    m1 = group_mean(scale * s1 / P, num_groups)
+    m2 = group_mean(scale * s2 / P, num_groups) * rstd
     torch.addcmul((-rstd * m1)[:, None], dz, a[:, None], out=dx).addcmul_(centered, (-rstd * m2)[:, None])
     return dx.view(x.shape).to(x.dtype), s2, s1, a * s1 - P * rstd * (m1 + m2 * deviation)
 
@@ -244,10 +253,11 @@ def _positions(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
 
 
-def _group_mean(means: Tensor, num_groups: int) -> Tensor:
-    """Mean over the channels of a group, repeated: (B, C) to (B, C)."""
-    groups = means.unflatten(-1, (num_groups, -1))
-    return groups.mean(-1, keepdim=True).expand_as(groups).reshape(means.shape)
+def check_groups(num_groups: int, C: int) -> int:
+    """A number of groups that C channels can be cut into; anything else raises ``ValueError``."""
+    if not isinstance(num_groups, Integral) or num_groups < 1 or C % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of C = {C}, got {num_groups!r}")
+    return int(num_groups)
 
 
 def _check_pair(x: Tensor, shape: tuple[int, ...], **pair: Tensor | None) -> None:
@@ -256,61 +266,17 @@ def _check_pair(x: Tensor, shape: tuple[int, ...], **pair: Tensor | None) -> Non
         given, missing = (second, first) if a is None else (first, second)
         raise ValueError(f"{missing}: expected a tensor because {given} is one, got None")
     if a is not None and b is not None:
-        _check_shape(first, a, shape, x)
-        _check_shape(second, b, shape, x)
+        check_shape(first, a, shape, x)
+        check_shape(second, b, shape, x)
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, like: str = "x") -> None:
+    """Raise ``ValueError`` unless a tensor has this shape, a floating dtype and the device of x, called ``like``."""
     check_float(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected the device of x ({x.device}), got {tensor.device}")
-
-
-# Kernels. A program's channels are GROUPS times WIDTH places, powers of two, of which a group takes the first CG.
-
-
-@triton.jit
-def _locate(first_group, C, CG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Group, channel and presence of each place."""
-    place = tl.arange(0, GROUPS * WIDTH)
-    group = first_group + place // WIDTH
-    if CG == WIDTH:  # the mask of whole vectors
-        c = first_group * CG + place
-        return group, c, c < C
-    c = group * CG + place % WIDTH
-    return group, c, (place % WIDTH < CG) & (c < C)
-
-
-@triton.jit
-def _chunk(P, chunks, chunk_rows):  # type: ignore[no-untyped-def]
-    """Cloud of this program, and its first row and the row behind its last one in it."""
-    pid = tl.program_id(0)
-    first = (pid % chunks).to(tl.int64) * chunk_rows
-    return (pid // chunks).to(tl.int64), first, tl.minimum(first + chunk_rows, P)
-
-
-@triton.jit
-def _load(ptr, mask):  # type: ignore[no-untyped-def]
-    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_offset(offset_ptr, stride, cloud, c, mask):  # type: ignore[no-untyped-def]
-    if offset_ptr is not None:
-        return _load(offset_ptr + cloud * stride + c, mask)
-    return tl.zeros(c.shape, tl.float32)
-
-
-@triton.jit
-def _by_group(x, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.reshape(x, (GROUPS, WIDTH)), 1)
-
-
-@triton.jit
-def _by_channel(x, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.reshape(tl.broadcast_to(x[:, None], (GROUPS, WIDTH)), (GROUPS * WIDTH,))
+        raise ValueError(f"{name}: expected the device of {like} ({x.device}), got {tensor.device}")
 
 
 @triton.jit
@@ -347,7 +313,7 @@ def _act_backward(dy, x, slope, shift, SILU: tl.constexpr):  # type: ignore[no-u
 @triton.jit
 def _group_sums(s1, s2, scale, n, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """m1 and m2."""
-    return _by_group(scale * s1, GROUPS, WIDTH) / n, _by_group(scale * s2, GROUPS, WIDTH) / n
+    return by_group(scale * s1, GROUPS, WIDTH) / n, by_group(scale * s2, GROUPS, WIDTH) / n
 
 
 @triton.jit
@@ -387,25 +353,25 @@ def _adagn_held_kernel(  # type: ignore[no-untyped-def]
     bundles = tl.cdiv(G, GROUPS)
     cloud = (tl.program_id(0) // bundles).to(tl.int64)
     first_group = tl.program_id(0) % bundles * GROUPS
-    _, c, in_c = _locate(first_group, C, CG, GROUPS, WIDTH)
+    _, c, in_c = locate(first_group, C, CG, GROUPS, WIDTH)
     g = first_group + tl.arange(0, GROUPS)
     row = tl.arange(0, ROWS)
     mask = (row < P)[:, None] & in_c[None, :]
     at = cloud * P * C + row[:, None].to(tl.int64) * C + c[None, :]
-    shared = _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    x = _load(x_ptr + at, mask) + shared[None, :]
+    shared = load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    x = load(x_ptr + at, mask) + shared[None, :]
     # Relative to a group's first element, so that equal values have exactly their mean, however one divides.
-    first = _load(x_ptr + cloud * P * C + g * CG, g < G) + _load_offset(offset_ptr, offset_stride, cloud, g * CG, g < G)
+    first = load(x_ptr + cloud * P * C + g * CG, g < G) + load_offset(offset_ptr, offset_stride, cloud, g * CG, g < G)
     n = tl.full((), CG, tl.float32) * P  # P may be a constant: 1
-    delta = tl.where(mask, x - _by_channel(first, GROUPS, WIDTH)[None, :], 0.0)
-    mean = first + _by_group(tl.sum(delta, 0), GROUPS, WIDTH) / n
-    x = tl.where(mask, x - _by_channel(mean, GROUPS, WIDTH)[None, :], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(_by_group(tl.sum(x * x, 0), GROUPS, WIDTH) / n + eps))
+    delta = tl.where(mask, x - by_channel(first, GROUPS, WIDTH)[None, :], 0.0)
+    mean = first + by_group(tl.sum(delta, 0), GROUPS, WIDTH) / n
+    x = tl.where(mask, x - by_channel(mean, GROUPS, WIDTH)[None, :], 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(by_group(tl.sum(x * x, 0), GROUPS, WIDTH) / n + eps))
     tl.store(stats_ptr + cloud * 2 * G + g, mean, mask=g < G)  # for the backward
     tl.store(stats_ptr + cloud * 2 * G + G + g, rstd, mask=g < G)
 
-    slope = _by_channel(rstd, GROUPS, WIDTH) * _load(scale_ptr + cloud * scale_stride + c, in_c)
-    shift = _load(shift_ptr + cloud * shift_stride + c, in_c)
+    slope = by_channel(rstd, GROUPS, WIDTH) * load(scale_ptr + cloud * scale_stride + c, in_c)
+    shift = load(shift_ptr + cloud * shift_stride + c, in_c)
     y = _act(slope[None, :] * x + shift[None, :], SILU)
     y = _drop(y, cloud * P + row, first_group * CG, c, C, key_ptr, threshold, keep_scale, VECTORS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -415,13 +381,13 @@ def _adagn_held_kernel(  # type: ignore[no-untyped-def]
 def _saved(scale_ptr, shift_ptr, offset_ptr, stats_ptr, strides, cloud, group, c, in_c, G):  # type: ignore[no-untyped-def]
     """By channel: what to subtract from x, rstd, scale and shift."""
     scale_stride, shift_stride, offset_stride = strides
-    mean = _load(stats_ptr + cloud * 2 * G + group, in_c) - _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    rstd = _load(stats_ptr + cloud * 2 * G + G + group, in_c)
+    mean = load(stats_ptr + cloud * 2 * G + group, in_c) - load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    rstd = load(stats_ptr + cloud * 2 * G + G + group, in_c)
     return (
         mean,
         rstd,
-        _load(scale_ptr + cloud * scale_stride + c, in_c),
-        _load(shift_ptr + cloud * shift_stride + c, in_c),
+        load(scale_ptr + cloud * scale_stride + c, in_c),
+        load(shift_ptr + cloud * shift_stride + c, in_c),
     )
 
 
@@ -457,7 +423,7 @@ def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     bundles = tl.cdiv(G, GROUPS)
     cloud = (tl.program_id(0) // bundles).to(tl.int64)
     first_group = tl.program_id(0) % bundles * GROUPS
-    group, c, in_c = _locate(first_group, C, CG, GROUPS, WIDTH)
+    group, c, in_c = locate(first_group, C, CG, GROUPS, WIDTH)
     row = tl.arange(0, ROWS)
     mask = (row < P)[:, None] & in_c[None, :]
     at = cloud * P * C + row[:, None].to(tl.int64) * C + c[None, :]
@@ -475,15 +441,15 @@ def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     )
     slope = rstd * scale
 
-    x = tl.where(mask, _load(x_ptr + at, mask) - mean[None, :], 0.0)
-    dz = _load(dy_ptr + at, mask)
+    x = tl.where(mask, load(x_ptr + at, mask) - mean[None, :], 0.0)
+    dz = load(dy_ptr + at, mask)
     dz = _drop(dz, cloud * P + row, first_group * CG, c, C, key_ptr, threshold, keep_scale, VECTORS)
     dz = _act_backward(dz, x, slope, shift, SILU)
     s1, s2 = tl.sum(dz, 0), tl.sum(dz * x, 0) * rstd
     n = tl.full((), CG, tl.float32) * P
     m1, m2 = _group_sums(s1, s2, scale, n, GROUPS, WIDTH)
-    m1 = rstd * _by_channel(m1, GROUPS, WIDTH)
-    m2 = rstd * rstd * _by_channel(m2, GROUPS, WIDTH)
+    m1 = rstd * by_channel(m1, GROUPS, WIDTH)
+    m2 = rstd * rstd * by_channel(m2, GROUPS, WIDTH)
     dx = slope[None, :] * dz - m1[None, :] - m2[None, :] * x
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     _store_sums(
@@ -508,28 +474,14 @@ def _adagn_stats_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
 ):
     """Mean and sum of squared deviations of a chunk's groups, (B, chunks, 2, G)."""
-    cloud, first, end = _chunk(P, chunks, chunk_rows)
-    _, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
-    shared = _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    row = tl.arange(0, ROWS)
-    offset = row[:, None] * C + c[None, :]
-    mean = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
-    squares = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
-    step = 0.0
-    for begin in range(first, end, ROWS):
-        step += 1.0
-        mask = (begin + row < end)[:, None] & in_c[None, :]
-        x = _load(x_ptr + (cloud * P + begin) * C + offset, mask) + shared[None, :]
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / step)
-        squares += delta * (x - mean)
-
-    count = ((end - first - row + ROWS - 1) // ROWS).to(tl.float32)  # of values, by row of the block
-    count = tl.where(in_c[None, :], tl.maximum(count, 0.0)[:, None], 0.0)
+    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
+    _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
+    shared = load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    mean, squares, count = running_moments(x_ptr, shared, cloud, first, end, P, C, c, in_c, ROWS)
     # Not the fast division, whose mean of equal values may not be that value.
-    group_mean = tl.div_rn(_by_group(tl.sum(count * mean, 0), GROUPS, WIDTH), ((end - first) * CG).to(tl.float32))
-    error = mean - _by_channel(group_mean, GROUPS, WIDTH)[None, :]
-    group_squares = _by_group(tl.sum(squares + count * error * error, 0), GROUPS, WIDTH)
+    group_mean = tl.div_rn(by_group(tl.sum(count * mean, 0), GROUPS, WIDTH), ((end - first) * CG).to(tl.float32))
+    error = mean - by_channel(group_mean, GROUPS, WIDTH)[None, :]
+    group_squares = by_group(tl.sum(squares + count * error * error, 0), GROUPS, WIDTH)
     g = tl.arange(0, GROUPS)
     out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * G + g
     tl.store(out_ptr, group_mean, mask=g < G)
@@ -540,7 +492,7 @@ def _adagn_stats_kernel(  # type: ignore[no-untyped-def]
 def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mean and variance of a cloud's groups from those of its chunks."""
     g = tl.arange(0, GROUPS)
-    mean = _load(partial_ptr + g, g < G)  # of the first chunk: from there equal means stay exact, however one divides
+    mean = load(partial_ptr + g, g < G)  # of the first chunk: from there equal means stay exact, however one divides
     squares = tl.zeros((GROUPS,), tl.float32)
     count = 0.0
     for begin in range(0, chunks, CHUNKS):
@@ -549,11 +501,11 @@ def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl
         n = tl.where(chunk < chunks, rows, 0).to(tl.float32)[:, None]
         mask = (chunk < chunks)[:, None] & (g < G)[None, :]
         ptr = partial_ptr + chunk[:, None] * 2 * G + g[None, :]
-        means = _load(ptr, mask)
+        means = load(ptr, mask)
         block_count = tl.sum(n)
         block_mean = mean + tl.sum(n * (means - mean[None, :]), 0) / block_count
         error = means - block_mean[None, :]
-        block_squares = tl.sum(_load(ptr + G, mask) + n * CG * error * error, 0)
+        block_squares = tl.sum(load(ptr + G, mask) + n * CG * error * error, 0)
         share = block_count / (count + block_count)
         delta = block_mean - mean
         mean += delta * share
@@ -591,7 +543,7 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    cloud, first, end = _chunk(P, chunks, chunk_rows)
+    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
     mean, var = _combine(partial_ptr + cloud * chunks * 2 * G, P, G, chunks, chunk_rows, CG, GROUPS, CHUNKS)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     if first == 0:  # for the backward
@@ -599,17 +551,17 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(stats_ptr + cloud * 2 * G + g, mean, mask=g < G)
         tl.store(stats_ptr + cloud * 2 * G + G + g, rstd, mask=g < G)
 
-    _, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
-    slope = _by_channel(rstd, GROUPS, WIDTH) * _load(scale_ptr + cloud * scale_stride + c, in_c)
-    shift = _load(shift_ptr + cloud * shift_stride + c, in_c)
-    shared = _load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    mean = _by_channel(mean, GROUPS, WIDTH)
+    _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
+    slope = by_channel(rstd, GROUPS, WIDTH) * load(scale_ptr + cloud * scale_stride + c, in_c)
+    shift = load(shift_ptr + cloud * shift_stride + c, in_c)
+    shared = load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    mean = by_channel(mean, GROUPS, WIDTH)
     row = tl.arange(0, ROWS)
     offset = row[:, None] * C + c[None, :]
     for begin in range(first, end, ROWS):
         mask = (begin + row < end)[:, None] & in_c[None, :]
         base = (cloud * P + begin) * C
-        x = _load(x_ptr + base + offset, mask) + shared[None, :]
+        x = load(x_ptr + base + offset, mask) + shared[None, :]
         y = _act(slope[None, :] * (x - mean[None, :]) + shift[None, :], SILU)
         y = _drop(y, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -643,8 +595,8 @@ def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
     VECTORS: tl.constexpr,
 ):
     """Of a chunk: sums of dz, dz xhat and u - mean, (B, chunks, 3, C)."""
-    cloud, first, end = _chunk(P, chunks, chunk_rows)
-    group, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
+    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
+    group, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
     mean, rstd, scale, shift = _saved(
         scale_ptr,
         shift_ptr,
@@ -666,8 +618,8 @@ def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
     for begin in range(first, end, ROWS):
         mask = (begin + row < end)[:, None] & in_c[None, :]
         base = (cloud * P + begin) * C
-        x = tl.where(mask, _load(x_ptr + base + offset, mask) - mean[None, :], 0.0)
-        dz = _load(dy_ptr + base + offset, mask)
+        x = tl.where(mask, load(x_ptr + base + offset, mask) - mean[None, :], 0.0)
+        dz = load(dy_ptr + base + offset, mask)
         dz = _drop(dz, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
         dz = _act_backward(dz, x, slope, shift, SILU)
         s1 += dz
@@ -700,7 +652,7 @@ def _adagn_bwd_combine_kernel(  # type: ignore[no-untyped-def]
 ):
     """Of one cloud: m1 and m2 (B, 2, G), and the gradients of scale, shift and offset."""
     cloud = tl.program_id(0).to(tl.int64)
-    group, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
+    group, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
     sums1 = tl.zeros((CHUNKS, GROUPS * WIDTH), tl.float32)
     sums2 = tl.zeros((CHUNKS, GROUPS * WIDTH), tl.float32)
     sumsx = tl.zeros((CHUNKS, GROUPS * WIDTH), tl.float32)
@@ -708,19 +660,19 @@ def _adagn_bwd_combine_kernel(  # type: ignore[no-untyped-def]
         chunk = begin + tl.arange(0, CHUNKS)
         mask = (chunk < chunks)[:, None] & in_c[None, :]
         ptr = partial_ptr + (cloud * chunks + chunk)[:, None] * 3 * C + c[None, :]
-        sums1 += _load(ptr, mask)
-        sums2 += _load(ptr + C, mask)
-        sumsx += _load(ptr + 2 * C, mask)
+        sums1 += load(ptr, mask)
+        sums2 += load(ptr + C, mask)
+        sumsx += load(ptr + 2 * C, mask)
     s1, s2 = tl.sum(sums1, 0), tl.sum(sums2, 0)
-    scale = _load(scale_ptr + cloud * scale_stride + c, in_c)
-    rstd = _load(stats_ptr + cloud * 2 * G + G + group, in_c)
+    scale = load(scale_ptr + cloud * scale_stride + c, in_c)
+    rstd = load(stats_ptr + cloud * 2 * G + G + group, in_c)
     n = tl.full((), CG, tl.float32) * P  # P may be a constant: 1
     m1, m2 = _group_sums(s1, s2, scale, n, GROUPS, WIDTH)
     g = tl.arange(0, GROUPS)
     means_ptr += cloud * 2 * G + g
     tl.store(means_ptr, m1, mask=g < G)
     tl.store(means_ptr + G, m2, mask=g < G)
-    m1, m2 = _by_channel(m1, GROUPS, WIDTH), _by_channel(m2, GROUPS, WIDTH)
+    m1, m2 = by_channel(m1, GROUPS, WIDTH), by_channel(m2, GROUPS, WIDTH)
     doffset = rstd * (scale * s1 - m1 * P - m2 * rstd * tl.sum(sumsx, 0))
     _store_sums(dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, doffset)
 
@@ -753,8 +705,8 @@ def _adagn_bwd_kernel(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    cloud, first, end = _chunk(P, chunks, chunk_rows)
-    group, c, in_c = _locate(0, C, CG, GROUPS, WIDTH)
+    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
+    group, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
     mean, rstd, scale, shift = _saved(
         scale_ptr,
         shift_ptr,
@@ -769,14 +721,14 @@ def _adagn_bwd_kernel(  # type: ignore[no-untyped-def]
     )
     slope = rstd * scale
     group += cloud * 2 * G
-    m1, m2 = rstd * _load(means_ptr + group, in_c), rstd * rstd * _load(means_ptr + G + group, in_c)
+    m1, m2 = rstd * load(means_ptr + group, in_c), rstd * rstd * load(means_ptr + G + group, in_c)
     row = tl.arange(0, ROWS)
     offset = row[:, None] * C + c[None, :]
     for begin in range(first, end, ROWS):
         mask = (begin + row < end)[:, None] & in_c[None, :]
         base = (cloud * P + begin) * C
-        x = _load(x_ptr + base + offset, mask) - mean[None, :]
-        dz = _load(dy_ptr + base + offset, mask)
+        x = load(x_ptr + base + offset, mask) - mean[None, :]
+        dz = load(dy_ptr + base + offset, mask)
         dz = _drop(dz, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
         dz = _act_backward(dz, x, slope, shift, SILU)
         dx = slope[None, :] * dz - m1[None, :] - m2[None, :] * x
@@ -806,33 +758,6 @@ class _Held:
         self.block = {"CG": cg, "GROUPS": groups, "WIDTH": width, "ROWS": rows, "VECTORS": vectors, "num_warps": warps}
 
 
-class _Chunks:
-    """A cloud's rows in chunks, one a program, with all groups."""
-
-    def __init__(self, x: Tensor, num_groups: int, per_thread: int) -> None:
-        self.B, self.P, self.C = len(x), math.prod(x.shape[1:-1]), x.shape[-1]
-        width = triton.next_power_of_2(self.C // num_groups)
-        groups = triton.next_power_of_2(num_groups)
-        places = groups * width
-        warps = min(max(places // 256, _WARPS), 16)
-        rows = max(32 * warps * per_thread // places, 1)
-        least = max(_LEAST_CHUNK, x.numel() // _PROGRAMS) // places
-        steps = triton.cdiv(max(least, triton.cdiv(self.P, _MOST_CHUNKS)), rows)
-        self.chunk_rows = max(steps, 1) * rows
-        self.chunks = triton.cdiv(self.P, self.chunk_rows)
-        self.channels = {"CG": self.C // num_groups, "GROUPS": groups, "WIDTH": width, "num_warps": warps}
-        self.rows = {"ROWS": rows, **self.channels}
-        self.vectors = self.C // num_groups == width and self.C % 8 == 0
-        self.sizes = (self.P, self.C, num_groups, self.chunks)
-        self.grid = (self.B * self.chunks,)
-
-
-def _per_cloud(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """All with unit stride over channels, and their strides over clouds: views of one tensor are not copied."""
-    unit = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in tensors]
-    return unit, [0 if t is None else t.stride(0) for t in unit]
-
-
 def _empty_forward(
     x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, key: Tensor | None, num_groups: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -854,7 +779,7 @@ def _adagn_op(
     """y, and mean and rstd (B, 2, G)."""
     x = x.contiguous()
     y, stats = _empty_forward(x, scale, shift, offset, key, num_groups)
-    style, strides = _per_cloud(scale, shift, offset)
+    style, strides = per_cloud(scale, shift, offset)
     tensors = (x, *style, key.contiguous() if key is not None and dropout else None)
     drop = keep_threshold(dropout)
     held = _Held(x, num_groups, _HELD)
@@ -862,7 +787,7 @@ def _adagn_op(
         sizes = (*strides, eps, *held.sizes, *drop)
         launch(_adagn_held_kernel, held.grid, *tensors, stats, y, *sizes, SILU=silu, **held.block)
         return y, stats
-    cut = _Chunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
+    cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     partials = x.new_empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32)
     sizes = (*cut.sizes, cut.chunk_rows)
     launch(_adagn_stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
@@ -911,7 +836,7 @@ def _adagn_bwd_op(
     out = dx, dscale, dshift, doffset = _empty_backward(dy, x, scale, shift, offset)
     gradients = (dscale, dshift, None if offset is None else doffset)
     num_groups = stats.shape[2]
-    style, strides = _per_cloud(scale, shift, offset)
+    style, strides = per_cloud(scale, shift, offset)
     tensors = (dy, x, *style, key.contiguous() if key is not None and dropout else None, stats)
     drop = keep_threshold(dropout)
     held = _Held(x, num_groups, _HELD_BACKWARD)
@@ -919,7 +844,7 @@ def _adagn_bwd_op(
         sizes = (*strides, *held.sizes, *drop)
         launch(_adagn_held_bwd_kernel, held.grid, *tensors, dx, *gradients, *sizes, SILU=silu, **held.block)
         return out
-    cut = _Chunks(x, num_groups, _ELEMENTS_PER_THREAD)
+    cut = RowChunks(x, num_groups, _ELEMENTS_PER_THREAD)
     partials = x.new_empty((cut.B, cut.chunks, 3, cut.C), dtype=torch.float32)
     means = torch.empty_like(stats)
     sizes = (*strides, *cut.sizes, cut.chunk_rows, *drop)

@@ -173,7 +173,7 @@ def avg_voxelize_reference(
     plan: VoxelPlan | None = None,
 ) -> Float[Tensor, "B R R R C"]:
     """Plain PyTorch form of :func:`avg_voxelize`."""
-    matrices = matrices_of(plan, coords, resolution, features)
+    matrices = _matrices_of(plan, coords, resolution, features)
     voxels = product_reference(features.flatten(0, 1), matrices.near_t, matrices.near)
     return voxels.view(len(features), *[resolution] * 3, features.shape[-1])
 
@@ -182,19 +182,29 @@ def trilinear_devoxelize_reference(
     voxels: Float[Tensor, "B R R R C"], coords: Float[Tensor, "B N 3"], plan: VoxelPlan | None = None
 ) -> Float[Tensor, "B N C"]:
     """Plain PyTorch form of :func:`trilinear_devoxelize`."""
-    matrices = matrices_of(plan, coords, voxels.shape[1], voxels)
-    corners_t = matrices.corners_t or _transposed(matrices.corners, voxels[..., 0].numel())
-    features = product_reference(voxels.flatten(0, 3), matrices.corners, corners_t)
+    features = product_reference(voxels.flatten(0, 3), *corners_of(plan, coords, voxels.shape[1], voxels))
     return features.view(*coords.shape[:2], voxels.shape[-1])
 
 
-def matrices_of(plan: VoxelPlan | None, coords: Tensor, resolution: int, features: Tensor) -> Matrices:
+def _matrices_of(plan: VoxelPlan | None, coords: Tensor, resolution: int, features: Tensor) -> Matrices:
     """A plan's matrices, made here in the precision of the features if it has none."""
     if plan is None or plan.matrices is None:
         dtype = torch.promote_types(coords.dtype, features.dtype)
         plan = plan_voxels(coords.to(dtype), resolution, impl="reference")
     assert plan.matrices is not None
     return plan.matrices
+
+
+def corners_of(
+    plan: VoxelPlan | None, coords: Tensor, resolution: int, voxels: Tensor
+) -> tuple[SparseRows, SparseRows]:
+    """A plan's trilinear gather and its transpose; where that is not there and not needed, anything in its place."""
+    matrices = _matrices_of(plan, coords, resolution, voxels)
+    if matrices.corners_t is not None:
+        return matrices.corners, matrices.corners_t
+    if torch.is_grad_enabled() and voxels.requires_grad:
+        return matrices.corners, _transposed(matrices.corners, voxels[..., 0].numel())
+    return matrices.corners, matrices.corners
 
 
 def cells_of(plan: VoxelPlan | None, coords: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -612,7 +622,7 @@ def avg_voxelize(
     if features.shape[1] != coords.shape[1]:
         raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
     resolution = check_integer("resolution", resolution, 1)
-    _check_plan(plan, coords, resolution)
+    check_plan(plan, coords, resolution)
     if not use_triton(impl, features):
         return avg_voxelize_reference(features, coords, resolution, plan)
     return _avg_voxelize_op(features, *cells_of(plan, coords, resolution), resolution)[0]
@@ -634,18 +644,24 @@ def trilinear_devoxelize(
     Returns (B, N, C). Differentiable in the voxels (once, by Triton). Deterministic, backward too.
     Source: PVConv (module docstring). ValueError: shapes, dtypes, devices or a plan that do not fit.
     """
-    check_float("voxels", voxels)
-    if voxels.ndim != 5 or len(set(voxels.shape[1:4])) != 1 or voxels.shape[1] == 0 or voxels.shape[4] == 0:
-        raise ValueError(f"voxels: expected shape (B, R, R, R, C) with R >= 1 and C >= 1, got {tuple(voxels.shape)}")
+    check_voxels(voxels)
     check_points("coords", coords)
     check_same(voxels=voxels, coords=coords)
-    _check_plan(plan, coords, voxels.shape[1])
+    check_plan(plan, coords, voxels.shape[1])
     if not use_triton(impl, voxels):
         return trilinear_devoxelize_reference(voxels, coords, plan)
     return _trilinear_devoxelize_op(voxels, *cells_of(plan, coords, voxels.shape[1]))
 
 
-def _check_plan(plan: VoxelPlan | None, coords: Tensor, resolution: int) -> None:
+def check_voxels(voxels: Tensor) -> None:
+    """Raise ``ValueError`` unless ``voxels`` is a floating batch of cubic grids (B, R, R, R, C)."""
+    check_float("voxels", voxels)
+    if voxels.ndim != 5 or len(set(voxels.shape[1:4])) != 1 or voxels.shape[1] == 0 or voxels.shape[4] == 0:
+        raise ValueError(f"voxels: expected shape (B, R, R, R, C) with R >= 1 and C >= 1, got {tuple(voxels.shape)}")
+
+
+def check_plan(plan: VoxelPlan | None, coords: Tensor, resolution: int) -> None:
+    """Raise ``ValueError`` unless a plan, if there is one, is of such coordinates at this resolution."""
     if plan is None:
         return
     if plan.resolution != resolution:
