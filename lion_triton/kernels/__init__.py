@@ -7,10 +7,11 @@ Shapes, dtypes and devices are always checked; values are not, as that would wai
 from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.adagn_devoxelize import adagn_devoxelize
-from lion_triton.kernels.diffusion import ancestral_step, gaussian_kl, noise_mse, posterior_q_sample, q_sample
+from lion_triton.kernels.diffusion import ancestral_step, posterior_q_sample, q_sample
 from lion_triton.kernels.dropout import dropout
 from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.gather import group, three_interpolate
+from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
 from lion_triton.kernels.noise import normal_noise
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd

@@ -52,10 +52,15 @@ def check_same(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all tensors share one device and one batch size (dimension 0)."""
     (first, a), *rest = tensors.items()
     for name, b in rest:
-        if a.device != b.device:
-            raise ValueError(f"{name}: expected the device of {first} ({a.device}), got {b.device}")
+        check_device(name, b, first, a)
         if a.shape[0] != b.shape[0]:
             raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
+
+
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is where ``like`` is."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of {like_name} ({like.device}), got {x.device}")
 
 
 def check_finite(**clouds: Tensor) -> None:

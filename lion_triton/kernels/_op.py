@@ -12,13 +12,16 @@ Nothing else in the package derives from ``torch.autograd.Function``, references
 such a class, and in PyTorch 2.11 its gradients are zero, without a word, wherever ``forward`` returns a tensor that it
 made in place, by ``out=`` or by a ``to`` that had nothing to do. It does not look into an op.
 
-An op may not return its inputs, nor views of them or of one another, and all that it returns is new and contiguous. A
-call costs the host less than half of what one by ``torch.library.custom_op`` does (``pytest bench/``).
+An op may not return its inputs, nor views of them or of one another, and all that it returns is new and contiguous.
+
+Where nobody traces, PyTorch's dispatcher does nothing but cost time, as much as all the rest of a call: there the
+function is called directly, or by an autograd function of its own (``pytest bench/`` has the figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +33,15 @@ Gradients = tuple[Tensor | None, ...]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("lion_triton", "FRAGMENT")
+# Types of arguments that nobody traces; the fake tensors of torch.compile are of another.
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, list, torch.dtype}
 
 
 def op(*, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
     """Make a function of tensors and numbers, which changes none of them, the op of its name (``_<name>_op``).
 
     fake: the same arguments to empty results of the right shapes, dtypes and device; sizes may be symbols.
+    Called by position. The op itself is ``torch.ops.lion_triton.<name>``.
     """
 
     def register(function: _Function) -> _Function:
@@ -44,9 +50,28 @@ def op(*, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lion_triton::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.lion_triton, name).default
+        made: Any = _Op(function, getattr(torch.ops.lion_triton, name).default)
+        return made
 
     return register
+
+
+class _Op:
+    def __init__(self, function: Callable[..., Any], overload: Any) -> None:
+        self.function, self.overload = function, overload
+        self.node: Any = None  # its autograd function
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _traced(args):
+            return self.overload(*args)
+        if self.node is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.node.apply(*args)
+        return self.function(*args)
+
+
+def _traced(args: tuple[Any, ...]) -> bool:
+    """Whether somebody else than autograd wants to know of a call with these arguments."""
+    return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, args))
 
 
 def gradient(
@@ -61,49 +86,56 @@ def gradient(
     """
 
     def register(backward: _Function) -> _Function:
-        nothing = (None,) * len(op._schema.arguments)
-
-        def node_forward(ctx: Any, *args: Any) -> Any:
+        def below_autograd(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                out = op(*args)
-            ctx.set_materialize_grads(False)
-            saved = save(*args, out)
-            ctx.others = [None if isinstance(x, Tensor) else x for x in saved]
-            ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in saved])
-            if not isinstance(out, Tensor):
-                ctx.mark_non_differentiable(*out[results:])
-            return out
+                return op.overload(*args)
 
-        def node_backward(ctx: Any, *grads_out: Tensor | None) -> Gradients:
-            given = grads_out[:results]
-            if all(grad is None for grad in given):
-                return nothing
-            saved = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-            grads = backward(ctx.needs_input_grad, *given, *saved)
-            return grads + nothing[len(grads) :]
-
-        # With gradients off it is the same, and 2 us quicker.
-        guarded = once_differentiable(node_backward) if once else node_backward
-
-        def node_backward_once(ctx: Any, *grads: Tensor | None) -> Gradients:
-            return (guarded if torch.is_grad_enabled() else node_backward)(ctx, *grads)
-
-        node: Any = type(
-            op._opname,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(node_forward),
-                "backward": staticmethod(node_backward_once),
-            },
-        )
+        traced = _node(op.overload, below_autograd, save, backward, results, once)
 
         def dispatch(*args: Any) -> Any:
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return node.apply(*args)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+            differentiate = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+            return traced.apply(*args) if differentiate else below_autograd(*args)
 
-        _LIBRARY.impl(op, dispatch, "Autograd")
+        _LIBRARY.impl(op.overload, dispatch, "Autograd")
+        op.node = _node(op.overload, op.function, save, backward, results, once)
         return backward
 
     return register
+
+
+def _node(
+    overload: Any,
+    run: Callable[..., Any],
+    save: Callable[..., Any],
+    backward: Callable[..., Gradients],
+    results: int,
+    once: bool,
+) -> Any:
+    """The autograd function that runs ``run`` forward."""
+    nothing = (None,) * len(overload._schema.arguments)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        out = run(*args)
+        ctx.set_materialize_grads(False)
+        saved = save(*args, out)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in saved]
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in saved])
+        if not isinstance(out, Tensor):
+            ctx.mark_non_differentiable(*out[results:])
+        return out
+
+    def gradients(ctx: Any, *all_grads: Tensor | None) -> Gradients:
+        given = all_grads[:results]
+        if all(grad is None for grad in given):
+            return nothing
+        saved = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        grads = backward(ctx.needs_input_grad, *given, *saved)
+        return (*grads, *nothing[len(grads) :])
+
+    guarded = once_differentiable(gradients) if once else gradients
+
+    def gradients_once(ctx: Any, *grads: Tensor | None) -> Gradients:
+        return (guarded if torch.is_grad_enabled() else gradients)(ctx, *grads)  # unguarded it is 2 us quicker
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(gradients_once)}
+    return type(overload._opname, (torch.autograd.Function,), functions)

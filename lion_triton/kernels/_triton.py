@@ -29,6 +29,11 @@ except ImportError:
     triton = tl = _Missing()
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a kernel on the device of its first argument; where there is nothing to do, nothing is run."""
     if 0 not in grid:
@@ -36,4 +41,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
 
 
-__all__ = ["launch", "tl", "triton"]
+__all__ = ["cdiv", "launch", "tl", "triton"]

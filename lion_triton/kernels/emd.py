@@ -53,7 +53,7 @@ from torch import Tensor
 from lion_triton.kernels._checks import Impl, check_clouds, check_finite, sums_dtype, upcast, use_triton
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._points import block_size, load_points, squared_distances
-from lion_triton.kernels._triton import launch, tl, triton
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
 from lion_triton.kernels.gather import group_reference
 
 _LEVELS = (*(-(4.0**j) for j in range(7, -2, -1)), 0.0)
@@ -298,7 +298,7 @@ def match_costs(
         block = _SMALL_BLOCK if few else _BLOCK if tensors[-1] is None else _GRAD_BLOCK
         launch(
             kernel,
-            (pairs * triton.cdiv(points, block),),
+            (pairs * cdiv(points, block),),
             *(*tensors, N, M, first, repeat, len(y), level * math.log2(math.e)),
             **powers,
             BLOCK=block,

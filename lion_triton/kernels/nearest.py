@@ -32,7 +32,7 @@ from lion_triton.kernels._points import (
     points_per_program,
     sqdist_blocks,
 )
-from lion_triton.kernels._triton import launch, tl, triton
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
 from lion_triton.kernels.gather import group_reference, index_dtype
 from lion_triton.kernels.rows import transpose
 
@@ -178,7 +178,7 @@ def _launch_nearest(
     x: Tensor, y: Tensor, block: int, *, sqdist: Tensor | None = None, idx: Tensor, partials: Tensor | None = None
 ) -> None:
     (B, N), M = x.shape[:2], y.shape[1]
-    x_blocks = triton.cdiv(N, block)
+    x_blocks = cdiv(N, block)
     blocks = x_blocks if partials is None else partials.shape[1]
     launch(
         _nearest_kernel,
@@ -206,7 +206,7 @@ def _launch_nearest_bwd(grad: Tensor, x: Tensor, y: Tensor, partner: Tensor, per
     source, start, _ = transpose(partner[:, None], None, len(rows), impl="triton")
     launch(
         _nearest_bwd_kernel,
-        (triton.cdiv(len(rows), _PULL_BLOCK),),
+        (cdiv(len(rows), _PULL_BLOCK),),
         grad.contiguous(),
         rows,
         partner,
@@ -274,7 +274,7 @@ def _empty_partner(x: Tensor, y: Tensor) -> Tensor:
 def _chamfer_distance_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     partner = _empty_partner(x, y)
     block = points_per_program(len(partner), _BLOCKS)
-    blocks = triton.cdiv(x.shape[1], block) + triton.cdiv(y.shape[1], block)
+    blocks = cdiv(x.shape[1], block) + cdiv(y.shape[1], block)
     partials = x.new_empty((x.shape[0], blocks), dtype=torch.float32)
     _launch_nearest(x, y, block, idx=partner, partials=partials)
     return partials.sum(1).to(sums_dtype(x)), partner

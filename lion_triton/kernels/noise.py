@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_integer, use_triton
 from lion_triton.kernels._op import op
-from lion_triton.kernels._triton import launch, tl, triton
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
 
 _U32 = 0xFFFFFFFF
 _BLOCK = 256  # counters per program
@@ -168,7 +168,7 @@ def _empty_noise(shape: list[int], key: Tensor) -> Tensor:
 @op(fake=_empty_noise)
 def _normal_noise_op(shape: list[int], key: Tensor) -> Tensor:
     out = _empty_noise(shape, key)
-    grid = (triton.cdiv(out.numel(), 4 * _BLOCK),)
+    grid = (cdiv(out.numel(), 4 * _BLOCK),)
     launch(_normal_noise_kernel, grid, key.contiguous(), out, out.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
 

@@ -29,7 +29,7 @@ from lion_triton.kernels._points import (
     points_per_program,
     sqdist_blocks,
 )
-from lion_triton.kernels._triton import launch, tl, triton
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
 
 _THREE_BLOCKS, _THREE_WARPS = (256, 128), 4  # three distances and indices a point: 512 spill
 _BALL_BLOCKS = (64, 32)  # one warp: it stops when all its centres are full
@@ -157,7 +157,7 @@ def _ball_query_op(centers: Tensor, points: Tensor, radius: float, k: int) -> Te
     idx = _empty_ball(centers, points, radius, k)
     B, M = centers.shape[:2]
     block = points_per_program(B * M, _BALL_BLOCKS)
-    blocks = triton.cdiv(M, block)
+    blocks = cdiv(M, block)
     launch(
         _ball_query_kernel,
         (B * blocks,),
@@ -185,7 +185,7 @@ def _three_nn_op(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     weights, idx = _empty_three(points, centers)
     B, N = points.shape[:2]
     block = points_per_program(B * N, _THREE_BLOCKS)
-    blocks = triton.cdiv(N, block)
+    blocks = cdiv(N, block)
     launch(
         _three_nn_kernel,
         (B * blocks,),

@@ -205,18 +205,18 @@ def test_opcheck(extra: bool) -> None:
     voxels, coords, scale, shift, squeeze, excite, offset, points = inputs
     cells = plan_voxels(coords, 2, impl="triton").cells
     style = (scale, shift, offset, squeeze, excite)
-    torch.library.opcheck(_adagn_devoxelize_op, (voxels, coords, *cells, *style, points, 4, EPS))
+    torch.library.opcheck(_adagn_devoxelize_op.overload, (voxels, coords, *cells, *style, points, 4, EPS))
     style = [None if v is None else v.detach() for v in style]
     with torch.no_grad():
         y, raw, _, saved, hidden = _adagn_devoxelize_op(voxels, coords, *cells, *style, points, 4, EPS)
     backward = (y, voxels.detach(), coords, *cells, *style, raw, saved, hidden, 4)
     never_differentiated = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_adagn_devoxelize_bwd_op, backward, test_utils=never_differentiated)
+    torch.library.opcheck(_adagn_devoxelize_bwd_op.overload, backward, test_utils=never_differentiated)
     matrices, x = plan_voxels(coords, 2, impl="reference").matrices, voxels.detach().flatten(1, 3)
-    torch.library.opcheck(_gather_moments_op, (x.requires_grad_(), *matrices.corners, *matrices.corners_t))
+    torch.library.opcheck(_gather_moments_op.overload, (x.requires_grad_(), *matrices.corners, *matrices.corners_t))
     mean = torch.zeros(2, 8, device=DEVICE)
     backward = (x.detach(), mean, y.flatten(0, 1), mean, mean, *matrices.corners_t)
-    torch.library.opcheck(_gather_moments_bwd_op, backward, test_utils=never_differentiated)
+    torch.library.opcheck(_gather_moments_bwd_op.overload, backward, test_utils=never_differentiated)
 
 
 @BOTH

@@ -70,7 +70,7 @@ def test_gradcheck() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(_dropout_op, (torch.randn(3, 5, device=DEVICE, requires_grad=True), _key(), 0.5))
+    torch.library.opcheck(_dropout_op.overload, (torch.randn(3, 5, device=DEVICE, requires_grad=True), _key(), 0.5))
 
 
 @BOTH

@@ -217,8 +217,8 @@ class TestKernels:
 
     def test_opcheck(self) -> None:
         x, y = make_clouds(2, 1, 2)
-        for op in (emd._approx_emd_op, emd._approx_emd_reference_op):
-            torch.library.opcheck(op, (x.requires_grad_(), y, True, False))
+        for op in (torch.ops.lion_triton.approx_emd, torch.ops.lion_triton.approx_emd_reference):
+            torch.library.opcheck(op.default, (x.requires_grad_(), y, True, False))
 
 
 class TestExactEMD:

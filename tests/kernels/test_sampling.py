@@ -123,9 +123,8 @@ def test_compiles_whole() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(
-        sampling._furthest_point_sample_op, (rand(2, 5, 3), 3), test_utils=("test_schema", "test_faketensor")
-    )
+    op = torch.ops.lion_triton.furthest_point_sample.default
+    torch.library.opcheck(op, (rand(2, 5, 3), 3), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

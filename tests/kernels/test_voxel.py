@@ -342,16 +342,18 @@ def test_empty_batch(impl: Impl) -> None:
 
 def test_opcheck() -> None:
     coords = _random(2, 9, 3).to(DEVICE)
-    torch.library.opcheck(voxel._voxel_coords_op, (coords, 3))
-    torch.library.opcheck(voxel._cells_op, (coords, 3))
+    torch.library.opcheck(voxel._voxel_coords_op.overload, (coords, 3))
+    torch.library.opcheck(voxel._cells_op.overload, (coords, 3))
     cells, f = voxel._cells_op(coords, 3), torch.randn(2, 9, 4, device=DEVICE)
     v = torch.randn(2, 3, 3, 3, 4, device=DEVICE)
-    torch.library.opcheck(voxel._avg_voxelize_op, (f.requires_grad_(), coords, *cells, 3))
-    torch.library.opcheck(voxel._trilinear_devoxelize_op, (v.requires_grad_(), coords, *cells))
+    torch.library.opcheck(voxel._avg_voxelize_op.overload, (f.requires_grad_(), coords, *cells, 3))
+    torch.library.opcheck(voxel._trilinear_devoxelize_op.overload, (v.requires_grad_(), coords, *cells))
     never_differentiated = ("test_schema", "test_faketensor")
     count = torch.ones(v.shape[:4], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(voxel._avg_voxelize_bwd_op, (v, coords, count), test_utils=never_differentiated)
-    torch.library.opcheck(voxel._trilinear_devoxelize_bwd_op, (f, coords, *cells, 3), test_utils=never_differentiated)
+    torch.library.opcheck(voxel._avg_voxelize_bwd_op.overload, (v, coords, count), test_utils=never_differentiated)
+    torch.library.opcheck(
+        voxel._trilinear_devoxelize_bwd_op.overload, (f, coords, *cells, 3), test_utils=never_differentiated
+    )
 
 
 def test_a_plan_made_without_gradients_serves_with_them() -> None:
