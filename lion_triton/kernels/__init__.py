@@ -13,6 +13,7 @@ from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.gather import group, three_interpolate
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
+from lion_triton.kernels.neighborhood import group_offsets, max_neighbors
 from lion_triton.kernels.noise import normal_noise
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
 from lion_triton.kernels.query import ball_query, three_nn
@@ -34,6 +35,8 @@ __all__ = [
     "furthest_point_sample",
     "gaussian_kl",
     "group",
+    "group_offsets",
+    "max_neighbors",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",
