@@ -75,7 +75,7 @@ def _traced(args: tuple[Any, ...]) -> bool:
 
 
 def gradient(op: Any, *, save: Callable[..., tuple[Any, ...]], once: bool = True) -> Callable[[_Function], _Function]:
-    """Make a function the backward of an op: of the first tensor that it returns, the others are constants.
+    """Make a function the backward of an op that returns a tensor, or a tuple whose first has a gradient and no other.
 
     save: the op's arguments and its result to what the backward needs of them, tensors or not.
     The function gets which arguments need a gradient, the gradient of the result, and what was saved; it returns the
