@@ -143,7 +143,7 @@ def run_ops(device: torch.device) -> None:
                     torch.zeros(c, c // 8, device=device),
                 )
                 args = (style, style, 8, squeeze.requires_grad_(), excite.requires_grad_())
-                extras = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
+                extras: dict[str, Any] = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
                 backward(kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton"))
 
     for n, m in LEVELS:
@@ -158,7 +158,7 @@ def run_ops(device: torch.device) -> None:
 
     for (p, c, dropout, act), dtype in product(sorted(NORMALIZED, key=str), FEATURE_DTYPES):
         x, style = features(p, c, dtype=dtype), features(c)
-        drop = {"dropout": 0.1, "key": key} if dropout else {}
+        drop: dict[str, Any] = {"dropout": 0.1, "key": key} if dropout else {}
         backward(kernels.adagn(x, style, style, None, None, 8, act=act, offset=style, **drop, impl="triton"))
 
     kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")  # a whole cloud of ShapeNet
