@@ -10,7 +10,7 @@ that an operator or a kernel is given and returns, each once: a lower bound, too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
