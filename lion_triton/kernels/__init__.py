@@ -6,8 +6,10 @@ Shapes, dtypes and devices are always checked; values are not, as that would wai
 
 from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
+from lion_triton.kernels.auction import auction_emd
 from lion_triton.kernels.diffusion import ancestral_step, gaussian_kl, noise_mse, posterior_q_sample, q_sample
 from lion_triton.kernels.emd import approx_emd, exact_emd
+from lion_triton.kernels.knn import knn
 from lion_triton.kernels.neighbors import (
     ball_query,
     chamfer_distance,
@@ -26,6 +28,7 @@ __all__ = [
     "adagn",
     "ancestral_step",
     "approx_emd",
+    "auction_emd",
     "avg_voxelize",
     "ball_query",
     "chamfer_distance",
@@ -34,6 +37,7 @@ __all__ = [
     "furthest_point_sample",
     "gaussian_kl",
     "group",
+    "knn",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def check_same(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected the device of {first} ({a.device}), got {b.device}")
         if a.shape[0] != b.shape[0]:
             raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
+
+
+def as_int(name: str, value: Any) -> int:
+    """An integer of Python's, of NumPy's, or a tensor that holds one; raise ``ValueError`` for anything else."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def check_finite(**clouds: Tensor) -> None:

@@ -29,9 +29,11 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lion_triton import kernels
+from lion_triton.kernels._checks import as_int
+from lion_triton.kernels.compat._clouds import furthest_points
 
 __all__ = [
-    "KNN",
+    "_KNN",
     "ball_query",
     "chamfer_distance",
     "knn_gather",
@@ -43,7 +45,7 @@ __all__ = [
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class KNN(NamedTuple):
+class _KNN(NamedTuple):
     """Neighbours in p2 of each point of p1; ``knn`` is None unless it was asked for."""
 
     dists: Float[Tensor, "N P1 K"]
@@ -135,7 +137,7 @@ def knn_points(
     version: int = -1,
     return_nn: bool = False,
     return_sorted: bool = True,
-) -> KNN:
+) -> _KNN:
     """The K points of p2 nearest to each point of p1: squared distances (norm 1: sums of magnitudes) and indices.
 
     Nearest first; in order of the index without ``return_sorted``. K: >= 1, may exceed P2. Slots beyond the points
@@ -143,25 +145,34 @@ def knn_points(
     return_nn: also ``knn_gather(p2, idx, lengths2)``. Distances are differentiable in p1 and p2, knn in p2.
     """
     _check_norm(norm)
-    _check_count("K", K)
+    K = _count("K", K)
     p1, p2 = _check_pair("p1", p1, "p2", p2)
     lengths1, lengths2 = _check_lengths("lengths1", lengths1, p1), _check_lengths("lengths2", lengths2, p2)
     whole = lengths1 is None and lengths2 is None and p1.numel() > 0 and p2.numel() > 0
-    if whole and norm == 2 and K == 1 and p1.shape[2] == 3:
+    if whole and norm == 2 and K == 1 and p1.shape[2] == 3 and p1.is_cuda:
         sqdist, nearest = kernels.nearest_neighbor(p1, p2)
         dists, idx = sqdist[..., None], nearest[..., None].long()
     else:
-        k = min(K, p2.shape[1])
-        idx = _search(p1, p2, lengths2, norm, k, lambda dists: _smallest(dists, k))
-        if lengths2 is not None:
-            idx = idx.masked_fill(_padding(lengths2, k)[:, None], -1)
-        if not return_sorted:  # -1 last
-            idx = torch.where(idx < 0, p2.shape[1], idx).sort(-1).values
-            idx = torch.where(idx < p2.shape[1], idx, -1)
-        idx = _pad(idx, K, lengths1)
-        dists = _distances(p1, p2, idx, norm)
-        idx = idx.clamp(min=0)
-    return KNN(dists, idx, knn_gather(p2, idx, lengths2) if return_nn else None)
+        if lengths1 is not None:  # padding may hold anything, and enters no gradient
+            p1 = p1.masked_fill(_padding(lengths1, p1.shape[1])[..., None], 0)
+        if norm == 2:
+            dists, nearest = kernels.knn(p1, p2, K, lengths=lengths2)
+            idx = nearest.long()
+        else:
+            k = min(K, p2.shape[1])
+            idx = _search(p1, p2, lengths2, norm, k, lambda dists: _smallest(dists, k))
+            if lengths2 is not None:
+                idx = idx.masked_fill(_padding(lengths2, k)[:, None], -1)
+            idx = _pad(idx, K)
+            dists = _distances(p1, p2, idx, norm)
+        if not return_sorted:  # in order of the index, what is missing last
+            order = torch.where(idx < 0, p2.shape[1], idx).argsort(-1)
+            dists, idx = dists.gather(-1, order), idx.gather(-1, order)
+        missing = idx < 0
+        if lengths1 is not None:
+            missing |= _padding(lengths1, idx.shape[1])[..., None]
+        dists, idx = dists.masked_fill(missing, 0), idx.masked_fill(missing, 0)
+    return _KNN(dists, idx, knn_gather(p2, idx, lengths2) if return_nn else None)
 
 
 def knn_gather(
@@ -186,13 +197,13 @@ def ball_query(
     radius: float = 0.2,
     return_nn: bool = True,
     skip_points_outside_cube: bool = False,
-) -> KNN:
+) -> _KNN:
     """The first K points of p2, in index order, closer to each point of p1 than the radius: squared distances, indices.
 
     Missing ones have distance 0, index -1 and, with return_nn, neighbour 0. ``skip_points_outside_cube`` is a way to
     the same result, and ignored. Distances are differentiable in p1 and p2, knn in p2.
     """
-    _check_count("K", K)
+    K = _count("K", K)
     p1, p2 = _check_pair("p1", p1, "p2", p2)
     lengths1, lengths2 = _check_lengths("lengths1", lengths1, p1), _check_lengths("lengths2", lengths2, p2)
     P2 = p2.shape[1]
@@ -205,8 +216,10 @@ def ball_query(
         hits = keys.topk(k, largest=False, sorted=True).values
         return torch.where(hits < P2, hits, -1)
 
-    idx = _pad(_search(p1, p2, lengths2, 2, k, first_hits), K, lengths1)
-    return KNN(_distances(p1, p2, idx, 2), idx, masked_gather(p2, idx) if return_nn else None)
+    idx = _pad(_search(p1, p2, lengths2, 2, k, first_hits), K)
+    if lengths1 is not None:
+        idx = idx.masked_fill(_padding(lengths1, idx.shape[1])[..., None], -1)
+    return _KNN(_distances(p1, p2, idx, 2), idx, masked_gather(p2, idx) if return_nn else None)
 
 
 def sample_farthest_points(
@@ -225,24 +238,16 @@ def sample_farthest_points(
         raise ValueError(f"points: expected shape (N, P, D) with P, D >= 1, got {tuple(points.shape)}")
     points = points.float()
     lengths = _check_lengths("lengths", lengths, points)
-    N, P, D = points.shape
-    if isinstance(K, int):
-        most, counts = K, points.new_full((N,), K, dtype=torch.int64)
-    else:
-        counts = torch.as_tensor(K, dtype=torch.int64, device=points.device)
-        if counts.shape != (N,):
-            raise ValueError(f"K: expected one number for each of {N} clouds, got {tuple(counts.shape)}")
-        most = int(counts.max()) if N else 1
-    _check_count("K", most)
+    N = len(points)
+    counts = torch.as_tensor(K, dtype=torch.int64, device=points.device)
+    if counts.ndim and counts.shape != (N,):
+        raise ValueError(f"K: expected one number for each of {N} clouds, got {tuple(counts.shape)}")
+    most = _count("K", counts.max() if counts.numel() else 1)
 
-    if lengths is None and not random_start_point and D == 3 and N:
-        idx = kernels.furthest_point_sample(points.detach(), min(most, P)).long()
-        idx = F.pad(idx, (0, most - idx.shape[1]), value=-1)
-    else:
-        start = torch.zeros(N, dtype=torch.int64, device=points.device)
-        if random_start_point:
-            start = (torch.rand(N, device=points.device) * _full(lengths, points)).long()
-        idx = _furthest(points.detach(), lengths, most, start)
+    start = None
+    if random_start_point:
+        start = (torch.rand(N, device=points.device) * _full(lengths, points)).long()
+    idx = furthest_points(points.detach(), most, lengths, start)
     counts = torch.minimum(counts, _full(lengths, points)).clamp(min=1)
     idx = idx.masked_fill(_padding(counts, most), -1)
     return masked_gather(points, idx), idx
@@ -336,19 +341,6 @@ def _smallest(dists: Tensor, k: int) -> Int64[Tensor, "... k"]:
     return keys.topk(k, largest=False, sorted=True).values & 0xFFFFFFFF
 
 
-def _furthest(points: Tensor, lengths: Tensor | None, count: int, start: Tensor) -> Int64[Tensor, "N K"]:
-    nearest = points.new_full(points.shape[:2], torch.inf)  # squared distance to the nearest sample
-    if lengths is not None:
-        padding = _padding(lengths, points.shape[1])
-        points, nearest = points.masked_fill(padding[..., None], 0), nearest.masked_fill(padding, -1)
-    idx = start[:, None].repeat(1, count)
-    for k in range(1, count if len(points) else 0):
-        last = points.take_along_dim(idx[:, k - 1, None, None], 1)
-        torch.minimum(nearest, _distance((points - last).unbind(-1), 2), out=nearest)
-        idx[:, k] = nearest.argmax(1)
-    return idx
-
-
 def _rows(x: Tensor, idx: Int64[Tensor, "N L K"]) -> Tensor:
     """``x[n, idx[n, l, k]]`` (N, L, K, U), by the op whose backward adds in a fixed order; 0 if x has no points."""
     shape = *idx.shape, x.shape[2]
@@ -370,10 +362,9 @@ def _full(lengths: Tensor | None, points: Tensor) -> Int64[Tensor, " N"]:
     return torch.full(points.shape[:1], points.shape[1], dtype=torch.int64, device=points.device)
 
 
-def _pad(idx: Tensor, K: int, lengths1: Tensor | None) -> Tensor:
-    """Indices (N, P1, k) with -1 up to K and in rows of padding."""
-    idx = F.pad(idx, (0, K - idx.shape[2]), value=-1)
-    return idx if lengths1 is None else idx.masked_fill(_padding(lengths1, idx.shape[1])[..., None], -1)
+def _pad(idx: Tensor, K: int) -> Tensor:
+    """Indices (N, P1, k) with -1 up to K."""
+    return F.pad(idx, (0, K - idx.shape[2]), value=-1)
 
 
 def _unpack(
@@ -426,6 +417,8 @@ def _check_norm(norm: int) -> None:
         raise ValueError(f"norm: Support for 1 or 2 norm., got {norm!r}")
 
 
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+def _count(name: str, value: Any) -> int:
+    count = as_int(name, value)
+    if count < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {count}")
+    return count

@@ -57,7 +57,7 @@ def test_signature(function: Callable[..., Any]) -> None:
 def test_every_public_name_is_listed() -> None:
     listed = {(f.__module__, f.__qualname__.split(".")[0]) for f in SIGNATURES}
     for module in (pvcnn, chamfer3d, emd, pytorch3d):
-        names = set(module.__all__) - {"KNN"}
+        names = set(module.__all__) - {"_KNN"}
         assert names == {name for where, name in listed if where == module.__name__}
     assert set(compat.__all__) == {"chamfer3d", "emd", "pvcnn", "pytorch3d"}
-    assert pytorch3d.KNN._fields == ("dists", "idx", "knn")
+    assert pytorch3d._KNN._fields == ("dists", "idx", "knn")
