@@ -39,8 +39,8 @@ from lion_triton.kernels.neighbors import block_size, group_reference
 from lion_triton.kernels.rows import transpose
 
 _MOST_NEIGHBORS, _MOST_DIMENSIONS = 64, 128  # of the kernel
-# Points of x per program of one warp, points of y at a time, lists cut together: by machine code, not timing.
-_BLOCK, _UNROLL, _ROWS = 32, 8, 8
+# Points of x per program of one warp, points of y at a time, list entries cut at a time: by machine code, not timing.
+_BLOCK, _UNROLL, _CUT = 32, 8, 128
 _PULL_ELEMENTS, _PULL_CHANNELS = 512, 128  # of a program of the backward
 # On a CPU, by timing on one core: a tree pays in few dimensions, and for clouds of some size.
 _TREE_DIMENSIONS, _TREE_POINTS = 8, 256
@@ -348,7 +348,7 @@ def _knn_op(x: Tensor, y: Tensor, k: int, lengths: Tensor | None) -> tuple[Tenso
                 *(N, M, D, k, blocks),
                 BLOCK=_BLOCK,
                 UNROLL=_UNROLL,
-                ROWS=_ROWS,
+                ROWS=min(_BLOCK, max(1, _CUT // (4 * most))),
                 LIST=4 * most,
                 MOST=most,
                 num_warps=1,

@@ -1,17 +1,16 @@
 """PyTorch3D's point-cloud ops of version 0.7.9, with their complete signatures.
 
-    chamfer_distance          pytorch3d.loss
+    chamfer_distance                                              pytorch3d.loss
     knn_points, knn_gather, ball_query, sample_farthest_points    pytorch3d.ops
-    masked_gather             pytorch3d.ops.utils
+    estimate_pointcloud_normals, estimate_pointcloud_local_coord_frames, corresponding_points_alignment    pytorch3d.ops
+    masked_gather                                                 pytorch3d.ops.utils
 
 Clouds are (N, P, D) with any D >= 1; ``lengths`` (N,) says how many points of each cloud count, the rest is padding
-and never read into a result or a gradient. Whole clouds in three dimensions go to this package's kernels: nearest
-neighbour by squared distance (K = 1) and furthest points from point 0. Everything else is plain PyTorch in blocks:
-never a whole (P1, P2) matrix of large clouds.
+and never read into a result or a gradient. Nearest neighbours by squared distance and furthest points in up to three
+dimensions go to this package's ops. Everything else is plain PyTorch in blocks: never a whole (P1, P2) matrix of large
+clouds.
 
-Neighbours are searched first and their distances computed again from the chosen pairs, by the same operations in the
-same order: the gradient is that of the chosen pairs, and the values are those that were compared, bit for bit.
-Ties go to the lowest index. Deterministic, backward too. float32 and float64; half precision is computed and returned
+The gradient of distances is that of the chosen pairs, and their values are those that were compared, bit for bit. Ties go to the lowest index. Deterministic, backward too. float32 and float64; half precision is computed and returned
 in float32. ValueError: arguments that do not fit.
 
 Legend: N clouds, P1 and P2 points, D dimensions, K neighbours or samples, U channels. Indices are int64.
@@ -35,7 +34,11 @@ from lion_triton.kernels.compat._clouds import furthest_points
 __all__ = [
     "_KNN",
     "ball_query",
+    "SimilarityTransform",
     "chamfer_distance",
+    "corresponding_points_alignment",
+    "estimate_pointcloud_local_coord_frames",
+    "estimate_pointcloud_normals",
     "knn_gather",
     "knn_points",
     "masked_gather",
@@ -251,6 +254,116 @@ def sample_farthest_points(
     counts = torch.minimum(counts, _full(lengths, points)).clamp(min=1)
     idx = idx.masked_fill(_padding(counts, most), -1)
     return masked_gather(points, idx), idx
+
+
+class SimilarityTransform(NamedTuple):
+    """``Y = s X R + T``, the points being rows."""
+
+    R: Float[Tensor, "N D D"]
+    T: Float[Tensor, "N D"]
+    s: Float[Tensor, " N"]
+
+
+def corresponding_points_alignment(
+    X: Any,
+    Y: Any,
+    weights: Float[Tensor, "N P"] | list[Float[Tensor, " P"]] | None = None,
+    estimate_scale: bool = False,
+    allow_reflection: bool = False,
+    eps: float = 1e-9,
+) -> SimilarityTransform:
+    """The rotation, shift and scale that bring points X nearest to points Y of the same index, by least squares.
+
+    X, Y: (N, P, D), or objects with ``points_padded()`` and ``num_points_per_cloud()`` of equal lengths. weights:
+    (N, P), or a list of one (P,) each, of the pairs. estimate_scale: else s = 1. allow_reflection: R may mirror. eps:
+    the least sum of weights and the least variance of X that are divided by. Differentiable.
+    Source: Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
+    """
+    X, lengths, _ = _unpack("X", X, None, None)
+    Y, lengths_y, _ = _unpack("Y", Y, None, None)
+    X, Y = _check_pair("X", X, "Y", Y)
+    if X.shape != Y.shape or not torch.equal(_full(lengths, X), _full(lengths_y, Y)):
+        raise ValueError(f"Y: expected as many points as X {tuple(X.shape)}, got {tuple(Y.shape)}")
+    N, P, D = X.shape
+    if isinstance(weights, list):
+        weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+    if weights is None:
+        weights = X.new_ones(N, P)
+    elif weights.shape != (N, P):
+        raise ValueError(f"weights: expected shape ({N}, {P}), got {tuple(weights.shape)}")
+    weight = weights.to(X.dtype).masked_fill(_padding(_full(lengths, X), P), 0)[..., None]
+    total = weight.sum(1, keepdim=True).clamp(min=eps)
+    mean_x, mean_y = ((weight * cloud).sum(1, keepdim=True) / total for cloud in (X, Y))
+    x, y = X - mean_x, Y - mean_y
+    covariance = (weight * x).mT @ y / total
+    U, S, Vh = torch.linalg.svd(covariance)
+    signs = torch.ones_like(S)
+    if not allow_reflection:
+        signs = torch.cat([signs[:, :-1], torch.det(U @ Vh).detach().sign()[:, None]], 1)
+    R = (U * signs[:, None]) @ Vh
+    s = X.new_ones(N)
+    if estimate_scale:
+        variance = (weight * x.square()).sum((1, 2)) / total[:, 0, 0]
+        s = (S * signs).sum(1) / variance.clamp(min=eps)
+    return SimilarityTransform(R, mean_y[:, 0] - s[:, None] * (mean_x @ R)[:, 0], s)
+
+
+def estimate_pointcloud_normals(
+    pointclouds: Any,
+    neighborhood_size: int = 50,
+    disambiguate_directions: bool = True,
+    *,
+    use_symeig_workaround: bool = True,
+) -> Float[Tensor, "N P 3"]:
+    """Unit normals of the planes through each point's neighbours; see :func:`estimate_pointcloud_local_coord_frames`."""
+    frames = estimate_pointcloud_local_coord_frames(pointclouds, neighborhood_size, disambiguate_directions)[1]
+    return frames[..., 0]
+
+
+def estimate_pointcloud_local_coord_frames(
+    pointclouds: Any,
+    neighborhood_size: int = 50,
+    disambiguate_directions: bool = True,
+    *,
+    use_symeig_workaround: bool = True,
+) -> tuple[Float[Tensor, "N P 3"], Float[Tensor, "N P 3 3"]]:
+    """Principal axes of each point's neighbours, and how far these spread along them.
+
+    pointclouds: (N, P, 3), or an object with ``points_padded()`` and ``num_points_per_cloud()``. neighborhood_size: how
+    many points, itself included, and fewer than every cloud has. disambiguate_directions: the first and the last axis
+    point to where most neighbours are (SHOT), the one between completes a right-handed frame; else signs are any.
+    Returns variances (N, P, 3), rising, and axes (N, P, 3, 3), the columns, of which the first is the normal; padding
+    holds anything. Differentiable. ``use_symeig_workaround`` is ignored.
+    Source: Tombari et al., "Unique signatures of histograms for local surface description", ECCV 2010.
+    """
+    points, lengths, _ = _unpack("pointclouds", pointclouds, None, None)
+    if points.shape[2] != 3:
+        raise ValueError(f"pointclouds: expected shape (N, P, 3), got {tuple(points.shape)}")
+    K = _count("neighborhood_size", neighborhood_size)
+    if len(points) and K >= int(_full(lengths, points).min()):
+        raise ValueError(
+            f"neighborhood_size: expected less than the number of points of each cloud "
+            f"({int(_full(lengths, points).min())}), got {K}"
+        )
+    points = points if points.dtype == torch.float64 else points.float()
+    if lengths is not None:  # padding may hold anything
+        points = points.masked_fill(_padding(lengths, points.shape[1])[..., None], 0)
+    centered = points - points.sum(1, keepdim=True) / _full(lengths, points)[:, None, None]
+    near = knn_points(centered, centered, lengths, lengths, K=K, return_nn=True).knn
+    assert near is not None
+    difference = near - near.mean(2, keepdim=True)
+    variances, axes = torch.linalg.eigh(difference.mT @ difference / K)
+    if disambiguate_directions:
+        offsets = near - centered[:, :, None]
+        normal, tangent = (_to_the_most(axes[..., i], offsets) for i in (0, 2))
+        axes = torch.stack([normal, torch.linalg.cross(tangent, normal), tangent], -1)
+    return variances, axes
+
+
+def _to_the_most(axis: Float[Tensor, "N P 3"], offsets: Float[Tensor, "N P K 3"]) -> Float[Tensor, "N P 3"]:
+    """The axis or its opposite, so that more than half of the offsets have a part along it."""
+    ahead = ((offsets * axis[:, :, None]).sum(-1) > 0).sum(-1, keepdim=True)
+    return torch.where(ahead > offsets.shape[2] / 2, axis, -axis)
 
 
 def masked_gather(points: Float[Tensor, "N P D"], idx: Int64[Tensor, "N ..."]) -> Float[Tensor, "N ... D"]:
