@@ -45,9 +45,10 @@ class emdFunction:
 class emdModule(nn.Module):
     """Squared distances to the points that an auction assigns, and their indices.
 
-    input1, input2: (B, N, 3), any N (the original's: multiples of 1024), clouds about as large as 1, as eps is a length:
-    0.005 with iters 50 in MSN's training, 0.002 with 10000 in its evaluation. Returns (B, N) float32 and (B, N) int32;
-    few rounds leave an assignment that is not one to one. Differentiable in input1 only, as the original; deterministic.
+    input1, input2: (B, N, 3), any N (the original's: multiples of 1024), clouds about as large as 1, as eps is a
+    length: 0.005 with iters 50 in MSN's training, 0.002 with 10000 in its evaluation. Returns (B, N) float32 and
+    (B, N) int32; few rounds leave an assignment that is not one to one. Differentiable in input1 only, as the original;
+    deterministic.
     """
 
     def forward(

@@ -10,7 +10,8 @@ and never read into a result or a gradient. Nearest neighbours by squared distan
 dimensions go to this package's ops. Everything else is plain PyTorch in blocks: never a whole (P1, P2) matrix of large
 clouds.
 
-The gradient of distances is that of the chosen pairs, and their values are those that were compared, bit for bit. Ties go to the lowest index. Deterministic, backward too. float32 and float64; half precision is computed and returned
+The gradient of distances is that of the chosen pairs, and their values are those that were compared, bit for bit.
+Ties go to the lowest index. Deterministic, backward too. float32 and float64; half precision is computed and returned
 in float32. ValueError: arguments that do not fit.
 
 Legend: N clouds, P1 and P2 points, D dimensions, K neighbours or samples, U channels. Indices are int64.
@@ -33,8 +34,8 @@ from lion_triton.kernels.compat._clouds import furthest_points
 
 __all__ = [
     "_KNN",
-    "ball_query",
     "SimilarityTransform",
+    "ball_query",
     "chamfer_distance",
     "corresponding_points_alignment",
     "estimate_pointcloud_local_coord_frames",
@@ -284,14 +285,13 @@ def corresponding_points_alignment(
     X, Y = _check_pair("X", X, "Y", Y)
     if X.shape != Y.shape or not torch.equal(_full(lengths, X), _full(lengths_y, Y)):
         raise ValueError(f"Y: expected as many points as X {tuple(X.shape)}, got {tuple(Y.shape)}")
-    N, P, D = X.shape
-    if isinstance(weights, list):
-        weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+    N, P, _ = X.shape
     if weights is None:
         weights = X.new_ones(N, P)
-    elif weights.shape != (N, P):
-        raise ValueError(f"weights: expected shape ({N}, {P}), got {tuple(weights.shape)}")
-    weight = weights.to(X.dtype).masked_fill(_padding(_full(lengths, X), P), 0)[..., None]
+    pair_weights = torch.nn.utils.rnn.pad_sequence(list(weights), batch_first=True)
+    if pair_weights.shape != (N, P):
+        raise ValueError(f"weights: expected shape ({N}, {P}), got {tuple(pair_weights.shape)}")
+    weight = pair_weights.to(X.dtype).masked_fill(_padding(_full(lengths, X), P), 0)[..., None]
     total = weight.sum(1, keepdim=True).clamp(min=eps)
     mean_x, mean_y = ((weight * cloud).sum(1, keepdim=True) / total for cloud in (X, Y))
     x, y = X - mean_x, Y - mean_y
@@ -315,7 +315,7 @@ def estimate_pointcloud_normals(
     *,
     use_symeig_workaround: bool = True,
 ) -> Float[Tensor, "N P 3"]:
-    """Unit normals of the planes through each point's neighbours; see :func:`estimate_pointcloud_local_coord_frames`."""
+    """Unit normals (N, P, 3): the first axes of :func:`estimate_pointcloud_local_coord_frames`."""
     frames = estimate_pointcloud_local_coord_frames(pointclouds, neighborhood_size, disambiguate_directions)[1]
     return frames[..., 0]
 
@@ -340,11 +340,9 @@ def estimate_pointcloud_local_coord_frames(
     if points.shape[2] != 3:
         raise ValueError(f"pointclouds: expected shape (N, P, 3), got {tuple(points.shape)}")
     K = _count("neighborhood_size", neighborhood_size)
-    if len(points) and K >= int(_full(lengths, points).min()):
-        raise ValueError(
-            f"neighborhood_size: expected less than the number of points of each cloud "
-            f"({int(_full(lengths, points).min())}), got {K}"
-        )
+    fewest = int(_full(lengths, points).min()) if len(points) else K + 1
+    if fewest <= K:
+        raise ValueError(f"neighborhood_size: expected less than the points of every cloud ({fewest}), got {K}")
     points = points if points.dtype == torch.float64 else points.float()
     if lengths is not None:  # padding may hold anything
         points = points.masked_fill(_padding(lengths, points.shape[1])[..., None], 0)
@@ -356,14 +354,14 @@ def estimate_pointcloud_local_coord_frames(
     if disambiguate_directions:
         offsets = near - centered[:, :, None]
         normal, tangent = (_to_the_most(axes[..., i], offsets) for i in (0, 2))
-        axes = torch.stack([normal, torch.linalg.cross(tangent, normal), tangent], -1)
+        axes = torch.stack([normal, torch.linalg.cross(normal, tangent), tangent], -1)
     return variances, axes
 
 
 def _to_the_most(axis: Float[Tensor, "N P 3"], offsets: Float[Tensor, "N P K 3"]) -> Float[Tensor, "N P 3"]:
-    """The axis or its opposite, so that more than half of the offsets have a part along it."""
+    """The axis or its opposite, so that half of the offsets at least have a part along it."""
     ahead = ((offsets * axis[:, :, None]).sum(-1) > 0).sum(-1, keepdim=True)
-    return torch.where(ahead > offsets.shape[2] / 2, axis, -axis)
+    return torch.where(2 * ahead >= offsets.shape[2], axis, -axis)
 
 
 def masked_gather(points: Float[Tensor, "N P D"], idx: Int64[Tensor, "N ..."]) -> Float[Tensor, "N ... D"]:
