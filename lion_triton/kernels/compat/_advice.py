@@ -163,7 +163,7 @@ class Project:
                 self.unread.append(f"{name}{f':{line}' if line else ''}: not Python 3: {error.args[0]}")
 
     def find(self, path: str, importer: str, level: int = 0) -> str | None:
-        """The file of a module, if it is here: beside the importer, at the top, or the nearest one (by ``sys.path``)."""
+        """The file of a module, if it is here: beside the importer, at the top, or (``sys.path``) the nearest one."""
         tail = path.replace(".", "/")
         folder = importer.rpartition("/")[0]
         for _ in range(level - 1):
@@ -176,7 +176,7 @@ class Project:
         if level:
             return None
         anywhere = [name for name in self.sources if any(f"/{name}".endswith(f"/{end}") for end in ends)]
-        return max(anywhere, key=lambda name: len(os.path.commonprefix([name, importer])), default=None)
+        return max(anywhere, key=lambda name: len(os.path.commonpath([name, importer])), default=None)
 
     def defined(self, file: str, imports: bool = True) -> set[str]:
         """Names that a file defines, and those it imports; of a package, of its files too."""

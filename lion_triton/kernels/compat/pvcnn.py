@@ -62,7 +62,7 @@ def trilinear_devoxelize(
     if features.shape[2:].numel() != resolution**3:
         raise ValueError(f"features: expected (B, C, R, R, R) with R = {resolution}, got {tuple(features.shape)}")
     if C == 0 or resolution == 1:
-        return features.reshape(B, C, -1)[..., :1].expand(-1, -1, points.shape[1]).contiguous()
+        return features.reshape(B, C, resolution**3)[..., :1].expand(-1, -1, points.shape[1]).contiguous()
     voxels = features.reshape(B, C, resolution, resolution, resolution).permute(0, 2, 3, 4, 1)
     return kernels.trilinear_devoxelize(voxels, points).mT.contiguous()
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lion_triton import kernels
 from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import furthest_points
+from lion_triton.kernels.compat._clouds import check_tensors, furthest_points
 
 __all__ = [
     "_KNN",
@@ -183,6 +183,7 @@ def knn_gather(
     x: Float[Tensor, "N M U"], idx: Int64[Tensor, "N L K"], lengths: Int[Tensor, " N"] | None = None
 ) -> Float[Tensor, "N L K U"]:
     """``out[n, l, k] = x[n, idx[n, l, k]]`` for k < lengths[n], 0 beyond. Differentiable in x; any dtype."""
+    check_tensors(x=x, idx=idx)
     if len(x) != len(idx):
         raise ValueError(f"idx: expected the batch size of x ({len(x)}), got {len(idx)}")
     lengths = _check_lengths("lengths", lengths, x)
@@ -238,6 +239,7 @@ def sample_farthest_points(
     indices; beyond a cloud's K or its length, points are 0 and indices -1 (the first sample is always there).
     Points are differentiable as a selection. The random start is drawn by PyTorch's generator of the device.
     """
+    check_tensors(points=points)
     if points.ndim != 3 or 0 in points.shape[1:]:
         raise ValueError(f"points: expected shape (N, P, D) with P, D >= 1, got {tuple(points.shape)}")
     points = points.float()
@@ -331,7 +333,7 @@ def estimate_pointcloud_local_coord_frames(
 
     pointclouds: (N, P, 3), or an object with ``points_padded()`` and ``num_points_per_cloud()``. neighborhood_size: how
     many points, itself included, and fewer than every cloud has. disambiguate_directions: the first and the last axis
-    point to where most neighbours are (SHOT), the one between completes a right-handed frame; else signs are any.
+    point to where most neighbours are (SHOT), the one between is the first x the last; else signs are any.
     Returns variances (N, P, 3), rising, and axes (N, P, 3, 3), the columns, of which the first is the normal; padding
     holds anything. Differentiable. ``use_symeig_workaround`` is ignored.
     Source: Tombari et al., "Unique signatures of histograms for local surface description", ECCV 2010.
@@ -366,6 +368,7 @@ def _to_the_most(axis: Float[Tensor, "N P 3"], offsets: Float[Tensor, "N P K 3"]
 
 def masked_gather(points: Float[Tensor, "N P D"], idx: Int64[Tensor, "N ..."]) -> Float[Tensor, "N ... D"]:
     """``points[n, idx[n, ...]]``, 0 where idx is -1; idx (N, K) or (N, P1, K). Differentiable in points."""
+    check_tensors(points=points, idx=idx)
     if len(points) != len(idx):
         raise ValueError(f"idx: expected the batch size of points ({len(points)}), got {len(idx)}")
     if idx.ndim not in (2, 3):
@@ -495,6 +498,7 @@ def _unpack(
 
 def _check_pair(name1: str, p1: Tensor, name2: str, p2: Tensor) -> tuple[Tensor, Tensor]:
     """Two cloud batches that fit each other, float32 or float64."""
+    check_tensors(**{name1: p1, name2: p2})
     for name, p in ((name1, p1), (name2, p2)):
         if p.ndim != 3 or p.shape[2] == 0:
             raise ValueError(f"{name}: expected shape (N, P, D) with D >= 1, got {tuple(p.shape)}")
@@ -515,6 +519,7 @@ def _check_lengths(name: str, lengths: Tensor | None, points: Tensor) -> Int64[T
     """The lengths, or None where every cloud is full."""
     if lengths is None or not len(points):
         return None
+    lengths = torch.as_tensor(lengths)
     if lengths.shape != points.shape[:1]:
         raise ValueError(f"{name}: Expected lengths to be of shape ({len(points)},), got {tuple(lengths.shape)}")
     low, high = (int(v) for v in lengths.aminmax())
