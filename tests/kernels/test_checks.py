@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from lion_triton.kernels import check_finite
+from lion_triton.kernels._checks import as_int
 
 
 def test_finite_clouds_pass() -> None:
@@ -29,3 +33,14 @@ def test_the_first_bad_cloud_is_named(value: float) -> None:
 def test_bad_input_is_named(value: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_finite(points=value)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3], dtype=torch.int32)])
+def test_integers(value: Any) -> None:
+    assert type(as_int("k", value)) is int and as_int("k", value) == 3
+
+
+@pytest.mark.parametrize("value", [3.0, np.float32(3), "3", None, torch.tensor(3.0), torch.tensor([3, 4]), [3]])
+def test_what_is_no_integer_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="^k: expected an integer, got "):
+        as_int("k", value)

@@ -17,6 +17,8 @@ import tokenize
 from pathlib import Path
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from lion_triton.kernels.compat._advice import COMPAT, Advice, advise
 
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(f"PROJECT: expected a folder, got {root}")
         if options.write:
             _check_clean(root)
-        advice = advise(root)
+        advice = advise(root, lambda files: tqdm(files, unit="file", leave=False, disable=None))
         if options.diff:
             _print_diff(advice)
         else:

@@ -11,13 +11,14 @@ import ast
 import io
 import os
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
 COMPAT = "lion_triton.kernels.compat"
+Progress = Callable[[list[Path]], Iterable[Path]]
 _IGNORED = {"__pycache__", "build", "dist", "node_modules", "site-packages", "venv", "env"}
 # Packages of which every import counts, with a replacement or without.
 _PACKAGES = ("pointnet2_ops", "pytorch3d", "knn_cuda", "torch_cluster")
@@ -141,23 +142,21 @@ class Source:
     path: str  # within the project, with slashes
     text: str
     tree: ast.Module
-    encoding: str
 
 
 class Project:
     """The Python files of a folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, progress: Progress) -> None:
         self.sources: dict[str, Source] = {}
         self.unread: list[str] = []
-        for path in _python_files(root):
+        for path in progress(list(_python_files(root))):
             name = path.relative_to(root).as_posix()
             try:
                 data = path.read_bytes()
                 encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
                 text = data.decode(encoding)
-                self.sources[name] = Source(name, text, ast.parse(text), encoding)
+                self.sources[name] = Source(name, text, ast.parse(text))
             except (SyntaxError, UnicodeDecodeError, ValueError) as error:
                 line = getattr(error, "lineno", None)
                 self.unread.append(f"{name}{f':{line}' if line else ''}: not Python 3: {error.args[0]}")
@@ -222,9 +221,9 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def advise(root: Path) -> Advice:
-    """Read a project."""
-    project = Project(root)
+def advise(root: Path, progress: Progress = iter) -> Advice:
+    """Read a project. progress: goes through the files, as ``tqdm`` does."""
+    project = Project(root, progress)
     advice = Advice(unread=project.unread)
     copies = project.copies()
     advice.functional = sorted(name for name in copies if name.endswith("functional/__init__.py"))
@@ -280,14 +279,10 @@ class _Reader:
         """The rules for a module, each with its file where that is in the project."""
         if level == 0 and path.startswith((COMPAT, "torch.", "torchvision.")):
             return []
-        file = self.project.find(path, self.source.path, level)
-        found = []
-        for rule in RULES:
-            if rule.matches(path):
-                known = rule.known_by & self.project.defined(file) if file else rule.known_by
-                if known or not rule.known_by:
-                    found.append((rule, file))
-        return found
+        rules = [rule for rule in RULES if rule.matches(path)]
+        file = self.project.find(path, self.source.path, level) if rules else None
+        defined = self.project.defined(file) if file else set()
+        return [(rule, file) for rule in rules if not file or not rule.known_by or rule.known_by & defined]
 
     def _target(self, rules: list[tuple[Rule, str | None]], path: str, name: str) -> Target | str | None:
         """What to write for a name; or why there is nothing; None if it is none of ours."""

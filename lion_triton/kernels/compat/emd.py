@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lion_triton import kernels
+from lion_triton.kernels.compat import emd_mean
 from lion_triton.kernels.compat._clouds import check_tensors
 
 __all__ = ["EarthMoverDistanceFunction", "earth_mover_distance"]
@@ -32,11 +33,5 @@ def earth_mover_distance(
     match, once; deterministic.
     ValueError: shapes, dtypes or devices that do not fit.
     """
-    check_tensors(xyz1=xyz1, xyz2=xyz2)
-    if xyz1.ndim == 2:
-        xyz1 = xyz1[None]
-    if xyz2.ndim == 2:
-        xyz2 = xyz2[None]
-    if transpose:
-        xyz1, xyz2 = xyz1.mT, xyz2.mT
-    return EarthMoverDistanceFunction.apply(xyz1, xyz2)
+    check_tensors(xyz1=xyz1)
+    return emd_mean.earth_mover_distance(xyz1, xyz2, transpose) * xyz1.shape[-1 if transpose else -2]

@@ -31,6 +31,7 @@ from torch import Tensor
 from lion_triton import kernels
 from lion_triton.kernels._checks import as_int
 from lion_triton.kernels.compat._clouds import check_tensors, furthest_points
+from lion_triton.kernels.knn import smallest
 
 __all__ = [
     "_KNN",
@@ -164,7 +165,7 @@ def knn_points(
             idx = nearest.long()
         else:
             k = min(K, p2.shape[1])
-            idx = _search(p1, p2, lengths2, norm, k, lambda dists: _smallest(dists, k))
+            idx = _search(p1, p2, lengths2, norm, k, lambda dists: smallest(dists, k))
             if lengths2 is not None:
                 idx = idx.masked_fill(_padding(lengths2, k)[:, None], -1)
             idx = _pad(idx, K)
@@ -444,15 +445,6 @@ def _distances(p1: Tensor, p2: Tensor, idx: Tensor, norm: int) -> Float[Tensor, 
     difference = p1[:, :, None] - _rows(p2, idx.clamp(min=0))
     difference = torch.where((idx < 0)[..., None], 0, difference)
     return _distance(difference.unbind(-1), norm)
-
-
-def _smallest(dists: Tensor, k: int) -> Int64[Tensor, "... k"]:
-    """Indices of the k least of each row, in order, equal ones by index."""
-    if dists.dtype != torch.float32:
-        return dists.sort(dim=-1, stable=True).indices[..., :k]
-    # topk breaks ties as it likes. Floats >= 0 order as their bits do: bits and index in one number know no ties.
-    keys = dists.view(torch.int32).long() << 32 | torch.arange(dists.shape[-1], device=dists.device)
-    return keys.topk(k, largest=False, sorted=True).values & 0xFFFFFFFF
 
 
 def _rows(x: Tensor, idx: Int64[Tensor, "N L K"]) -> Tensor:
