@@ -6,9 +6,9 @@
 Squared distances are sums of squared differences, one coordinate after the other: |x|^2 + |y|^2 - 2 x.y would lose all
 digits of small ones. Equal distances go to the lowest index. Nobody ever holds a matrix of all distances.
 
-On a CPU candidates come from a k-d tree (SciPy) in few dimensions and from a blocked matrix product in many, both in
-float64, a few more than are asked for. Their distances are then taken again as above; rows whose K-th is not surely
-nearer than every point that is no candidate, by a bound on the rounding, ask for more candidates and in the end compare
+On a CPU candidates come from a k-d tree (SciPy, float64) in few dimensions and from a blocked matrix product in many, a
+few more than are asked for. Their distances are then taken again as above; rows whose K-th is not surely nearer than
+every point that is no candidate, by a bound on all rounding, ask for more candidates, in float64, and in the end compare
 all points. So indices and distances are those of the reference, bit for bit.
 
 The kernel gives each thread one point of x and walks y, eight points at a time, the same for all threads. What is
