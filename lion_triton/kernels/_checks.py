@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -31,22 +31,36 @@ def check_points(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape (B, N, 3) with N >= 1, got {tuple(x.shape)}")
 
 
+def check_clouds(**clouds: Tensor) -> None:
+    """Raise ``ValueError`` unless two cloud batches share batch size, device and dtype."""
+    for name, cloud in clouds.items():
+        check_points(name, cloud)
+    check_same(**clouds)
+    (first, a), (second, b) = clouds.items()
+    if a.dtype != b.dtype:
+        raise ValueError(f"{second}: expected the dtype of {first} ({a.dtype}), got {b.dtype}")
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """A Python (or NumPy) integer of at least ``least`` as Python's; anything else raises ``ValueError``."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return value if isinstance(value, int) else int(value)
+
+
 def check_same(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all tensors share one device and one batch size (dimension 0)."""
     (first, a), *rest = tensors.items()
     for name, b in rest:
-        if a.device != b.device:
-            raise ValueError(f"{name}: expected the device of {first} ({a.device}), got {b.device}")
+        check_device(name, b, first, a)
         if a.shape[0] != b.shape[0]:
             raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
 
 
-def as_int(name: str, value: Any) -> int:
-    """An integer of Python's, of NumPy's, or a tensor that holds one; raise ``ValueError`` for anything else."""
-    try:
-        return operator.index(value)
-    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
-        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is where ``like`` is."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of {like_name} ({like.device}), got {x.device}")
 
 
 def check_finite(**clouds: Tensor) -> None:
@@ -92,3 +106,8 @@ def use_triton(impl: Impl, x: Tensor) -> bool:
 def upcast(x: Tensor) -> Tensor:
     """Float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Of results that are sums over a floating ``x``: that of ``upcast(x)``."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -30,9 +30,10 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, as_int, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.neighbors import check_clouds, group
+from lion_triton.kernels._checks import Impl, check_clouds, check_integer, upcast, use_triton
+from lion_triton.kernels._op import op
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
+from lion_triton.kernels.gather import group
 
 _BLOCK = 256  # points of y at a time, and points of x per program that hands out
 
@@ -136,7 +137,7 @@ def _hand_out_kernel(  # type: ignore[no-untyped-def]
         tl.store(highest_ptr + wanted, -1, mask=wins)
 
 
-@torch.library.custom_op("lion_triton::auction_assignment", mutates_args=())
+@op(fake=lambda x, y, eps, iters: x.new_empty(x.shape[:2], dtype=torch.int32))
 def _auction_assignment_op(x: Tensor, y: Tensor, eps: float, iters: int) -> Tensor:
     B, N = x.shape[:2]
     x, y = x.float().contiguous(), y.float().contiguous()
@@ -144,19 +145,11 @@ def _auction_assignment_op(x: Tensor, y: Tensor, eps: float, iters: int) -> Tens
     owner, choice = torch.full_like(partner, -1), torch.zeros_like(partner)
     price = x.new_zeros(B, N)
     highest = torch.full((B, N), -1, dtype=torch.int64, device=x.device)
-    if B:
-        with torch.cuda.device_of(x):
-            for i in range(iters):
-                _bid_kernel[(B * N,)](x, y, partner, price, choice, highest, eps, N, BLOCK=_BLOCK)
-                _hand_out_kernel[(triton.cdiv(B * N, _BLOCK),)](
-                    *(partner, owner, price, choice, highest, B * N, N), LAST=i == iters - 1, BLOCK=_BLOCK
-                )
+    for i in range(iters):
+        launch(_bid_kernel, (B * N,), x, y, partner, price, choice, highest, eps, N, BLOCK=_BLOCK)
+        state = partner, owner, price, choice, highest
+        launch(_hand_out_kernel, (cdiv(B * N, _BLOCK),), *state, B * N, N, LAST=i == iters - 1, BLOCK=_BLOCK)
     return partner
-
-
-@_auction_assignment_op.register_fake
-def _(x: Tensor, y: Tensor, eps: float, iters: int) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.int32)
 
 
 def auction_emd(
@@ -175,9 +168,7 @@ def auction_emd(
         raise ValueError(f"y: expected as many points as x ({x.shape[1]}), got {y.shape[1]}")
     if not isinstance(eps, Real) or not 0 < eps < math.inf:
         raise ValueError(f"eps: expected a number > 0, got {eps!r}")
-    iters = as_int("iters", iters)
-    if iters < 1:
-        raise ValueError(f"iters: expected an integer >= 1, got {iters}")
+    iters = check_integer("iters", iters, least=1)
     if use_triton(impl, x):
         assignment = _auction_assignment_op(x.detach(), y.detach(), float(eps), iters)
     else:

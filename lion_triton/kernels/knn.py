@@ -8,8 +8,8 @@ digits of small ones. Equal distances go to the lowest index. Nobody ever holds 
 
 On a CPU candidates come from a k-d tree (SciPy, float64) in few dimensions and from a blocked matrix product in many, a
 few more than are asked for. Their distances are then taken again as above; rows whose K-th is not surely nearer than
-every point that is no candidate, by a bound on all rounding, ask for more candidates, in float64, and in the end compare
-all points. So indices and distances are those of the reference, bit for bit.
+every point that is no candidate, by a bound on all rounding, ask for more candidates, in float64, and in the end
+compare all points. So indices and distances are those of the reference, bit for bit.
 
 The kernel gives each thread one point of x and walks y, eight points at a time, the same for all threads. What is
 nearer than the K-th nearest so far goes into a list of the thread's own, in memory; when one of a program's lists is
@@ -33,9 +33,11 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from scipy.spatial import cKDTree
 from torch import Tensor, get_num_threads
 
-from lion_triton.kernels._checks import Impl, as_int, check_float, check_same, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.neighbors import block_size, group_reference
+from lion_triton.kernels._checks import Impl, check_float, check_integer, check_same, sums_dtype, upcast, use_triton
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._points import block_size
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
+from lion_triton.kernels.gather import group_reference
 from lion_triton.kernels.rows import transpose
 
 _MOST_NEIGHBORS, _MOST_DIMENSIONS = 64, 128  # of the kernel
@@ -78,7 +80,7 @@ def pair_distances(
 ) -> Float[Tensor, "B N K"]:
     """Squared distances of the pairs, by the same operations in the same order as everywhere; infinity at index -1."""
     x, y, missing = upcast(x), upcast(y), idx < 0
-    if idx.numel() == 0 or y.shape[1] == 0:
+    if y.shape[1] == 0:
         return x.new_full(idx.shape, torch.inf)
     difference = x[:, :, None] - group_reference(y, idx.clamp(min=0))
     difference = difference.masked_fill(missing[..., None], 0)  # padding that is NaN enters no gradient
@@ -331,36 +333,35 @@ def _pull_kernel(  # type: ignore[no-untyped-def]
 # Launching and registration
 
 
-@torch.library.custom_op("lion_triton::knn", mutates_args=())
+def _empty_knn(x: Tensor, y: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = *x.shape[:2], k
+    return x.new_empty(shape, dtype=sums_dtype(x)), x.new_empty(shape, dtype=torch.int32)
+
+
+@op(fake=_empty_knn)
 def _knn_op(x: Tensor, y: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     (B, N, D), M = x.shape, y.shape[1]
-    sqdist = torch.empty((B, N, k), dtype=upcast(x).dtype, device=x.device)
-    idx = torch.empty((B, N, k), dtype=torch.int32, device=x.device)
-    blocks, most = triton.cdiv(N, _BLOCK), max(16, triton.next_power_of_2(k))
-    if idx.numel():
-        points = B * blocks * _BLOCK
-        lists = torch.empty((points, 4 * most), dtype=torch.int64, device=x.device)
-        counts = torch.empty(points, dtype=torch.int32, device=x.device)
-        limits = torch.empty(points, dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            _knn_kernel[(B * blocks,)](
-                *(x.float().mT.contiguous(), y.float().contiguous(), lengths, lists, counts, limits, sqdist, idx),
-                *(N, M, D, k, blocks),
-                BLOCK=_BLOCK,
-                UNROLL=_UNROLL,
-                ROWS=min(_BLOCK, max(1, _CUT // (4 * most))),
-                LIST=4 * most,
-                MOST=most,
-                num_warps=1,
-            )
+    sqdist, idx = _empty_knn(x, y, k, lengths)
+    blocks, most = cdiv(N, _BLOCK), max(16, triton.next_power_of_2(k))
+    points = B * blocks * _BLOCK
+    launch(
+        _knn_kernel,
+        (B * blocks,),
+        x.float().mT.contiguous(),
+        y.float().contiguous(),
+        lengths,
+        x.new_empty((points, 4 * most), dtype=torch.int64),
+        x.new_empty(points, dtype=torch.int32),
+        x.new_empty(points, dtype=torch.float32),
+        *(sqdist, idx, N, M, D, k, blocks),
+        BLOCK=_BLOCK,
+        UNROLL=_UNROLL,
+        ROWS=min(_BLOCK, max(1, _CUT // (4 * most))),
+        LIST=4 * most,
+        MOST=most,
+        num_warps=1,
+    )
     return sqdist, idx
-
-
-@_knn_op.register_fake
-def _(x: Tensor, y: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = *x.shape[:2], k
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
 
 
 def _pull(own: Tensor, other: Tensor, column: Tensor, start: Tensor | None, weight: Tensor, k: int) -> Tensor:
@@ -368,22 +369,22 @@ def _pull(own: Tensor, other: Tensor, column: Tensor, start: Tensor | None, weig
     out = torch.empty_like(own)
     channels = min(_PULL_CHANNELS, triton.next_power_of_2(own.shape[1]))
     rows = _PULL_ELEMENTS // channels
-    if out.numel():
-        with torch.cuda.device_of(own):
-            _pull_kernel[(triton.cdiv(len(own), rows), triton.cdiv(own.shape[1], channels))](
-                *(own.float(), other.float(), column, start, weight, out, *own.shape, k),
-                ROWS=rows,
-                CHANNELS=channels,
-            )
+    launch(
+        _pull_kernel,
+        (cdiv(len(own), rows), cdiv(own.shape[1], channels)),
+        *(own.float(), other.float(), column, start, weight, out, *own.shape, k),
+        ROWS=rows,
+        CHANNELS=channels,
+    )
     return out
 
 
-@torch.library.custom_op("lion_triton::knn_bwd", mutates_args=())
+@op(fake=lambda grad, x, y, idx: (x.new_empty(x.shape), y.new_empty(y.shape)))
 def _knn_bwd_op(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     (B, _, D), M, k = x.shape, y.shape[1], idx.shape[2]
     weight = grad.float().contiguous().view(-1, k)
     own, other = x.reshape(-1, D).contiguous(), y.reshape(-1, D).contiguous()
-    first = torch.arange(0, B * M, M, dtype=torch.int64, device=idx.device) if M else idx.new_zeros(B).long()
+    first = torch.arange(B, dtype=torch.int64, device=idx.device) * M
     rows = torch.where(idx < 0, -1, idx + first[:, None, None]).view(-1, k)
     dx = _pull(own, other, rows, None, weight, k)
     # Missing neighbours get a row of their own, behind all others.
@@ -393,22 +394,9 @@ def _knn_bwd_op(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> tuple[Tensor
     return dx.view(x.shape), dy.view(y.shape)
 
 
-@_knn_bwd_op.register_fake
-def _(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape)
-
-
-def _knn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    dx, dy = _knn_bwd_op(grad, *ctx.saved_tensors)
-    return dx, dy, None, None
-
-
-_knn_op.register_autograd(_knn_backward, setup_context=_knn_setup)
+@gradient(_knn_op, save=lambda x, y, k, lengths, out: (x, y, out[1]))
+def _knn_backward(needs: Needs, grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> Gradients:
+    return _knn_bwd_op(grad, x, y, idx)
 
 
 # Public function
@@ -440,9 +428,7 @@ def knn(
     for what, a, b in (("dtype", x.dtype, y.dtype), ("number of dimensions", x.shape[2], y.shape[2])):
         if a != b:
             raise ValueError(f"y: expected the {what} of x ({a}), got {b}")
-    k = as_int("k", k)
-    if k < 1:
-        raise ValueError(f"k: expected an integer >= 1, got {k}")
+    k = check_integer("k", k, least=1)
     if lengths is not None:
         check_same(x=x, lengths=lengths)
         if lengths.ndim != 1 or lengths.dtype not in (torch.int32, torch.int64):

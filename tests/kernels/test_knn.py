@@ -181,7 +181,9 @@ def test_gradcheck() -> None:
 def test_opcheck_and_compile() -> None:
     x, y = rand(1, 3, 2, seed=15).requires_grad_(), rand(1, 6, 2, seed=16).requires_grad_()
     lengths = torch.tensor([5], device=DEVICE)
-    torch.library.opcheck(module._knn_op, (x, y, 2, lengths), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.lion_triton.knn.default, (x, y, 2, lengths), test_utils=("test_schema", "test_faketensor")
+    )
     compiled = torch.compile(lambda x, y: knn(x, y, 2, impl="triton")[0].sum(), fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(knn(x, y, 2, impl="triton")[0].sum(), (x, y))
     for actual, value in zip(torch.autograd.grad(compiled(x, y), (x, y)), expected, strict=True):
@@ -196,7 +198,7 @@ def test_opcheck_and_compile() -> None:
         ((torch.zeros(1, 4, 3), torch.zeros(1, 4, 3).double(), 2), "y: expected the dtype of x"),
         ((torch.zeros(1, 4, 3), torch.zeros(2, 4, 3), 2), r"y: expected the batch size of x \(1\), got 2"),
         ((torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), 0), "k: expected an integer >= 1, got 0"),
-        ((torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), 2.5), "k: expected an integer, got 2.5"),
+        ((torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), 2.5), "k: expected an integer >= 1, got 2.5"),
         (([[0.0]], torch.zeros(1, 4, 3), 2), "x: expected a tensor, got list"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lion_triton import kernels
+
+
+def as_int(name: str, value: Any) -> int:
+    """An integer of Python's, of NumPy's, or a tensor that holds one; raise ``ValueError`` for anything else."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def check_tensors(**arguments: Any) -> None:

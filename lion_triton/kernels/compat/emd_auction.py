@@ -9,16 +9,13 @@ The auction has a kernel; the other two are PyTorch operations on every device. 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels.compat._clouds import as_int, check_tensors
 from lion_triton.kernels.compat.pvcnn import gather as gather_operation
 
 __all__ = [
@@ -57,39 +54,19 @@ class emdModule(nn.Module):
         return emdFunction.apply(input1, input2, eps, iters)
 
 
-class expansionPenaltyFunction(torch.autograd.Function):
+class expansionPenaltyFunction:
     """``apply(xyz, primitive_size, alpha)``; see :class:`expansionPenaltyModule`."""
 
     @staticmethod
-    def forward(ctx: Any, xyz: Tensor, primitive_size: Any, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    def apply(
+        xyz: Float[Tensor, "B N 3"], primitive_size: int, alpha: float
+    ) -> tuple[Float[Tensor, "B N"], Int32[Tensor, "B N"], Float[Tensor, " B"]]:
         check_tensors(xyz=xyz)
         size = as_int("primitive_size", primitive_size)
         if xyz.ndim != 3 or xyz.shape[2] != 3 or size < 2 or xyz.shape[1] % size:
             shape = tuple(xyz.shape)
             raise ValueError(f"xyz: expected (B, N, 3) with N a multiple of primitive_size >= 2 ({size}), got {shape}")
-        B, N, _ = xyz.shape
-        points = xyz.detach().float().reshape(-1, size, 3)
-        ends, lengths = _spanning_tree(points)
-        mean = lengths.mean(1)
-        owner = _owners(ends, size)  # of each edge: the point that it counts for
-        other = ends.sum(2) - owner
-        long = lengths > mean[:, None] * alpha
-        dist = points.new_zeros(len(points), size + 1).scatter_(1, torch.where(long, owner, size), lengths)
-        assignment = torch.full((len(points), size + 1), -1, dtype=torch.int64, device=xyz.device)
-        first = torch.arange(0, N, size, device=xyz.device).repeat(B)[:, None]
-        assignment.scatter_(1, torch.where(long, owner, size), other + first)
-        dist, assignment = (t[:, :size].reshape(B, N) for t in (dist, assignment))
-        ctx.save_for_backward(xyz, assignment)
-        ctx.mark_non_differentiable(assignment)
-        return dist, assignment.int(), mean.view(B, -1).mean(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        xyz, assignment = ctx.saved_tensors
-        difference = xyz - xyz.take_along_dim(assignment.clamp(min=0)[..., None], 1)
-        grad = 2 * grads[0][..., None] * difference
-        return grad.masked_fill((assignment < 0)[..., None], 0).to(xyz.dtype), None, None
+        return _expansion_penalty_op(xyz.float(), size, float(alpha))
 
 
 class expansionPenaltyModule(nn.Module):
@@ -106,6 +83,31 @@ class expansionPenaltyModule(nn.Module):
         self, input: Float[Tensor, "B N 3"], primitive_size: int, alpha: float
     ) -> tuple[Float[Tensor, "B N"], Int32[Tensor, "B N"], Float[Tensor, " B"]]:
         return expansionPenaltyFunction.apply(input, primitive_size, alpha)
+
+
+def _empty_penalties(xyz: Tensor, size: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape = xyz.shape[:2]
+    return xyz.new_empty(shape), xyz.new_empty(shape, dtype=torch.int32), xyz.new_empty(shape[0])
+
+
+@op(fake=_empty_penalties)
+def _expansion_penalty_op(xyz: Tensor, size: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, _ = xyz.shape
+    ends, lengths = _spanning_tree(xyz.reshape(-1, size, 3))
+    mean = lengths.mean(1)
+    owner = _owners(ends, size)  # of each edge: the point that it counts for
+    place = torch.where(lengths > mean[:, None] * alpha, owner, size)  # short edges go to a slot of their own
+    first = torch.arange(0, N, size, device=xyz.device).repeat(B)[:, None]
+    dist = xyz.new_zeros(len(ends), size + 1).scatter_(1, place, lengths)
+    assignment = torch.full_like(dist, -1, dtype=torch.int64).scatter_(1, place, ends.sum(2) - owner + first)
+    dist, assignment = (t[:, :size].reshape(B, N) for t in (dist, assignment))
+    return dist, assignment.int(), mean.view(B, -1).mean(1)
+
+
+@gradient(_expansion_penalty_op, save=lambda xyz, size, alpha, out: (xyz, out[1]))
+def _expansion_penalty_backward(needs: Needs, grad: Tensor, xyz: Tensor, assignment: Tensor) -> Gradients:
+    difference = xyz - xyz.take_along_dim(assignment.clamp(min=0).long()[..., None], 1)
+    return ((2 * grad[..., None] * difference).masked_fill((assignment < 0)[..., None], 0),)
 
 
 def _spanning_tree(points: Float[Tensor, "G S 3"]) -> tuple[Tensor, Float[Tensor, "G S-1"]]:

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors
+from lion_triton.kernels.compat._clouds import as_int, check_tensors
 
 __all__ = ["KNN"]
 

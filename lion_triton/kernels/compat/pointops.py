@@ -11,8 +11,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors, furthest_points, pack_clouds, pad_clouds
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points, pack_clouds, pad_clouds
 
 __all__ = [
     "aggregation",

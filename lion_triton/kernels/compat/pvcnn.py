@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors
+from lion_triton.kernels.compat._clouds import as_int, check_tensors
 
 __all__ = [
     "avg_voxelize",

@@ -29,8 +29,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors, furthest_points
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points
 from lion_triton.kernels.knn import smallest
 
 __all__ = [

@@ -5,18 +5,15 @@ The matching is that of PyTorchEMD; its cost is the sum of match times distance,
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lion_triton.kernels._checks import upcast
+from lion_triton.kernels._checks import check_clouds, upcast
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._points import block_size, squared_distances
 from lion_triton.kernels.compat._clouds import check_tensors
 from lion_triton.kernels.compat.chamfer3d import chamfer_3DFunction
 from lion_triton.kernels.emd import _approx_match
-from lion_triton.kernels.neighbors import block_size, check_clouds, squared_distances
 
 __all__ = ["match_cost", "nn_distance"]
 
@@ -42,31 +39,31 @@ def match_cost(seta: Float[Tensor, "B N 3"], setb: Float[Tensor, "B M 3"]) -> Fl
     """
     check_tensors(seta=seta, setb=setb)
     check_clouds(seta=seta, setb=setb)
-    return _MatchCost.apply(upcast(seta), upcast(setb))
+    return _match_cost_op(upcast(seta), upcast(setb))[0]
 
 
-class _MatchCost(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        (B, N, _), M = x.shape, y.shape[1]
-        cost, grad_x, grad_y = x.new_empty(B), torch.empty_like(x), torch.empty_like(y)
-        clouds = max(1, block_size(x) // (N * M))
-        for i in range(0, B, clouds):
-            b = slice(i, i + clouds)
-            sqdist = squared_distances(x[b], y[b])
-            match, distance = _approx_match(sqdist.clone()), sqdist.sqrt()
-            cost[b] = (match * distance).sum((1, 2))
-            if any(ctx.needs_input_grad):
-                pull = match / distance.clamp(min=1e-10)  # 0 / 1e-10 at distance 0, as in the originals
-                for axis in range(3):
-                    difference = (x[b, :, None, axis] - y[b, None, :, axis]).mul_(pull)
-                    grad_x[b, :, axis], grad_y[b, :, axis] = difference.sum(2), -difference.sum(1)
-        ctx.save_for_backward(grad_x, grad_y)
-        return cost
+def _empty_results(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape), y.new_empty(y.shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        grad_x, grad_y = ctx.saved_tensors
-        grad = grads[0][:, None, None]
-        return grad_x * grad, grad_y * grad
+
+@op(fake=_empty_results)
+def _match_cost_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The costs and their gradients, as keeping the match takes N M floats a pair."""
+    (B, N, _), M = x.shape, y.shape[1]
+    cost, dx, dy = _empty_results(x, y)
+    clouds = max(1, block_size(x) // (N * M))
+    for i in range(0, B, clouds):
+        b = slice(i, i + clouds)
+        sqdist = squared_distances(x[b], y[b])
+        match, distance = _approx_match(sqdist), sqdist.sqrt()
+        cost[b] = (match * distance).sum((1, 2))
+        pull = match / distance.clamp(min=1e-10)  # 0 at distance 0, as in the originals
+        for axis in range(3):
+            difference = (x[b, :, None, axis] - y[b, None, :, axis]).mul_(pull)
+            dx[b, :, axis], dy[b, :, axis] = difference.sum(2), -difference.sum(1)
+    return cost, dx, dy
+
+
+@gradient(_match_cost_op, save=lambda x, y, out: out[1:])
+def _match_cost_backward(needs: Needs, grad: Tensor, dx: Tensor, dy: Tensor) -> Gradients:
+    return dx * grad[:, None, None], dy * grad[:, None, None]

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors, furthest_points, pack_clouds, pad_clouds
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points, pack_clouds, pad_clouds
 from lion_triton.kernels.compat.pytorch3d import ball_query
 
 __all__ = ["fps", "knn", "knn_graph", "radius", "radius_graph"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lion_triton.kernels.compat import knn_cuda, pointops, torch_cluster
+from lion_triton.kernels.compat._clouds import as_int
 from tests.kernels.compat.cases import (
     DEVICE,
     assert_close,
@@ -197,3 +198,14 @@ class TestTorchCluster:
 def test_bad_input(call: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(4, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3], dtype=torch.int32)])
+def test_integers(value: Any) -> None:
+    assert type(as_int("k", value)) is int and as_int("k", value) == 3
+
+
+@pytest.mark.parametrize("value", [3.0, np.float32(3), "3", None, torch.tensor(3.0), torch.tensor([3, 4]), [3]])
+def test_what_is_no_integer_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="^k: expected an integer, got "):
+        as_int("k", value)

@@ -61,7 +61,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     emd_mean.EarthMoverDistance.forward: "self, xyz1, xyz2, transpose=False",
     emd_auction.emdFunction.apply: "xyz1, xyz2, eps, iters",
     emd_auction.emdModule.forward: "self, input1, input2, eps, iters",
-    emd_auction.expansionPenaltyFunction.forward: "ctx, xyz, primitive_size, alpha",
+    emd_auction.expansionPenaltyFunction.apply: "xyz, primitive_size, alpha",
     emd_auction.expansionPenaltyModule.forward: "self, input, primitive_size, alpha",
     emd_auction.minimum_density_sample: "xyz, npoint, mean_mst_length",
     structural_losses.nn_distance: "seta, setb",

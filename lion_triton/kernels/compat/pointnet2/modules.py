@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lion_triton.kernels._checks import as_int
+from lion_triton.kernels.compat._clouds import as_int
 from lion_triton.kernels.compat.pointnet2.utils import (
     GroupAll,
     QueryAndGroup,

@@ -14,9 +14,8 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
 from lion_triton.kernels.compat import pvcnn
-from lion_triton.kernels.compat._clouds import check_tensors, furthest_points
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points
 
 __all__ = [
     "GroupAll",

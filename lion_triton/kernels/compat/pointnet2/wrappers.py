@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.kernels._checks import as_int
-from lion_triton.kernels.compat._clouds import check_tensors, furthest_points
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points
 from lion_triton.kernels.compat.pointnet2.utils import (
     ball_query,
     gather_operation,
