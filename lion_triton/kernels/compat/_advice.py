@@ -29,14 +29,13 @@ class Rule:
     """A drop-in module, and what the modules that it replaces are called.
 
     paths: ends of dotted names. known_by: names of which a file of the project must define one. sure: whether the path
-    alone says enough where the file is not in the project. names: what they are called here, where that differs.
+    alone says enough where the file is not in the project.
     """
 
     module: str
     paths: tuple[str, ...]
     known_by: frozenset[str] = frozenset()
     sure: bool = True
-    names: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def offered(self) -> frozenset[str]:
@@ -287,7 +286,7 @@ class _Reader:
     def _target(self, rules: list[tuple[Rule, str | None]], path: str, name: str) -> Target | str | None:
         """What to write for a name; or why there is nothing; None if it is none of ours."""
         for rule, file in rules:
-            if name in rule.offered or name in rule.names or (rule.module == "emd" and "earth_mover" in name):
+            if name in rule.offered or (rule.module == "emd" and "earth_mover" in name):
                 return self._copy(rule, file, path, name)
         return "has no replacement" if any(rule.sure for rule, _ in rules) else None
 
@@ -300,7 +299,7 @@ class _Reader:
         note = ""
         if rule.module == "pointnet2" and name == "furthest_point_sample" and file:
             note = f"passes over points within 0.0316 of the origin, as pointnet2_ops does: does {file}?"
-        return Target(rule.module, rule.names.get(name, name), note)
+        return Target(rule.module, name, note)
 
     def _import_from(self, node: ast.ImportFrom) -> None:
         path = node.module or ""
@@ -394,7 +393,7 @@ class _Reader:
                 self._use(node, f"{COMPAT}.{ours[name].module}.{ours[name].name}")
         lines = [f"import {COMPAT}.{module}" for module in sorted(modules)]
         if others or ("." in bound and self._other_uses(bound)):  # the import itself is still needed
-            lines.insert(0, f"import {bound}" if plain and "." in bound else self._as_it_was(path, level, bound, plain))
+            lines.insert(0, self._as_it_was(path, level, bound, plain))
         return lines, notes
 
     def _as_it_was(self, path: str, level: int, bound: str, plain: bool) -> str:
@@ -411,7 +410,7 @@ class _Reader:
                 yield node, node.attr
 
     def _other_uses(self, bound: str) -> bool:
-        """Whether what ``import a.b`` binds, a, is used for anything but a.b, and not imported otherwise."""
+        """Whether what ``import a.b`` binds, a, is used for anything but a.b."""
         root = bound.split(".")[0]
         return any(
             isinstance(node, ast.Attribute)
