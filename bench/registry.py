@@ -552,12 +552,25 @@ def chamferdist_knn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return d, idx
 
 
+def physicsnemo_knn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    knn = import_module("physicsnemo.nn.functional").knn
+    idx = torch.stack([knn(points, queries, k)[0] for queries, points in zip(x.detach(), y.detach(), strict=True)])
+    return _to_pairs(x, y, idx), idx
+
+
+def torch_fps_sample(points: Tensor, num_samples: int) -> Tensor:
+    farthest_point_sampling = import_module("torch_fps").farthest_point_sampling
+    everything = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
+    return farthest_point_sampling(points, everything, num_samples, random_start=False).int()
+
+
 Knn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 KNN: dict[str, Knn] = {
     "torch_cluster": cluster_knn,
     "pykeops": keops_knn,
     "pytorch3d": pytorch3d_knn,
     "chamferdist": chamferdist_knn,
+    "physicsnemo": physicsnemo_knn,
 }
 
 
@@ -712,7 +725,7 @@ NEIGHBORS = (
         ours=kernels.furthest_point_sample,
         eager=furthest_point_sample_eager,
         forward=lambda s: Cost(s.B * (12 * s.N + 4 * s.M), 9 * _pairs(s)),
-        peers={"torch_cluster": cluster_fps, "pytorch3d": pytorch3d_fps},
+        peers={"torch_cluster": cluster_fps, "pytorch3d": pytorch3d_fps, "torch_fps": torch_fps_sample},
         compiles=False,
         targets=(Target("seconds", 1024 * 1.0e-6, at=lambda s: (s.B, s.N, s.M) == (32, 2048, 1024)),),
     ),
@@ -863,4 +876,73 @@ METRICS = (
     ),
 )
 
-OPS = (*DIFFUSION, *VOXELS, *NEIGHBORS, *NORMS, *METRICS)
+
+# Of the drop-in modules: neighbours in any number of dimensions C, and the auction, whose M are rounds
+
+
+def any_squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances without cancellation, in any number of dimensions."""
+    return sum((a[..., None] - b[..., None, :]).square() for a, b in zip(x.unbind(-1), y.unbind(-1), strict=True))
+
+
+def knn_eager(x: Tensor, y: Tensor, k: int, sqdist: SquaredDistances = cdist_squared) -> tuple[Tensor, Tensor]:
+    d, idx = sqdist(x, y).topk(k, largest=False)
+    return d, idx.int()
+
+
+def auction_eager(x: Tensor, y: Tensor, eps: float, iters: int) -> Tensor:
+    """Every round over all points, those that have a partner too."""
+    B, N = x.shape[:2]
+    with torch.no_grad():
+        cost = direct_squared(x, y).sqrt()
+        price, owner = torch.zeros_like(x[..., 0]), torch.full((B, N), -1, device=x.device)
+        partner, k = owner.clone(), torch.arange(N, device=x.device).expand(B, N)
+        for i in range(iters):
+            value, choice = (-cost - price[:, None]).topk(2)
+            waits = partner < 0
+            if i == iters - 1:
+                partner = torch.where(waits, choice[..., 0], partner)
+                break
+            wanted, raise_by = choice[..., 0], value[..., 0] - value[..., 1] + eps
+            offers = torch.zeros(B, N, N, device=x.device).scatter_(2, wanted[..., None], raise_by[..., None])
+            most, winner = offers.mul_(waits[..., None]).max(1)
+            sold, before = most > 0, owner
+            lost = torch.where(sold & (before >= 0), before, N)
+            partner = F.pad(partner, (0, 1)).scatter(1, lost, -1)[:, :N]
+            taken = torch.where(sold, winner, N)
+            partner = F.pad(partner, (0, 1)).scatter(1, taken, k)[:, :N]
+            owner, price = torch.where(sold, winner, owner), price + most
+    return (x - y.take_along_dim(partner[..., None], 1)).square().sum(-1)
+
+
+DROP_IN = (
+    Op(
+        "knn",
+        ("tests/kernels/test_knn.py",),
+        (Shape(32, 2048, 2048, 8, 3), Shape(32, 2048, 2048, 32, 3), Shape(32, 1024, 1024, 20, 64)),
+        Shape(1, 2048, 2048, 16, 3),
+        inputs=lambda s, draw: (draw.normal(s.B, s.N, s.C), draw.normal(s.B, s.M, s.C), s.K),
+        ours=kernels.knn,
+        eager=knn_eager,
+        exact={"sqdist": any_squared},
+        forward=lambda s: Cost(4 * s.B * (s.N + s.M) * s.C + 8 * s.B * s.N * s.K, 3 * s.C * _pairs(s)),
+        backward=lambda s: Cost(8 * s.B * (s.N + s.M) * s.C + 8 * s.B * s.N * s.K, 6 * s.B * s.N * s.K * s.C),
+        wrt=(0, 1),
+        peers=dict(KNN),
+    ),
+    Op(
+        "auction_emd",
+        ("tests/kernels/test_auction.py",),
+        (Shape(32, 1024, 50),),
+        Shape(1, 128, 20),
+        inputs=lambda s, draw: (draw.points(s.B, s.N), draw.points(s.B, s.N), 0.005, s.M),
+        ours=lambda x, y, eps, iters, impl: kernels.auction_emd(x, y, eps, iters, impl=impl)[0],
+        eager=auction_eager,
+        forward=lambda s: Cost(24 * s.B * s.N + 8 * s.B * s.N, 12 * s.B * s.N**2),  # the first round at least
+        backward=lambda s: Cost(52 * s.B * s.N, 9 * s.B * s.N),
+        wrt=(0, 1),
+        compiles=False,
+    ),
+)
+
+OPS = (*DIFFUSION, *VOXELS, *NEIGHBORS, *NORMS, *METRICS, *DROP_IN)

@@ -77,6 +77,8 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "nearest_neighbor": (kernels.nearest_neighbor, (cloud(5, 3), cloud(4, 3))),
     "chamfer_distance": (kernels.chamfer_distance, (cloud(5, 3), cloud(4, 3))),
     "approx_emd": (kernels.approx_emd, (cloud(5, 3), cloud(4, 3))),
+    "knn": (lambda *a, impl: kernels.knn(*a, 3, impl=impl), (cloud(5, 4), cloud(6, 4))),
+    "auction_emd": (lambda *a, impl: kernels.auction_emd(*a, 0.1, 3, impl=impl), (cloud(5, 3), cloud(5, 3))),
     "ball_query": (lambda *a, impl: kernels.ball_query(*a, 0.5, 3, impl=impl), (cloud(4, 3), cloud(5, 3))),
     "three_nn": (kernels.three_nn, (cloud(5, 3), cloud(4, 3))),
     "group": (kernels.group, (cloud(5, 6), index(4, 3))),
