@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -91,6 +91,22 @@ def thumbnails(clouds: Sequence[Float[Array, "N 3"]]) -> list[bytes]:
         )
         pictures.append(file.getvalue())
     return pictures
+
+
+def animate(frames: Clouds, path: str | os.PathLike[str], *, seconds_per_frame: float = 0.15) -> None:
+    """Draw clouds (K, N, 3) one after the other, there and back for ever, to the GIF file ``path``.
+
+    All at one scale, in the palette of all together. Everything else is as in ``draw_grid``.
+    """
+    cells = _cells(_as_array("frames", frames))
+    palette = Image.fromarray(np.concatenate(cells)).quantize(128, Image.Quantize.MEDIANCUT)
+    pictures = [Image.fromarray(cell).quantize(palette=palette, dither=Image.Dither.NONE) for cell in cells]
+    file, duration = io.BytesIO(), round(1000 * seconds_per_frame)
+    there_and_back = [*pictures, *pictures[-2:0:-1]]
+    there_and_back[0].save(
+        file, format="GIF", save_all=True, append_images=there_and_back[1:], duration=duration, loop=0
+    )
+    _replace(path, lambda unfinished: unfinished.write_bytes(file.getvalue()))
 
 
 def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
@@ -214,11 +230,16 @@ def _write(
             middle, 1 - 0.5 * TITLE / height, title, size=13, color=INK, ha="center", va="center", parse_math=False
         )
 
+    _replace(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+
+
+def _replace(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Have a file written beside ``path`` and, when it is whole, take its place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(unfinished, format="png")
+        write(unfinished)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
