@@ -435,7 +435,7 @@ def ddim_inverse(
     steps: int = 50,
     spacing: Spacing = "uniform",
     clip: float | None = None,
-    iterations: int = 5,
+    iterations: int = 3,
     callback: Callback | None = None,
 ) -> Data:
     """The x_T from which ``ddim`` with ``eta`` 0 and the same steps, spacing and clip makes x_0.

@@ -18,16 +18,15 @@ from lion_triton.config import SamplingConfig
 from lion_triton.generation.inputs import (
     Given,
     Model,
-    as_seed,
     check_points,
     distances,
     known_label,
     open_model,
-    read_given,
+    read_given_or_seed,
     reconstruct,
     with_class,
 )
-from lion_triton.generation.latents import Condition, between, decode, encode, from_noise, match, seed_noise, to_noise
+from lion_triton.generation.latents import Condition, between, decode, from_noise, match, seed_noise, to_noise
 from lion_triton.generation.output import check_finite, check_out, default_out, options, write_results
 from lion_triton.generation.progress import Begin, progress_bar
 from lion_triton.models.lion import Latents
@@ -76,10 +75,11 @@ class InterpolateArguments:
 
 @dataclass(frozen=True)
 class End:
-    """One end of the way: a noise, and the class that it is denoised as."""
+    """One end of the way: a noise, the class that it is denoised as, and the shape that it was made of, if any."""
 
     noise: Latents  # of one cloud
     label: int | None
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,18 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     numbers = {"frames": args.frames, "steps": args.steps, "points": args.num_points, "seed": args.seed}
     out = args.out or default_out(run, words, numbers)
     check_out(out)
-    found = [(name, text, as_seed(text)) for name, text in (("a", args.a), ("b", args.b))]
-    read = [read_given(name, text, run, num_points, args.seed) if seed is None else seed for name, text, seed in found]
+    a, b = (read_given_or_seed(o, text, run, num_points, args.seed) for o, text in (("a", args.a), ("b", args.b)))
 
     model = open_model(args.run, args.checkpoint)
-    a, b = (with_class(model, shape, label) if isinstance(shape, Given) else shape for shape in read)
-    if isinstance(a, Given) and isinstance(b, Given):
-        b = replace(b, points=b.points[match(a.points, b.points)])
-    shapes = [x for x in (a, b) if isinstance(x, Given)]
-    with progress_bar("interpolating", len(shapes) + num_batches(args.frames)) as begin:
-        start, end = (end_of(model, x, num_points, label, settings, begin) for x in (a, b))
+    shapes = sum(isinstance(x, Given) for x in (a, b))
+    with progress_bar("interpolating", shapes + num_batches(args.frames)) as begin:
+        start, end = ends_of(model, a, b, num_points, label, settings, begin)
         clouds = frames(model, start, end, args.frames, settings, begin)
     points = model.run.normalization.invert(clouds.numpy())
     check_finite(points)
     given = []
-    for shape, cloud in ((a, points[0]), (b, points[-1])):
-        if isinstance(shape, Given):
+    for shape, cloud in ((start.given, points[0]), (end.given, points[-1])):
+        if shape is not None:
             ours, rebuilt = distances(model, shape, np.stack((cloud, reconstruct(model, shape))))
             name = model.class_name(shape.label)
             given.append(shape.record | {"class": name, "chamfer": ours, "reconstruction_chamfer": rebuilt})
@@ -151,18 +147,38 @@ def deterministic(run: Run, sampler: Literal["ddim", "ode"] | None, steps: int |
     return resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
 
 
+def ends_of(
+    model: Model,
+    a: Given | int,
+    b: Given | int,
+    num_points: int,
+    label: int | None,
+    settings: SamplingConfig,
+    begin: Begin,
+) -> tuple[End, End]:
+    """The ends at two shapes or at what two seeds generate, of class ``label`` where one is given.
+
+    Shapes are otherwise of their own or the likeliest class, seeds of the first, as in ``lion_triton.sample``. Two
+    shapes' points are put in the order in which they move least.
+    """
+    a, b = (with_class(model, shape, label) if isinstance(shape, Given) else shape for shape in (a, b))
+    if isinstance(a, Given) and isinstance(b, Given):
+        b = replace(b, points=b.points[match(a.points, b.points)])
+    return end_of(model, a, num_points, label, settings, begin), end_of(model, b, num_points, label, settings, begin)
+
+
 def end_of(
     model: Model, shape: Given | int, num_points: int, label: int | None, settings: SamplingConfig, begin: Begin
 ) -> End:
-    """The end at a shape, or at what a seed generates, of class ``label`` or, as in ``lion_triton.sample``, the first."""
+    """One end; ``num_points`` and ``label`` are a seed's. Only a shape is a part of the bar."""
     if isinstance(shape, int):
         first = 0 if model.conditional else None
         assert settings.sampler != "ddpm"
         noise = seed_noise(model.lion, shape, num_points, settings.sampler)
         return End(noise, first if label is None else label)
     with model.autocast():
-        found = encode(model.lion, shape.tensor(model.device))
-        return End(to_noise(model.lion, found, settings, model.labels(shape.label), begin()), shape.label)
+        noise = to_noise(model.lion, shape.encode(model), settings, model.labels(shape.label), begin())
+        return End(noise, shape.label, shape)
 
 
 def frames(

@@ -151,9 +151,7 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
     slope = np.clip(normal @ LIGHT, 0, 1)
     sky = _open_sky(points, 2.2 * radius)
-    rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
-    colour = LOW + (HIGH - LOW) * rise[:, None]
-    colour = colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
+    colour = _height_colour(height) * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
 
     # The ball's pixels and their shading, then for every pixel of the cell the last ball painted on it.
     size, reach = CELL * SUPERSAMPLE, radius * SUPERSAMPLE
@@ -178,6 +176,16 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
     image = image.clip(0, 1).reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3).mean((1, 3))
     return np.rint(255 * image[::-1]).astype(np.uint8)
+
+
+def height_colours(cloud: Float[Array, "N 3"]) -> UInt8[Array, "N 3"]:
+    """The colour of each point before it is shaded, from the lowest to the highest."""
+    return np.rint(255 * _height_colour(cloud[:, 1])).astype(np.uint8)
+
+
+def _height_colour(height: Float[Array, " N"]) -> Float[Array, "N 3"]:
+    rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
+    return LOW + (HIGH - LOW) * rise[:, None]
 
 
 def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32) -> Float[Array, " N"]:

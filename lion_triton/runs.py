@@ -55,8 +55,13 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def results(self) -> Path:
+        """Where commands write: the folder itself, or runs/NAME for a shipped model."""
+        return Path("runs") / self.folder.name if self.folder.parent == SHIPPED else self.folder
+
+    @property
     def samples(self) -> Path:
-        return (Path("runs") / self.folder.name if self.folder.parent == SHIPPED else self.folder) / "samples"
+        return self.results / "samples"
 
     @property
     def pretrained(self) -> bool:
@@ -246,6 +251,15 @@ def load_model(run: Run, name: str | None = None) -> LION:
     load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
     lion.remember(run.folder)
     return lion.eval()
+
+
+def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
+    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it."""
+    folder = run.checkpoint(name)
+    if folder is None:
+        return {WEIGHTS: _sha256(run.folder / WEIGHTS)}
+    files = json.loads((folder / "state.json").read_text())["files"]
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
 
 
 def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:

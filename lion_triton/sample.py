@@ -30,7 +30,7 @@ class SampleArguments:
     Writes OUT/clouds.npz (points (S, P, 3) in data units, labels), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
     Attributes:
-        run: the run folder.
+        run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
         num_samples: clouds to generate.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.

@@ -25,7 +25,7 @@ from lion_triton.generation.inputs import (
     reconstruct,
     with_class,
 )
-from lion_triton.generation.latents import Keep, decode, diffuse_denoise, encode
+from lion_triton.generation.latents import Keep, decode, diffuse_denoise
 from lion_triton.generation.output import check_finite, check_out, default_out, options, write_results
 from lion_triton.generation.progress import progress_bar
 from lion_triton.models.lion import Latents
@@ -137,7 +137,7 @@ def variations(
     """Clouds in the model's units."""
     generator, clouds = torch.Generator().manual_seed(args.seed), []
     with progress_bar("varying", -(-args.num_samples // BATCH)) as begin, model.autocast():
-        h, z = encode(model.lion, given.tensor(model.device))
+        h, z = given.encode(model)
         for start in range(0, args.num_samples, BATCH):
             count = min(BATCH, args.num_samples - start)
             found = diffuse_denoise(

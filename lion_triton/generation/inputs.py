@@ -21,7 +21,7 @@ from lion_triton.devices import autocast, best_device
 from lion_triton.evaluation.sets import open_clouds
 from lion_triton.generation.latents import decode, encode, likeliest_class
 from lion_triton.kernels import chamfer_distance
-from lion_triton.models.lion import LION
+from lion_triton.models.lion import LION, Latents
 from lion_triton.runs import Run, load_model, open_run
 
 UNLIKE = 3.0  # times as large or small as the shapes trained on: taken for other units
@@ -75,11 +75,13 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
 
 @dataclass(frozen=True)
 class Given:
-    """A shape as given: its points in the model's units, and its class where that is known."""
+    """A shape as given: its points in the model's units, and its class where that is known. ``seed`` decided which of
+    its points these are, and decides which of its latents are drawn."""
 
     name: str
     points: Float32[np.ndarray, "N 3"]
     label: int | None
+    seed: int = 0
 
     @property
     def record(self) -> dict[str, object]:
@@ -87,13 +89,14 @@ class Given:
         sha256 = hashlib.sha256(self.points.astype("<f4").tobytes()).hexdigest()
         return {"shape": self.name, "points": len(self.points), "sha256": sha256}
 
-    def tensor(self, device: torch.device) -> Float32[Tensor, "1 N 3"]:
-        return torch.from_numpy(self.points)[None].to(device)
+    def encode(self, model: Model) -> Latents:
+        """Its (standardised) latents; the same each time."""
+        return encode(model.lion, torch.from_numpy(self.points)[None].to(model.device), self.seed)
 
 
-def as_seed(text: str) -> int | None:
-    """The seed that ``text`` stands for: any whole number."""
-    return int(text) if re.fullmatch(r"\d+", text) else None
+def read_given_or_seed(option: str, text: str, run: Run, num_points: int, seed: int) -> Given | int:
+    """The seed that a whole number is, or the shape that anything else stands for; see :func:`read_given`."""
+    return int(text) if re.fullmatch(r"\d+", text) else read_given(option, text, run, num_points, seed)
 
 
 def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> Given:
@@ -123,7 +126,7 @@ def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> 
     size = float(np.sqrt(np.square(points, dtype=np.float64).mean()))
     if run.normalization.kind == "global" and not 1 / UNLIKE < size < UNLIKE:
         print(f"{option}: {text} is {size:.2g} times as large as the shapes that the model knows: in other units?")
-    return Given(text, points, label if run.config.model.shape_prior.num_classes else None)
+    return Given(text, points, label if run.config.model.shape_prior.num_classes else None, seed)
 
 
 def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 3"], str]:
@@ -147,7 +150,7 @@ def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarr
         raise ValueError(f"{option}: expected {what}, got {path}")
     try:
         shape = read_shape(Container(path.parent), path.name)
-        return shape.sample(count if shape.is_mesh else len(shape.coordinates), seed)
+        return shape.sample(count, seed) if shape.is_mesh else shape.coordinates.astype(np.float32)
     except Exception as error:  # whatever a parser makes of a bad file
         several = f"; of several clouds give {path}:0" if path.suffix in (".npy", ".npz") else ""
         raise ValueError(f"{option}: {path}: {one_line(error)}{several}") from None
@@ -158,7 +161,7 @@ def with_class(model: Model, given: Given, label: int | None) -> Given:
     if not model.conditional or label is not None or given.label is not None:
         return replace(given, label=given.label if label is None else label)
     with model.autocast():
-        label = int(likeliest_class(model.lion, encode(model.lion, given.tensor(model.device)).z))
+        label = int(likeliest_class(model.lion, given.encode(model).z))
     print(f"{given.name}: taken for class {model.class_name(label)}, the likeliest; --class gives another")
     return replace(given, label=label)
 
@@ -166,7 +169,7 @@ def with_class(model: Model, given: Given, label: int | None) -> Given:
 def reconstruct(model: Model, given: Given) -> Float32[np.ndarray, "N 3"]:
     """What comes back of the shape through the VAE, in data units where the normalisation can be inverted."""
     with model.autocast():
-        rebuilt = decode(model.lion, encode(model.lion, given.tensor(model.device)))
+        rebuilt = decode(model.lion, given.encode(model))
     return model.run.normalization.invert(rebuilt[0].cpu().numpy())
 
 

@@ -58,9 +58,9 @@ class Condition:
         return blended
 
 
-def encode(lion: LION, points: Float[Tensor, "B N 3"]) -> Latents:
-    """The means of the posteriors of clouds in the model's units."""
-    return lion.standardize(lion.encode(points, mean=True))
+def encode(lion: LION, points: Float[Tensor, "B N 3"], seed: int = 0) -> Latents:
+    """Latents of clouds in the model's units, drawn from the posteriors: the priors have seen no means of these."""
+    return lion.standardize(lion.encode(points, generator=torch.Generator().manual_seed(seed)))
 
 
 def decode(lion: LION, latents: Latents) -> Float32[Tensor, "B N 3"]:
@@ -93,12 +93,26 @@ def to_noise(
 
 
 def from_noise(
-    lion: LION, noise: Latents, settings: SamplingConfig, condition: Condition, progress: Progress | None = None
+    lion: LION,
+    noise: Latents,
+    settings: SamplingConfig,
+    condition: Condition,
+    progress: Progress | None = None,
+    watch: Callable[[Float[Tensor, "B N H"]], None] | None = None,
 ) -> Latents:
-    """The latents that the deterministic sampler ("ddim" with eta 0, or "ode") makes of a noise."""
+    """The latents that the deterministic sampler ("ddim" with eta 0, or "ode") makes of a noise.
+
+    watch: called with h after every step of DDIM.
+    """
     advance = _parts(progress, 2, settings.steps)
     z = _solve(condition.shape(lion), noise.z, lion, settings, advance(0))
-    return Latents(_solve(condition.points(lion, z), noise.h, lion, settings, advance(1)), z)
+
+    def advance_and_watch(step: int, t: int, h: Tensor) -> None:
+        advance(1)(step, t, h)
+        if watch is not None:
+            watch(h)
+
+    return Latents(_solve(condition.points(lion, z), noise.h, lion, settings, advance_and_watch), z)
 
 
 def between(a: Latents, b: Latents, weight: Float[Tensor, " B"]) -> Latents:

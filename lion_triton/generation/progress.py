@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,21 +14,31 @@ Begin = Callable[[], Progress]
 BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
 
 
+def begin_parts(report: Callable[[float], None]) -> Begin:
+    """A function that begins the next part and returns what this part calls as it goes on; ``report`` gets how many
+    parts are done."""
+    begun = 0
+
+    def begin() -> Progress:
+        nonlocal begun
+        start, begun = begun, begun + 1
+        report(start)
+
+        def advance(done: int, total: int) -> None:
+            report(start + done / total)
+
+        return advance
+
+    return begin
+
+
 @contextmanager
 def progress_bar(title: str, parts: int) -> Iterator[Begin]:
-    """Yields a function that begins the next part and returns what this part calls as it goes on."""
+    """A bar on the terminal over ``parts`` parts; see :func:`begin_parts`."""
     with tqdm(total=parts, desc=title, bar_format=BAR, disable=None) as bar:
-        begun = 0
+        yield begin_parts(lambda done: _move(bar, done))
+        _move(bar, parts)
 
-        def begin() -> Progress:
-            nonlocal begun
-            start, begun = begun, begun + 1
-            bar.update(start - bar.n)
 
-            def advance(done: int, total: int) -> None:
-                bar.update(start + done / total - bar.n)
-
-            return advance
-
-        yield begin
-        bar.update(parts - bar.n)
+def _move(bar: tqdm[Any], done: float) -> None:
+    bar.update(done - bar.n)
