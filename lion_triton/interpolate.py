@@ -100,15 +100,15 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
         raise ValueError(f"frames: expected at least 2, got {args.frames}")
     run = open_run(args.run)
     num_points, label = check_points(run, args.num_points), known_label(run, args.label)
-    settings = deterministic(run, args.sampler, args.steps)
     words = [Path(args.a).name, "to", Path(args.b).name, args.label, args.sampler, args.checkpoint]
     numbers = {"frames": args.frames, "steps": args.steps, "points": args.num_points, "seed": args.seed}
     out = args.out or default_out(run, words, numbers)
     check_out(out)
     a, b = (read_given_or_seed(o, text, run, num_points, args.seed) for o, text in (("a", args.a), ("b", args.b)))
+    shapes = sum(isinstance(x, Given) for x in (a, b))
+    settings = deterministic(run, args.sampler, args.steps, clipped=shapes == 0)
 
     model = open_model(args.run, args.checkpoint)
-    shapes = sum(isinstance(x, Given) for x in (a, b))
     with progress_bar("interpolating", shapes + num_batches(args.frames)) as begin:
         start, end = ends_of(model, a, b, num_points, label, settings, begin)
         clouds = frames(model, start, end, args.frames, settings, begin)
@@ -135,8 +135,12 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     return Interpolation(points, out)
 
 
-def deterministic(run: Run, sampler: Literal["ddim", "ode"] | None, steps: int | None) -> SamplingConfig:
+def deterministic(
+    run: Run, sampler: Literal["ddim", "ode"] | None, steps: int | None, *, clipped: bool = True
+) -> SamplingConfig:
     """How to sample without randomness: as asked for, or as the run does, by DDIM where that is not deterministic.
+
+    clipped: clamp predictions as the run does. A latent beyond that has no noise that leads to it.
 
     Raises:
         ValueError: options that this run cannot be sampled with.
@@ -144,7 +148,8 @@ def deterministic(run: Run, sampler: Literal["ddim", "ode"] | None, steps: int |
     own = run.config.sampling.sampler
     chosen = sampler or ("ddim" if own == "ddpm" else own)
     eta = 0.0 if chosen == "ddim" else None
-    return resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
+    found = resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
+    return found if clipped else replace(found, clip_x0=None)
 
 
 def ends_of(

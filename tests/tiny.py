@@ -43,19 +43,21 @@ def tiny_config(classes: int = len(CLASSES), diffusion: DiffusionConfig | None =
 
 
 def tiny_lion(config: TrainConfig) -> LION:
-    """Its priors predict little and are nearly smooth, so that steps of DDIM can be undone, as those of a trained one."""
+    """Its priors predict little and are nearly smooth, so that steps of DDIM can be undone, as a trained one's can."""
     torch.manual_seed(0)
     lion = LION(config.model).eval()
     with torch.no_grad():
         for layer in (lion.shape_prior.output, lion.point_prior.network.out):
             layer.weight.mul_(0.1)  # type: ignore[operator, union-attr]
+        generator = torch.Generator().manual_seed(1)
+        clouds = torch.randn(16, POINTS, 3, generator=generator)
+        lion.set_latent_statistics(*lion.encode(clouds, generator=generator))
     return lion
 
 
 def tiny_run(folder: Path, config: TrainConfig | None = None, stage: str = "priors") -> Run:
     config = config or tiny_config()
     lion = tiny_lion(config)
-    lion.set_latent_statistics(torch.randn(4, 20, 4) * 0.9, torch.randn(64, 8) * 0.5)
     averaged = {name: value + 0.01 for name, value in lion.state_dict().items() if "prior" in name}
     classes = tuple(CLASSES) if config.model.shape_prior.num_classes else ("",)
     run = create_run(folder, config, classes, Normalization("global", (0.0, 0.01, -0.01), 0.25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 
 import numpy as np
@@ -82,6 +83,7 @@ class Generator:
         shapes = sum(isinstance(x, Given) for x in (a, b))
         progress, parts = self.page.progress("Interpolate"), num_batches(FRAMES) + shapes
         begin = begin_parts(lambda done: progress(done, parts))
+        settings = settings if shapes == 0 else dataclasses.replace(settings, clip_x0=None)
         ends = ends_of(model, a, b, num_points, None if shapes else label, settings, begin)
         self.made = None
         self.replace(frames(model, *ends, FRAMES, settings, begin), 0, "between")

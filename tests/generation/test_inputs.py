@@ -23,7 +23,7 @@ from lion_triton.generation.inputs import (
 )
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, open_run
-from tests.tiny import POINTS, tiny_run
+from tests.tiny import POINTS, tiny_config, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,6 @@ def test_distances_are_in_data_units(run: Run, tmp_path: Path, cloud: np.ndarray
 
 
 def test_a_run_without_classes_takes_none(tmp_path: Path, cloud: np.ndarray) -> None:
-    from tests.tiny import tiny_config
-
     run = tiny_run(tmp_path / "run", tiny_config(classes=0))
     model = open_model(run.folder)
     given = read_given("a", "procedural:3", run, POINTS, 0)

@@ -28,20 +28,18 @@ from lion_triton.generation.latents import (
 from lion_triton.models.lion import LION, DiffusionConfig, Latents
 from tests.tiny import POINTS, tiny_config, tiny_lion
 
-DDIM = SamplingConfig("ddim", 8, clip_x0=5.0)
+DDIM = SamplingConfig("ddim", 8)
 LABEL = torch.tensor([2])
 
 
 @pytest.fixture(scope="module")
 def lion() -> LION:
-    made = tiny_lion(tiny_config())
-    made.set_latent_statistics(torch.randn(4, 20, 4) * 0.9, torch.randn(64, 8) * 0.5)
-    return made
+    return tiny_lion(tiny_config())
 
 
 @pytest.fixture(scope="module")
 def latents(lion: LION) -> Latents:
-    return encode(lion, torch.randn(1, POINTS, 3, generator=torch.Generator().manual_seed(1)))
+    return encode(lion, torch.randn(1, POINTS, 3, generator=torch.Generator().manual_seed(2)))
 
 
 def equal(a: Latents, b: Latents) -> bool:
@@ -49,7 +47,8 @@ def equal(a: Latents, b: Latents) -> bool:
 
 
 def apart(a: Latents, b: Latents) -> float:
-    return max(float((a.h - b.h).abs().max()), float((a.z - b.z).abs().max()))
+    """Root mean square; where the networks choose neighbours, single points may jump."""
+    return max(float((x - y).square().mean().sqrt()) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ode"])
@@ -67,8 +66,8 @@ def test_a_seed_is_the_cloud_that_sample_makes_of_it(sampler: Any) -> None:
 def test_latents_come_back_from_noise(lion: LION, latents: Latents) -> None:
     noise = to_noise(lion, latents, DDIM, LABEL)
     back = from_noise(lion, noise, DDIM, Condition(LABEL))
-    assert apart(back, latents) < 0.02
-    assert apart(noise, latents) > 0.5
+    assert apart(back, latents) < 0.005
+    assert apart(noise, latents) > 0.2
     other = from_noise(lion, noise, DDIM, Condition(torch.tensor([3])))
     assert apart(other, latents) > 5 * apart(back, latents)
 
