@@ -60,6 +60,7 @@ def open_page(args: ViewArguments) -> Page:
         Generator(page, model)
     else:
         items = find_items(folder)
+        items[0].read()  # before anything is served
         page = Page(args.port)
         add_files(page, items)
     return page

@@ -30,7 +30,7 @@ class Page:
         self.status = self.server.gui.add_markdown("")
         self._busy = threading.Lock()
         self._buttons: list[viser.GuiButtonHandle] = []
-        self._file: tuple[str, bytes] = ("", b"")
+        self.file: tuple[str, bytes] = ("", b"")  # name and content of what the download button gives
 
     @property
     def url(self) -> str:
@@ -65,7 +65,7 @@ class Page:
         """What the download button gives, as a .ply."""
         file = io.BytesIO()
         geometry.export(file, file_type="ply")
-        self._file = (f"{name}.ply", file.getvalue())
+        self.file = (f"{name}.ply", file.getvalue())
 
     def add_download(self) -> None:
         button = self.server.gui.add_button("Download .ply")
@@ -73,7 +73,7 @@ class Page:
         @button.on_click
         def _(event: viser.GuiEvent[viser.GuiButtonHandle]) -> None:
             if event.client is not None:
-                event.client.send_file_download(*self._file)
+                event.client.send_file_download(*self.file)
 
     def add_action(self, label: str, work: Callable[[], str]) -> None:
         """A button; ``work`` returns what is then said. While it works no other button does."""
@@ -91,6 +91,9 @@ class Page:
                 self.say(work())
             except ValueError as error:
                 self.say(f"**{error}**")
+            except Exception as error:
+                self.say(f"**{type(error).__name__}: {error}**")
+                raise
             finally:
                 for button in self._buttons:
                     button.disabled = False
