@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -30,6 +30,7 @@ Clouds: TypeAlias = Float[Array, "K N 3"] | Float[Tensor, "K N 3"]
 CELL, LABEL, TITLE = 240, 40, 36  # pixels: a cloud's square, the strip for row labels, the strip for titles
 SUPERSAMPLE = 2
 INK = "#3b4252"
+BALL = 0.57  # radius in spacings: a ball reaches its neighbours, so that a surface looks closed
 LOW, HIGH = np.array((0.46, 0.45, 0.82)), np.array((0.98, 0.72, 0.64))  # of the lowest and highest point
 
 
@@ -141,17 +142,9 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     points, foot = (part * scale for part in _project(cloud))
     points, foot, height = (part[np.argsort(points[:, 2])] for part in (points, foot, cloud[:, 1]))
 
-    # A ball reaches its neighbours, so that a surface looks closed at any number of points.
-    distance, neighbours = cKDTree(points).query(points, k=min(12, len(points)))
-    spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, :6][:, -1]))
-    radius = float(np.clip(0.57 * spacing, 1.0, CELL / 24))
-    patch = points[neighbours.reshape(len(points), -1)]
-    patch = patch - patch.mean(1, keepdims=True)
-    normal = np.linalg.eigh(np.swapaxes(patch, 1, 2) @ patch)[1][..., 0]
-    normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
-    slope = np.clip(normal @ LIGHT, 0, 1)
-    sky = _open_sky(points, 2.2 * radius)
-    colour = _height_colour(height) * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
+    spacing, neighbours = _spacing(points)
+    radius = float(np.clip(BALL * spacing, 1.0, CELL / 24))
+    colour, sky = _shade(points, neighbours, height, radius)
 
     # The ball's pixels and their shading, then for every pixel of the cell the last ball painted on it.
     size, reach = CELL * SUPERSAMPLE, radius * SUPERSAMPLE
@@ -178,14 +171,35 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     return np.rint(255 * image[::-1]).astype(np.uint8)
 
 
-def height_colours(cloud: Float[Array, "N 3"]) -> UInt8[Array, "N 3"]:
-    """The colour of each point before it is shaded, from the lowest to the highest."""
-    return np.rint(255 * _height_colour(cloud[:, 1])).astype(np.uint8)
+def balls(cloud: Float[Array, "N 3"]) -> tuple[float, UInt8[Array, "N 3"]]:
+    """The radius, in the cloud's units, and the shaded colours of the balls that its points are drawn as."""
+    points = cloud @ VIEW.T
+    spacing, neighbours = _spacing(points)
+    radius = BALL * spacing or 0.1 * float(np.ptp(cloud, axis=0).max()) or 0.1  # of coincident points, too
+    colour, _ = _shade(points, neighbours, cloud[:, 1], radius)
+    return radius, np.rint(255 * colour.clip(0, 1)).astype(np.uint8)
 
 
-def _height_colour(height: Float[Array, " N"]) -> Float[Array, "N 3"]:
+def _spacing(points: Float[Array, "N 3"]) -> tuple[float, Int[Array, "N K"]]:
+    """The median distance to the fifth neighbour, and the neighbours of each point, itself first."""
+    distance, neighbours = cKDTree(points).query(points, k=min(12, len(points)))
+    spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, :6][:, -1]))
+    return spacing, neighbours.reshape(len(points), -1)
+
+
+def _shade(
+    points: Float[Array, "N 3"], neighbours: Int[Array, "N K"], height: Float[Array, " N"], radius: float
+) -> tuple[Float[Array, "N 3"], Float[Array, " N"]]:
+    """The colour of each ball of points in the camera's frame, and how much of the sky it sees."""
+    patch = points[neighbours]
+    patch = patch - patch.mean(1, keepdims=True)
+    normal = np.linalg.eigh(np.swapaxes(patch, 1, 2) @ patch)[1][..., 0]
+    normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
+    slope = np.clip(normal @ LIGHT, 0, 1)
+    sky = _open_sky(points, 2.2 * radius)
     rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
-    return LOW + (HIGH - LOW) * rise[:, None]
+    colour = LOW + (HIGH - LOW) * rise[:, None]
+    return colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None], sky
 
 
 def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32) -> Float[Array, " N"]:

@@ -20,6 +20,7 @@ from lion_triton.generation.latents import Condition, decode, from_noise
 from lion_triton.generation.progress import begin_parts
 from lion_triton.interpolate import deterministic, end_of, ends_of, frames, num_batches
 from lion_triton.models.lion import Latents
+from lion_triton.pictures import RIGHT
 from lion_triton.viewer.page import Page
 
 FRAMES = 17  # on the way between two shapes
@@ -95,7 +96,7 @@ class Generator:
     def nearest(self) -> str:
         """The training shape nearest to what is shown, beside it."""
         near = nearest_training(self.shown[None], self.training, self.model.device, lambda _: None)
-        self.page.show_cloud("nearest", near.points[0], right=1.2 * float(np.ptp(self.shown[:, 0])) + 0.2)
+        self.page.show_cloud("nearest", near.points[0], left=1.2 * float(np.ptp(self.shown @ RIGHT)))
         name = self.training.source.clouds.names[int(near.index[0])]
         return f"nearest training shape: {name}, Chamfer distance {near.distance[0]:.2g}"
 

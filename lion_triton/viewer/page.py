@@ -12,11 +12,8 @@ import numpy as np
 import trimesh
 import viser
 from jaxtyping import Float32
-from scipy.spatial import cKDTree
 
-from lion_triton.pictures import TOWARDS, height_colours
-
-ALONE = 0.2  # size of points without any spacing, as of a cloud of one, in units of its own
+from lion_triton.pictures import RIGHT, TOWARDS, balls
 
 
 class Page:
@@ -36,14 +33,17 @@ class Page:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.get_port()}"
 
-    def show_cloud(self, name: str, points: Float32[np.ndarray, "P 3"], right: float = 0.0) -> None:
-        """Draw a cloud in place of the one called ``name``, moved to the right."""
-        distance, _ = cKDTree(points).query(points, k=min(7, len(points)))
-        spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, -1]))
-        size = spacing or ALONE * float(np.ptp(points, axis=0).max() or 1)
-        colours, place = height_colours(points), (right, 0.0, 0.0)
+    def show_cloud(self, name: str, points: Float32[np.ndarray, "P 3"], left: float = 0.0) -> None:
+        """Draw a cloud in place of the one called ``name``, so far to the left of its place."""
+        radius, colours = balls(points)
         self.server.scene.add_point_cloud(
-            f"/{name}", points, colours, point_size=size, point_shape="circle", precision="float32", position=place
+            f"/{name}",
+            points,
+            colours,
+            point_size=radius,
+            point_shape="circle",
+            precision="float32",
+            position=-left * RIGHT,
         )
 
     def show_mesh(self, name: str, mesh: trimesh.Trimesh) -> None:
