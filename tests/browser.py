@@ -35,23 +35,32 @@ class Tab:
     def __init__(self, connection: Any) -> None:
         self.connection, self.number = connection, 0
         self.requests: list[str] = []
+        self.events: list[str] = []
         for domain in ("Network", "Page", "Runtime"):
             self.call(f"{domain}.enable")
+
+    def receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self.connection.recv(timeout=60))
+        self.events.append(message.get("method", ""))
+        if self.events[-1] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            self.requests += [] if url.startswith(("data:", "blob:")) else [url]
+        return message
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self.number += 1
         self.connection.send(json.dumps({"id": self.number, "method": method, "params": params}))
-        while True:
-            message = json.loads(self.connection.recv(timeout=60))
-            found = message.get("params", {})
-            if message.get("method") in ("Network.requestWillBeSent", "Network.webSocketCreated"):
-                url = found["url"] if "url" in found else found["request"]["url"]
-                if not url.startswith(("data:", "blob:")):
-                    self.requests.append(url)
-            if message.get("id") == self.number:
-                assert "error" not in message, message
-                result: dict[str, Any] = message["result"]
-                return result
+        while (message := self.receive()).get("id") != self.number:
+            pass
+        assert "error" not in message, message
+        result: dict[str, Any] = message["result"]
+        return result
+
+    def open(self, url: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self.events:
+            self.receive()
 
     def evaluate(self, script: str) -> Any:
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
@@ -88,7 +97,7 @@ def tab(url: str, profile: Path) -> Iterator[Tab]:
                 found = next(t for t in json.load(answer) if t["type"] == "page")
             with connect(found["webSocketDebuggerUrl"], max_size=None) as connection:
                 opened = Tab(connection)
-                opened.call("Page.navigate", url=url)
+                opened.open(url)
                 yield opened
         finally:
             browser.terminate()
