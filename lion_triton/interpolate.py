@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +27,7 @@ from lion_triton.generation.inputs import (
     with_class,
 )
 from lion_triton.generation.latents import Condition, between, decode, from_noise, match, seed_noise, to_noise
-from lion_triton.generation.output import check_finite, check_out, default_out, options, write_results
+from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import Begin, progress_bar
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import grid
@@ -55,7 +55,7 @@ class InterpolateArguments:
         sampler: which deterministic sampler; default the run's, or ddim.
         steps: network evaluations per prior; default as the run's configuration.
         num_points: points per cloud; default as in training.
-        seed: decides which points of A and B are taken.
+        seed: decides which points of A and B are taken, and which latents of them.
         checkpoint: one of the run's, as step-00001000; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
@@ -100,7 +100,7 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
         raise ValueError(f"frames: expected at least 2, got {args.frames}")
     run = open_run(args.run)
     num_points, label = check_points(run, args.num_points), known_label(run, args.label)
-    words = [Path(args.a).name, "to", Path(args.b).name, args.label, args.sampler, args.checkpoint]
+    words = [args.a, "to", args.b, args.label, args.sampler, args.checkpoint]
     numbers = {"frames": args.frames, "steps": args.steps, "points": args.num_points, "seed": args.seed}
     out = args.out or default_out(run, words, numbers)
     check_out(out)
@@ -121,13 +121,8 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
             name = model.class_name(shape.label)
             given.append(shape.record | {"class": name, "chamfer": ours, "reconstruction_chamfer": rebuilt})
             print(f"{shape.name} ({name}): Chamfer distance {ours:.2g} as it comes back, {rebuilt:.2g} rebuilt")
-    record = {
-        "program": "lion_triton.interpolate",
-        "checkpoint": model.checkpoint,
-        "options": options(asdict(replace(args, checkpoint=model.checkpoint))),
-        "sampling": asdict(settings),
-        "given": given,
-    }
+    args = replace(args, checkpoint=model.checkpoint)
+    record = record_of("interpolate", args, args.checkpoint, settings) | {"given": given}
     nearest = [start.label if i < args.frames / 2 else end.label for i in range(args.frames)]
     labels = np.array([-1 if label is None else label for label in nearest])
     columns = -(-args.frames // -(-args.frames // COLUMNS))  # rows of equal length, or nearly

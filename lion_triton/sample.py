@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling
 from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
-from lion_triton.generation.output import check_finite, check_out, options, write_results
+from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
 from lion_triton.models.lion import LION, default_steps
 from lion_triton.runs import Run, load_model, open_run
@@ -85,8 +85,7 @@ def sample(args: SampleArguments) -> Samples:
     lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     check_finite(points)
-    record = {"checkpoint": args.checkpoint, "options": options(asdict(args)), "sampling": asdict(settings)}
-    write_results(out, points, labels, run.classes, record)
+    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
     return Samples(points, labels, out)
 
 

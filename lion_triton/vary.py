@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from lion_triton.generation.inputs import (
     with_class,
 )
 from lion_triton.generation.latents import Keep, decode, diffuse_denoise
-from lion_triton.generation.output import check_finite, check_out, default_out, options, write_results
+from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import progress_bar
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import draw_grid
@@ -55,7 +55,7 @@ class VaryArguments:
         steps: network evaluations per prior for the whole schedule; default as the run's configuration.
         eta: DDIM's stochasticity, 0 to 1; default as the run's configuration.
         num_points: points per cloud; default as in training.
-        seed: decides the noise, and which points of the shape are taken.
+        seed: decides the noise, which points of the shape are taken, and which latents of it.
         checkpoint: one of the run's, as step-00001000; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
@@ -96,7 +96,7 @@ def vary(args: VaryArguments) -> Variations:
     label = known_label(run, args.label)
     settings = resolved(run, SampleArguments(run.folder, sampler="ddim", steps=args.steps, eta=args.eta))
     kept = f"keep-{args.keep}" if args.keep != "nothing" else None
-    words = [Path(args.shape).name, "varied", args.label, kept, args.checkpoint]
+    words = [args.shape, "varied", args.label, kept, args.checkpoint]
     numbers = {"strength": args.strength, "n": args.num_samples, "steps": args.steps, "eta": args.eta}
     out = args.out or default_out(run, words, numbers | {"points": args.num_points, "seed": args.seed})
     check_out(out)
@@ -110,11 +110,8 @@ def vary(args: VaryArguments) -> Variations:
     of_reconstruction, *others = distances(model, given, np.stack((rebuilt, *points)))
     name, mean = model.class_name(given.label), float(np.mean(others))
     print(f"{given.name} ({name}): Chamfer distance {of_reconstruction:.2g} rebuilt, {mean:.2g} varied")
-    record = {
-        "program": "lion_triton.vary",
-        "checkpoint": model.checkpoint,
-        "options": options(asdict(replace(args, checkpoint=model.checkpoint))),
-        "sampling": asdict(settings),
+    args = replace(args, checkpoint=model.checkpoint)
+    record = record_of("vary", args, args.checkpoint, settings) | {
         "given": given.record | {"class": name, "reconstruction_chamfer": of_reconstruction},
         "chamfer": others,
     }

@@ -9,17 +9,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trimesh
 from jaxtyping import Float32, Int64
 
 from lion_triton import __version__
+from lion_triton.config import SamplingConfig
 from lion_triton.data.find import safe_name
 from lion_triton.pictures import animate, grid
 from lion_triton.runs import Run
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RECORD = "samples.json"
 SHOWN = 64  # clouds in the picture
@@ -83,6 +88,14 @@ def write_results(
     print(f"picture: {out / 'grid.png'}" + (f", animation: {out / 'animation.gif'}" if moving else ""))
 
 
-def options(args: Mapping[str, Any]) -> dict[str, Any]:
-    """A command's options as its record has them: paths as text."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in args.items()}
+def record_of(
+    program: str, args: DataclassInstance, checkpoint: str | None, settings: SamplingConfig
+) -> dict[str, Any]:
+    """What repeats a command: its options, the checkpoint by its name, and how it sampled."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    return {
+        "program": f"lion_triton.{program}",
+        "checkpoint": checkpoint,
+        "options": options,
+        "sampling": asdict(settings),
+    }
