@@ -23,7 +23,8 @@ from lion_triton import diffusion
 from lion_triton.config import SamplingConfig
 from lion_triton.generation.progress import Progress
 from lion_triton.kernels import normal_noise
-from lion_triton.models.lion import LION, Latents, new_key
+from lion_triton.kernels.noise import new_key
+from lion_triton.models.lion import LION, Latents
 
 Keep = Literal["nothing", "shape", "points"]
 Labels: TypeAlias = Int[Tensor, " B"] | None
