@@ -35,7 +35,7 @@ from lion_triton.config import TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors"]
+Stage = Literal["vae", "priors", "surface"]
 KEPT_CHECKPOINTS = 2
 
 
