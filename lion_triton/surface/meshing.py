@@ -65,6 +65,8 @@ class Mesher:
         ValueError: a cloud of which no solid can be made.
         """
         points = torch.from_numpy(np.asarray(cloud, np.float32))[None]
+        if (points == points[:, :1]).all():
+            raise ValueError("cloud: expected points apart from each other, got all at one place")
         frame = Frame.of(points)
         points = frame.enter(points).to(self.device)
         if self.network is None:

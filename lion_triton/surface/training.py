@@ -88,7 +88,7 @@ def train_surface(
             that is not finite.
     """
     training, device = training or SurfaceTraining(), torch.device(device)
-    vae, vae_checkpoint = _trained_vae(run, device)
+    vae, vae_checkpoint = trained_vae(run, device)
     shapes, held_out = training_shapes(run), held_out_shapes(run)
     surface = open_surface(run)
     if surface is None:
@@ -142,7 +142,7 @@ def train_surface(
     return network
 
 
-def _trained_vae(run: Run, device: torch.device) -> tuple[VAE, str]:
+def trained_vae(run: Run, device: torch.device) -> tuple[VAE, str]:
     """The run's VAE, frozen, and the name of its checkpoint."""
     newest = run.checkpoint()
     checkpoint = load_checkpoint(run, newest.name, with_optimizer=False) if newest is not None else None
@@ -164,7 +164,7 @@ def surface_batch(
         for i in rng.integers(shapes.count, size=training.batch_size)
     ]
     key = torch.tensor([run.config.seed, 3 * step], device=device)
-    points, normals = _normalized(run, [p for p, _ in drawn]), torch.from_numpy(np.stack([n for _, n in drawn]))
+    points, normals = normalized(run, [p for p, _ in drawn]), torch.from_numpy(np.stack([n for _, n in drawn]))
     noisy = rebuild(run, vae, points[:, : run.config.data.num_points].to(device), key)
     frame = Frame.of(noisy)
     places = training.dense_points // NEAR_SHARE
@@ -177,6 +177,7 @@ def surface_batch(
     }
 
 
+@torch.no_grad()
 def rebuild(run: Run, vae: VAE, points: Float[Tensor, "B N 3"], key: Tensor) -> Float[Tensor, "B N 3"]:
     """Clouds in the model's units through the VAE, latents sampled with ``key`` and the key after it."""
     with autocast(run.config.mixed_precision, points.device):
@@ -188,7 +189,8 @@ def rebuild(run: Run, vae: VAE, points: Float[Tensor, "B N 3"], key: Tensor) -> 
         return vae.decode(h, z).float()
 
 
-def _normalized(run: Run, clouds: list[np.ndarray]) -> Float[Tensor, "B P 3"]:
+def normalized(run: Run, clouds: list[np.ndarray]) -> Float[Tensor, "B P 3"]:
+    """Clouds of equally many points in the units of the run's model."""
     rows = []
     for cloud in clouds:
         center, scale = run.normalization.center_and_scale(cloud)
@@ -205,11 +207,12 @@ def _finish(
     meshes, judged = [], []
     for i in tqdm(range(count), "meshes of held-out shapes", unit="mesh", leave=False, disable=None):
         drawn, normals = held_out.draw(i, training.dense_points, run.config.seed)
-        points = _normalized(run, [drawn])
+        points = normalized(run, [drawn])
         key = torch.tensor([run.config.seed, -2 - 2 * i], device=device)
         noisy = rebuild(run, vae, points[:, : run.config.data.num_points].to(device), key)
-        mesh = mesher(noisy[0].cpu().numpy())
-        judged.append(mesh_quality(mesh, points[0].numpy(), normals))
+        cloud, truth = (run.normalization.invert(x[0].cpu().numpy()) for x in (noisy, points))
+        mesh = mesher(cloud)
+        judged.append(mesh_quality(mesh, truth, normals))
         meshes.append(mesh)
     figures = MeshQuality.mean(judged)
     write_text(surface.folder / "figures.json", json.dumps({"held_out_shapes": count, **figures}, indent=2) + "\n")
