@@ -50,12 +50,12 @@ class Case:
 def reconstructions(folder: Path, count: int) -> list[Case]:
     """Held-out shapes through the run's VAE, in data units where the normalisation can be inverted."""
     run = open_run(folder)
-    vae, shapes = load_model(run).vae, held_out_shapes(run)
+    lion, shapes = load_model(run), held_out_shapes(run)
     cases = []
     for i in range(count):
         drawn, normals = shapes.draw(i, 8192, 0)
         points = normalized(run, [drawn])
-        noisy = rebuild(run, vae, points[:, : run.config.data.num_points], torch.tensor([1, 2 * i]))
+        noisy = rebuild(run, lion, points[:, : run.config.data.num_points], torch.tensor([1, 2 * i]))
         cloud, truth = (run.normalization.invert(x[0].numpy()) for x in (noisy, points))
         cases.append(Case(cloud, truth, normals))
     return cases

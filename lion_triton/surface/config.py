@@ -57,22 +57,27 @@ class SurfaceTraining:
     Attributes:
         resolution: nodes per side of the grids that are compared.
         sigma: blur of the Poisson solver, here and when meshes are made.
+        jitter: up to so much noise, in units of the latents' standard deviation, is added to the latent points, for each
+            cloud another share of it. The priors leave about 0.12 on the latents that they generate (quickstart, judged
+            by how far neighbouring points are off their plane): a network that knows the VAE's noise alone takes
+            theirs for shape.
         dense_points: drawn of each true surface.
         band: standard deviation of the distances from the surface of the places where grids are compared once more.
         indicator, near, normals, points: weights of the loss's terms, see ``lion_triton.surface.training``.
         log_every, checkpoint_every: in steps.
     """
 
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 8
     learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     resolution: int = 64
     sigma: float = 0.005
+    jitter: float = 0.15
     dense_points: int = 8192
     band: float = 0.02
     indicator: float = 5.0
-    near: float = 2.0
+    near: float = 4.0
     normals: float = 1.0
     points: float = 100.0
     log_every: int = 50

@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from skimage.measure import marching_cubes
 
-LEAST_SHARE = 0.01  # of the area of all parts, that a part must have to be kept
+LEAST_SHARE = 0.003  # of the area of all parts, that a part must have to be kept
 NUDGE = 1e-3  # indicators closer to the surface's than this are moved there
 
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.models.lion import LION
-from lion_triton.models.vae import VAE
 from lion_triton.pictures import mesh_grid
 from lion_triton.runs import Checkpoint, Run, load_checkpoint, load_state, save_checkpoint, write_text
 from lion_triton.surface.config import SurfaceTraining, surface_config
@@ -26,6 +25,7 @@ from lion_triton.surface.shapes import OrientedShapes, held_out_shapes, training
 from lion_triton.surface.storage import SurfaceRun, check_same_surface, create_surface, load_network, open_surface
 
 STREAM = 9  # of random numbers; those of ``data`` and ``evaluation`` are 0 to 8
+KEYS_PER_STEP = 4  # noise keys that one step may use
 JUDGED = 16  # held-out shapes in the figures at the end
 SHOWN = 8  # of these in the picture
 NEAR_SHARE = 4  # the grids are compared near every fourth of the dense points
@@ -88,7 +88,7 @@ def train_surface(
             that is not finite.
     """
     training, device = training or SurfaceTraining(), torch.device(device)
-    vae, vae_checkpoint = trained_vae(run, device)
+    lion, vae_checkpoint = trained_vae(run, device)
     shapes, held_out = training_shapes(run), held_out_shapes(run)
     surface = open_surface(run)
     if surface is None:
@@ -116,7 +116,7 @@ def train_surface(
         for step in range(start, training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * step / training.steps))
-            batch = surface_batch(run, vae, shapes, training, step, device)
+            batch = surface_batch(run, lion, shapes, training, step, device)
             with autocast(run.config.mixed_precision, device):
                 losses = objective(**batch)
             losses["loss"].backward()
@@ -138,24 +138,23 @@ def train_surface(
             if done % training.checkpoint_every == 0 or last:
                 save(done)
     if start < training.steps or not (surface.folder / "figures.json").is_file():
-        _finish(run, surface, network, vae, held_out, device)
+        _finish(run, surface, network, lion, held_out, device)
     return network
 
 
-def trained_vae(run: Run, device: torch.device) -> tuple[VAE, str]:
-    """The run's VAE, frozen, and the name of its checkpoint."""
+def trained_vae(run: Run, device: torch.device) -> tuple[LION, str]:
+    """The run's LION, frozen, of which the VAE is trained, and the name of its checkpoint."""
     newest = run.checkpoint()
     checkpoint = load_checkpoint(run, newest.name, with_optimizer=False) if newest is not None else None
     if newest is None or checkpoint is None or (checkpoint.stage == "vae" and checkpoint.step < run.config.vae.steps):
         raise ValueError(f"stage: {run.folder} has no trained VAE yet; run --stage vae first")
     lion = LION(run.config.model)
     load_state(lion, checkpoint.model, run)
-    return lion.vae.requires_grad_(False).eval().to(device), newest.name
+    return lion.requires_grad_(False).eval().to(device), newest.name
 
 
-@torch.no_grad()
 def surface_batch(
-    run: Run, vae: VAE, shapes: OrientedShapes, training: SurfaceTraining, step: int, device: torch.device
+    run: Run, lion: LION, shapes: OrientedShapes, training: SurfaceTraining, step: int, device: torch.device
 ) -> dict[str, Tensor]:
     """The arguments of :class:`SurfaceObjective` in one step, which the run's seed and the step alone decide."""
     rng = np.random.default_rng((run.config.seed, STREAM, step))
@@ -163,12 +162,12 @@ def surface_batch(
         shapes.draw(int(i), training.dense_points, int(rng.integers(2**31)))
         for i in rng.integers(shapes.count, size=training.batch_size)
     ]
-    key = torch.tensor([run.config.seed, 3 * step], device=device)
     points, normals = normalized(run, [p for p, _ in drawn]), torch.from_numpy(np.stack([n for _, n in drawn]))
-    noisy = rebuild(run, vae, points[:, : run.config.data.num_points].to(device), key)
+    jitter = torch.from_numpy(training.jitter * rng.random(training.batch_size)).to(device, torch.float32)
+    key = torch.tensor([run.config.seed, KEYS_PER_STEP * step], device=device)
+    noisy = rebuild(run, lion, points[:, : run.config.data.num_points].to(device), key, jitter)
     frame = Frame.of(noisy)
-    places = training.dense_points // NEAR_SHARE
-    distances = normal_noise((training.batch_size, places), key + torch.tensor([0, 2], device=device))
+    distances = normal_noise((training.batch_size, training.dense_points // NEAR_SHARE), _next(key, 3))
     return {
         "noisy": frame.enter(noisy),
         "points": frame.enter(points.to(device)),
@@ -178,15 +177,28 @@ def surface_batch(
 
 
 @torch.no_grad()
-def rebuild(run: Run, vae: VAE, points: Float[Tensor, "B N 3"], key: Tensor) -> Float[Tensor, "B N 3"]:
-    """Clouds in the model's units through the VAE, latents sampled with ``key`` and the key after it."""
+def rebuild(
+    run: Run, lion: LION, points: Float[Tensor, "B N 3"], key: Tensor, jitter: Float[Tensor, " B"] | None = None
+) -> Float[Tensor, "B N 3"]:
+    """Clouds in the model's units through the VAE, point for point; latents sampled with ``key`` and the next one.
+
+    jitter: standard deviation, in units of the latents', of noise added to the latent points of each cloud, of the key
+    after these.
+    """
+    vae = lion.vae
     with autocast(run.config.mixed_precision, points.device):
         plan = vae.plan(points)
         mu, log_sigma = vae.encode_shape(points, plan)
         z = mu + log_sigma.exp() * normal_noise(mu.shape, key)
         mu, log_sigma = vae.encode_points(points, z, plan)
-        h = mu + log_sigma.exp() * normal_noise(mu.shape, key + torch.tensor([0, 1], device=key.device))
+        h = mu + log_sigma.exp() * normal_noise(mu.shape, _next(key, 1))
+        if jitter is not None:
+            h = h + jitter[:, None, None] * lion.h_std * normal_noise(mu.shape, _next(key, 2))
         return vae.decode(h, z).float()
+
+
+def _next(key: Tensor, count: int) -> Tensor:
+    return key + torch.tensor([0, count], device=key.device)
 
 
 def normalized(run: Run, clouds: list[np.ndarray]) -> Float[Tensor, "B P 3"]:
@@ -199,7 +211,7 @@ def normalized(run: Run, clouds: list[np.ndarray]) -> Float[Tensor, "B P 3"]:
 
 
 def _finish(
-    run: Run, surface: SurfaceRun, network: SurfaceNetwork, vae: VAE, held_out: OrientedShapes, device: torch.device
+    run: Run, surface: SurfaceRun, network: SurfaceNetwork, lion: LION, held_out: OrientedShapes, device: torch.device
 ) -> None:
     """Judge the meshes of held-out shapes' reconstructions against their true surfaces, and draw some."""
     training, count = surface.training, min(JUDGED, held_out.count)
@@ -208,8 +220,8 @@ def _finish(
     for i in tqdm(range(count), "meshes of held-out shapes", unit="mesh", leave=False, disable=None):
         drawn, normals = held_out.draw(i, training.dense_points, run.config.seed)
         points = normalized(run, [drawn])
-        key = torch.tensor([run.config.seed, -2 - 2 * i], device=device)
-        noisy = rebuild(run, vae, points[:, : run.config.data.num_points].to(device), key)
+        key = torch.tensor([run.config.seed, -KEYS_PER_STEP * (i + 1)], device=device)
+        noisy = rebuild(run, lion, points[:, : run.config.data.num_points].to(device), key)
         cloud, truth = (run.normalization.invert(x[0].cpu().numpy()) for x in (noisy, points))
         mesh = mesher(cloud)
         judged.append(mesh_quality(mesh, truth, normals))

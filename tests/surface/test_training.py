@@ -95,9 +95,9 @@ def test_other_settings_and_missing_parts_are_refused(finished: Path, tmp_path: 
 
 def test_a_batch_is_the_surface_and_the_same_points_with_the_noise_of_the_vae(tmp_path: Path) -> None:
     run = random_run(tmp_path / "run")
-    vae, _ = training.trained_vae(run, torch.device("cpu"))
+    lion, _ = training.trained_vae(run, torch.device("cpu"))
     shapes = training_shapes(run)
-    batch, again, other = (surface_batch(run, vae, shapes, TRAINING, s, torch.device("cpu")) for s in (0, 0, 1))
+    batch, again, other = (surface_batch(run, lion, shapes, TRAINING, s, torch.device("cpu")) for s in (0, 0, 1))
     for name, value in batch.items():
         assert torch.equal(value, again[name])
         assert not torch.equal(value, other[name])
