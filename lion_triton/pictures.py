@@ -106,7 +106,7 @@ def mesh_grid(meshes: Sequence[Trimesh], path: str | os.PathLike[str], columns: 
         raise ValueError("meshes: expected at least one, got none")
     for i, mesh in enumerate(meshes):
         if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
-            raise ValueError(f"meshes: expected faces and finite vertices, got none or others in mesh {i}")
+            raise ValueError(f"meshes: expected faces and finite vertices, mesh {i} has none or others")
     scale = _scale([np.asarray(mesh.vertices) for mesh in meshes])
     cells = [_render_mesh(mesh, scale) for mesh in meshes]
     _write([cells[i : i + columns] for i in range(0, len(cells), columns)], path, (), ())

@@ -57,10 +57,9 @@ class SurfaceTraining:
     Attributes:
         resolution: nodes per side of the grids that are compared.
         sigma: blur of the Poisson solver, here and when meshes are made.
-        jitter: up to so much noise, in units of the latents' standard deviation, is added to the latent points, for each
-            cloud another share of it. The priors leave about 0.12 on the latents that they generate (quickstart, judged
-            by how far neighbouring points are off their plane): a network that knows the VAE's noise alone takes
-            theirs for shape.
+        jitter: noise added to the latent points, in units of their standard deviation: up to so much, for each cloud
+            another share of it. Generated latents are off by about 0.12 (the quickstart's, judged by how far points lie
+            off the plane of their neighbours); a network that knows the VAE's noise alone takes theirs for shape.
         dense_points: drawn of each true surface.
         band: standard deviation of the distances from the surface of the places where grids are compared once more.
         indicator, near, normals, points: weights of the loss's terms, see ``lion_triton.surface.training``.

@@ -80,6 +80,8 @@ class PoissonSolver(nn.Module):
                 f"got {normals.dtype} of shape {tuple(normals.shape)}"
             )
         B, R = points.shape[0], self.resolution
+        if max(B * R**3, 8 * B * points.shape[1]) >= 2**31:
+            raise ValueError(f"points: expected B R^3 and 8 B N below 2^31, got {tuple(points.shape)} and R = {R}")
         index, weight = _corners(points, R)
         field = _Spread.apply((normals / normals.shape[1]).flatten(0, 1), index, weight, B * R**3).view(B, R, R, R, 3)
         chi = _Solve.apply(
@@ -122,10 +124,10 @@ def _corners(points: Float[Tensor, "B N 3"], resolution: int) -> tuple[Int[Tenso
     scaled = points.flatten(0, 1) * R
     floor = scaled.detach().floor()
     fraction = scaled - floor
-    low = floor.long().remainder(R)
+    low = floor.int().remainder(R)
     x, y, z = torch.stack((low, (low + 1).remainder(R))).unbind(-1)  # (2, B N) each: lower and upper node
     wx, wy, wz = torch.stack((1 - fraction, fraction)).unbind(-1)
-    cloud = torch.arange(B, device=points.device).repeat_interleave(N)
+    cloud = torch.arange(B, dtype=torch.int32, device=points.device).repeat_interleave(N)
     node = (((cloud * R + x)[:, None, None] * R + y[:, None]) * R + z).view(8, -1)
     weight = (wx[:, None, None] * wy[:, None] * wz).reshape(8, -1)
     return node.t().contiguous(), weight.t().contiguous()

@@ -108,6 +108,10 @@ def test_a_batch_is_the_surface_and_the_same_points_with_the_noise_of_the_vae(tm
     apart = (batch["noisy"] - batch["points"][:, :POINTS].roll(1, 1)).norm(dim=-1)
     assert 0 < noise.median() < 0.2 * apart.median()  # an untrained VAE is near the identity
     torch.testing.assert_close(batch["normals"].norm(dim=-1), torch.ones(2, 512))
+    # Half the largest jitter on average, in the units of a latent of standard deviation 1, in those of the frame.
+    wild = surface_batch(run, lion, shapes, replace(TRAINING, jitter=2.0), 0, torch.device("cpu"))
+    offsets = (wild["noisy"] - wild["points"][:, :POINTS]).norm(dim=-1).median(1).values
+    assert (offsets > 2 * noise.median(1).values).all()
 
 
 def test_the_objective_is_0_at_the_truth_and_falls_as_it_trains(tmp_path: Path) -> None:
