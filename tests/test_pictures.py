@@ -181,8 +181,7 @@ def test_bad_clouds(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_meshes_are_drawn_at_one_scale_and_look_like_their_clouds(tmp_path: Path) -> None:
-    """A mesh covers the pixels that a dense cloud of its surface covers, and hides what lies behind."""
+def test_meshes_are_drawn_at_one_scale_and_balls_are_discs(tmp_path: Path) -> None:
     ball = trimesh.creation.icosphere(3, 0.5)
     small = trimesh.creation.icosphere(3, 0.25)
     mesh_grid([ball, small, ball], tmp_path / "meshes.png", columns=2)
@@ -193,14 +192,11 @@ def test_meshes_are_drawn_at_one_scale_and_look_like_their_clouds(tmp_path: Path
     assert ink[1, 1] == 0
     assert ink[0, 1] == pytest.approx(ink[0, 0] / 4, rel=0.05)
     np.testing.assert_array_equal(cells[0, 0], cells[1, 0])
-    grid(sphere(1, 20_000), tmp_path / "cloud.png", columns=1)
-    disc, cloud = painted(cells[0, 0]), painted(read(tmp_path / "cloud.png"))
+    disc = painted(cells[0, 0])
     wide, tall = disc.any(0).sum(), disc.any(1).sum()
     assert abs(int(wide) - int(tall)) <= 2
     assert disc.sum() == pytest.approx(np.pi / 4 * wide * tall, rel=0.02)
-    assert (disc & ~cloud).sum() < 0.01 * disc.sum()  # the points' balls lie around it
-    # Lit from above: the upper half is lighter than the lower one, in a mesh that hides its own back.
-    rows = np.flatnonzero(painted(cells[0, 0]).any(1))
+    rows = np.flatnonzero(disc.any(1))  # lit from above
     light = cells[0, 0].mean(-1)[:, CELL // 2]
     assert light[rows[len(rows) // 4]] > light[rows[3 * len(rows) // 4]]
 
