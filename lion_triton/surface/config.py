@@ -80,4 +80,4 @@ class SurfaceTraining:
     normals: float = 1.0
     points: float = 100.0
     log_every: int = 50
-    checkpoint_every: int = 250
+    checkpoint_every: int = 100
