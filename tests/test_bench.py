@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, driver, gpu, guards, report
+from bench import clock, driver, gpu, guards, host, report
 from bench.registry import OPS, Cost, Op, Shape, Target, _touched
 from lion_triton import kernels
 
@@ -351,3 +352,30 @@ def test_all_steps_together_end_within_nine_minutes() -> None:
     before_benchmark = gpu.KERNEL_TESTS + gpu.OTHER_TESTS + gpu.CENSUS + 3 * gpu.GRACE
     assert gpu.ALL - before_benchmark >= 120  # what is left for the benchmark at worst
     assert gpu.ALL + gpu.GRACE < 9 * 60
+
+
+# What a call costs the host
+
+HOST = """
+from unittest.mock import patch
+from bench import host
+
+with patch.object(host, "SERIES", 1), patch.object(host, "CALLS", 1):
+    row = host.measure(next(op for op in host.CALLED_OFTEN if op.name == "q_sample"))
+assert 0 < row["forward"] < row["both"]
+print(host.markdown([row]))
+"""
+
+
+def test_host_measures_without_compiling() -> None:
+    environment = {k: v for k, v in guards.environment().items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", HOST], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    names = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
+    assert names == ["op", "---", "PyTorch's x * 2", "q_sample", "goal"]
+
+
+def test_host_table() -> None:
+    table = host.markdown([{"op": "f", "forward": 1.25e-5, "both": None}])
+    assert "| f | 12.5 | - |" in table
+    assert table.endswith("| goal | 20 at most | 60 at most |\n")

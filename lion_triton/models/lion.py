@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lion_triton import diffusion
 from lion_triton.diffusion import Schedule
 from lion_triton.kernels import normal_noise
+from lion_triton.kernels.noise import new_key
 from lion_triton.models.priors import (
     PointPrior,
     PointPriorConfig,
@@ -215,10 +216,3 @@ class _Run:
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:
     """Network evaluations per prior where nobody says how many."""
     return num_train_timesteps if sampler == "ddpm" else min(50, num_train_timesteps)
-
-
-def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int[Tensor, " 2"]:
-    """A fresh noise key (seed, 0) on ``device``, drawn from ``generator`` (None: PyTorch's default one on the CPU)."""
-    source = None if generator is None else generator.device
-    seed = torch.randint(2**62, (1,), generator=generator, device=source)
-    return torch.cat([seed, torch.zeros_like(seed)]).to(device)
