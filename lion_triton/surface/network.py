@@ -23,7 +23,8 @@ class SurfaceNetwork(nn.Module):
 
     def forward(self, points: Float[Tensor, "B N 3"]) -> tuple[Float[Tensor, "B N K 3"], Float[Tensor, "B N K 3"]]:
         """Points, float32, and normals of about unit length. Point (i, 0) is point i without its noise."""
-        out = self.unet(points, None).float().unflatten(-1, (self.config.points_per_point, 6))
+        no_style = points.new_zeros(points.shape[0], 0)
+        out = self.unet(points, no_style).float().unflatten(-1, (self.config.points_per_point, 6))
         # The others start from the first: what is learned of a point is learned for all that are made of it.
         first, others = out[:, :, :1], out[:, :, 1:]
         offsets, normals = torch.cat((first, first + others), 2).split(3, -1)
