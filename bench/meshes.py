@@ -29,6 +29,7 @@ from lion_triton.cli import run_cli
 from lion_triton.runs import load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.surface import Mesher
+from lion_triton.surface.meshing import RESOLUTION
 from lion_triton.surface.quality import mesh_quality
 from lion_triton.surface.shapes import held_out_shapes
 from lion_triton.surface.storage import load_surface
@@ -113,7 +114,7 @@ def row(name: str, what: str, make: Make, cases: list[Case]) -> str:
     return f"| {name} | {what} | {watertight.mean():.0%} | {figure} | {words} | {seconds:.2f} |"
 
 
-def main(run: tyro.conf.Positional[Path], count: int = 50, resolution: int = 128) -> None:
+def main(run: tyro.conf.Positional[Path], count: int = 50, resolution: int = RESOLUTION) -> None:
     """Print the table for ``count`` reconstructions and as many samples of a run."""
     network, training, _ = load_surface(open_run(run))
     methods: dict[str, Make] = {"lion_triton.mesh": Mesher(network, resolution, training.sigma)}

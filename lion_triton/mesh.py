@@ -23,7 +23,7 @@ from lion_triton.evaluation.sets import fingerprint, open_clouds
 from lion_triton.pictures import mesh_grid
 from lion_triton.runs import commit, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
-from lion_triton.surface.meshing import Mesher
+from lion_triton.surface.meshing import RESOLUTION, Mesher
 from lion_triton.surface.storage import load_surface
 
 RECORD = "meshes.json"
@@ -66,7 +66,7 @@ class MeshArguments:
     checkpoint: str | None = None
     network: Path | None = None
     normals: Literal["network", "estimated"] | None = None
-    resolution: int = 128
+    resolution: int = RESOLUTION
     sigma: float | None = None
     seed: int = 0
     out: Path | None = None

@@ -15,6 +15,7 @@ from lion_triton.surface.network import SurfaceNetwork
 from lion_triton.surface.normals import estimate_normals
 from lion_triton.surface.poisson import PoissonSolver
 
+RESOLUTION = 96  # nodes per side, unless asked otherwise
 MARGIN = 1.2  # side of the solver's cube, where a cloud's longest side is 1
 
 

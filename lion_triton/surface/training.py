@@ -17,7 +17,7 @@ from lion_triton.models.lion import LION
 from lion_triton.pictures import mesh_grid
 from lion_triton.runs import Checkpoint, Run, load_checkpoint, load_state, save_checkpoint, write_text
 from lion_triton.surface.config import SurfaceTraining, surface_config
-from lion_triton.surface.meshing import Frame, Mesher, to_cube
+from lion_triton.surface.meshing import RESOLUTION, Frame, Mesher, to_cube
 from lion_triton.surface.network import SurfaceNetwork
 from lion_triton.surface.poisson import PoissonSolver, sample_grid
 from lion_triton.surface.quality import MeshQuality, mesh_quality
@@ -215,7 +215,7 @@ def _finish(
 ) -> None:
     """Judge the meshes of held-out shapes' reconstructions against their true surfaces, and draw some."""
     training, count = surface.training, min(JUDGED, held_out.count)
-    mesher = Mesher(network, 2 * training.resolution, training.sigma, device)
+    mesher = Mesher(network, RESOLUTION, training.sigma, device)
     meshes, judged = [], []
     for i in tqdm(range(count), "meshes of held-out shapes", unit="mesh", leave=False, disable=None):
         drawn, normals = held_out.draw(i, training.dense_points, run.config.seed)
