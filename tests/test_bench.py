@@ -65,8 +65,8 @@ def test_the_timed_baseline_is_the_exact_one_but_for_rounding(name: str) -> None
         # 24 elements of 4 bytes, read and written; the backward reads and writes as much, and needs no noise.
         ("q_sample", Shape(2, 3, C=4), Cost(192, 72, 24), Cost(192, 24)),
         ("noise_mse", Shape(2, 3, C=4), Cost(96, 72, 24), Cost(192, 48, 24)),
-        # Features 96, grids 2 x 8 voxels x 16, plan 2 x (8 x 3 + 4 x 8). Backward: 8 (1 - (7/8)^3) = 2.64 voxels.
-        ("avg_voxelize", Shape(2, 3, C=4, R=2), Cost(464, 48), Cost(84 + 96 + 48, 24)),
+        # Features 96, grids 2 x 8 voxels x 16, plan 2 x (16 x 3 + 4 x 8). Backward: 8 (1 - (7/8)^3) = 2.64 voxels.
+        ("avg_voxelize", Shape(2, 3, C=4, R=2), Cost(512, 48), Cost(84 + 96 + 96, 24)),
         # Two clouds of 8 points and 15 pairs, both directions.
         ("chamfer_distance", Shape(2, 3, 5), Cost(192 + 8, 480), Cost(2 * 192 + 8 + 64, 144)),
         ("group", Shape(2, 3, 5, 7, 4), Cost(96 + 70 * (16 + 4)), Cost(96 + 70 * (16 + 4), 280)),

@@ -59,6 +59,7 @@ NORMALIZED: set[tuple[int, int, bool, Activation]] = {
     for dropout in ((True, False) if (p, channels) in _GRIDS or (p, c) == (2048, 128) else (False,))
 }
 LATENTS = ((2048 * 4,), (128,))  # of points and of shape
+NEAREST = ((3, 8), (3, 32), (64, 64))  # (dimensions, neighbours) of the drop-in modules
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ def run_ops(device: torch.device) -> None:
     backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
     backward(kernels.chamfer_distance(x, x, impl="triton"))
     backward(kernels.approx_emd(x, x, impl="triton"))
+    backward(kernels.auction_emd(x, x, 0.005, 2, impl="triton")[0])
+    lengths = torch.full((BATCH,), 2048, device=device)
+    for (d, k), ragged in product(NEAREST, (None, lengths)):
+        points = features(2048, d)
+        backward(kernels.knn(points, points, k, lengths=ragged, impl="triton")[0])
 
 
 class _NoGPU:

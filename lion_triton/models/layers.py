@@ -120,8 +120,11 @@ class PVConv(nn.Module):
         voxels = _convolve(self.conv1, avg_voxelize(whole, plan.coords, self.resolution, plan=plan))
         voxels = _convolve(self.conv2, normalize(voxels, first, dropout=self.dropout))
 
-        weight, shared_weight = self.point_linear.weight.split([x.shape[2], whole.shape[2] - x.shape[2]], dim=1)
-        points = normalize(F.linear(x, weight), _shared(branch, shared_weight, shared))
+        weight = self.point_linear.weight
+        if shared is not None:
+            weight, of_shared = weight.split([x.shape[2], shared.shape[1]], dim=1)
+            branch = _shared(branch, of_shared, shared)
+        points = normalize(F.linear(x, weight), branch)
 
         offset, scale, shift, _ = second
         squeeze, excite = self.squeeze_excite.squeeze.weight, self.squeeze_excite.excite.weight

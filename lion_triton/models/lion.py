@@ -17,6 +17,7 @@ from lion_triton import diffusion
 from lion_triton.diffusion import Schedule
 from lion_triton.kernels import normal_noise
 from lion_triton.kernels.noise import new_key
+from lion_triton.models.hub import Pretrained
 from lion_triton.models.priors import (
     PointPrior,
     PointPriorConfig,
@@ -59,12 +60,14 @@ class Latents(NamedTuple):
     z: Float[Tensor, "B Z"]
 
 
-class LION(nn.Module):
+class LION(nn.Module, Pretrained):
     """VAE and priors with one forward process.
 
     The priors work on standardised latents, ``(latent - mean) / std``; the statistics are buffers, set once
     by :meth:`set_latent_statistics` before the priors are trained, and the identity in the published model.
     """
+
+    config_type = LIONConfig
 
     def __init__(self, config: LIONConfig | None = None) -> None:
         super().__init__()
@@ -150,18 +153,35 @@ class LION(nn.Module):
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
         device = self.z_mean.device
 
-        def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
-            return self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
-
         run = _Run(self, sampler, steps, eta, clip_x0, callback, generator)
-        z = run(denoise_shape, normal_noise((num_samples, self.config.vae.shape_dim), new_key(device, generator)), 0)
-
-        def denoise_points(h_t: Tensor, t: Tensor) -> Tensor:
-            return self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
-
+        noise = normal_noise((num_samples, self.config.vae.shape_dim), new_key(device, generator))
+        z = run(self.shape_denoiser(labels, clip), noise, 0)
         noise = normal_noise((num_samples, num_points, self.config.vae.point_dim), new_key(device, generator))
-        h = run(denoise_points, noise, 1)
-        return self.decode(h * self.h_std + self.h_mean, z * self.z_std + self.z_mean)
+        h = run(self.point_denoiser(z, labels, clip), noise, 1)
+        return self.decode(*self.unstandardize(Latents(h, z)))
+
+    def shape_denoiser(
+        self, labels: Int[Tensor, " B"] | None = None, clip: Float[Tensor, "B 512"] | None = None
+    ) -> diffusion.Model:
+        """The shape prior as samplers take it: from (standardised z_t (B, Z), t (B,)) to eps."""
+        return lambda z_t, t: self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
+
+    def point_denoiser(
+        self,
+        z: Float[Tensor, "B Z"],
+        labels: Int[Tensor, " B"] | None = None,
+        clip: Float[Tensor, "B 512"] | None = None,
+    ) -> diffusion.Model:
+        """The point prior given standardised z, likewise: from (standardised h_t (B, N, H), t (B,)) to eps."""
+        return lambda h_t, t: self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
+
+    def standardize(self, latents: Latents) -> Latents:
+        """Latents as the priors take them."""
+        return Latents((latents.h - self.h_mean) / self.h_std, (latents.z - self.z_mean) / self.z_std)
+
+    def unstandardize(self, latents: Latents) -> Latents:
+        """Latents as the VAE takes them."""
+        return Latents(latents.h * self.h_std + self.h_mean, latents.z * self.z_std + self.z_mean)
 
     def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)

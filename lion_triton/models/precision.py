@@ -22,7 +22,7 @@ def compute_dtype(network: nn.Module, device: torch.device) -> Iterator[torch.dt
     Inside, the parameters of ``nn.Linear`` and ``nn.Conv3d`` modules are copies in that dtype, but for those of modules
     with ``full_precision`` set.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         yield next(network.parameters()).dtype
         return
     dtype = torch.get_autocast_dtype(device.type)

@@ -77,9 +77,23 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "nearest_neighbor": (kernels.nearest_neighbor, (cloud(5, 3), cloud(4, 3))),
     "chamfer_distance": (kernels.chamfer_distance, (cloud(5, 3), cloud(4, 3))),
     "approx_emd": (kernels.approx_emd, (cloud(5, 3), cloud(4, 3))),
+    "knn": (lambda *a, impl: kernels.knn(*a, 3, impl=impl), (cloud(5, 4), cloud(6, 4))),
+    "auction_emd": (lambda *a, impl: kernels.auction_emd(*a, 0.1, 3, impl=impl), (cloud(5, 3), cloud(5, 3))),
     "ball_query": (lambda *a, impl: kernels.ball_query(*a, 0.5, 3, impl=impl), (cloud(4, 3), cloud(5, 3))),
     "three_nn": (kernels.three_nn, (cloud(5, 3), cloud(4, 3))),
     "group": (kernels.group, (cloud(5, 6), index(4, 3))),
+    "group_offsets": (
+        lambda *a, impl: kernels.group_offsets(*a, torch.ones(6, 3, device=DEVICE), impl=impl),
+        (cloud(5, 6), index(4, 3), cloud(4, 3, 3)),
+    ),
+    "max_neighbors": (kernels.max_neighbors, (cloud(4, 3, 6),)),
+    "dropout": (lambda x, impl: kernels.dropout(x, 0.5, KEY, impl=impl), (cloud(5, 6),)),
+    "adagn_devoxelize": (
+        lambda x, p, *style, impl: kernels.adagn_devoxelize(
+            x, p, *style, 2, torch.ones(1, 6, device=DEVICE), torch.ones(6, 1, device=DEVICE), impl=impl
+        ),
+        (cloud(2, 2, 2, 6), cloud(5, 3).detach(), cloud(6), cloud(6)),
+    ),
     "three_interpolate": (kernels.three_interpolate, (cloud(5, 6), cloud(4, 3), index(4, 3))),
     "furthest_point_sample": (lambda x, impl: kernels.furthest_point_sample(x, 3, impl=impl), (cloud(5, 3),)),
     "avg_voxelize": (lambda *a, impl: kernels.avg_voxelize(*a, 2, impl=impl), (cloud(5, 6), cloud(5, 3).detach())),
