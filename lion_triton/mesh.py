@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +18,9 @@ from lion_triton import __version__
 from lion_triton.cli import run_cli
 from lion_triton.devices import best_device
 from lion_triton.evaluation.sets import fingerprint, open_clouds
+from lion_triton.generation.output import check_finite, check_out, whole_folder
 from lion_triton.pictures import mesh_grid
-from lion_triton.runs import commit, load_model, open_run
+from lion_triton.runs import commit, find_run, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 from lion_triton.surface.meshing import RESOLUTION, Mesher
 from lion_triton.surface.storage import load_surface
@@ -47,8 +46,8 @@ class MeshArguments:
         python -m lion_triton.mesh runs/quickstart/samples/final --network runs/quickstart
 
     Attributes:
-        clouds_or_run: a run folder, or clouds: a folder of clouds, a folder written by sample, a .npz or .npy of
-            (S, P, 3).
+        clouds_or_run: a run folder or the name of a model that comes with the package; or clouds: a folder of clouds, a
+            folder written by sample, a .npz or .npy of (S, P, 3).
         num_samples: clouds to generate of a run; default 16.
         label: class of every cloud of a run; default: classes in turn.
         checkpoint: of the run, which generates; default the newest.
@@ -79,11 +78,12 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
         ValueError: no run or clouds, no surface network, a cloud of too few points or of which no solid can be made,
             options out of range.
     """
-    target, is_run = args.clouds_or_run, (args.clouds_or_run / "config.json").is_file()
-    _check(args, is_run)
-    out = args.out or (target.with_name(f"{target.stem}-meshes") if target.is_file() else target / "meshes")
-    if out.exists() and not (out / RECORD).is_file():
-        raise ValueError(f"out: {out} exists and holds no meshes of an earlier command: give another --out")
+    target = find_run(args.clouds_or_run)
+    is_run = (target / "config.json").is_file()
+    _check(args, target, is_run)
+    folder = open_run(target).results if is_run else target
+    out = args.out or (target.with_name(f"{target.stem}-meshes") if target.is_file() else folder / "meshes")
+    check_out(out, RECORD)
     mesher, needed, record = _mesher(args, is_run)
     if is_run:
         clouds, args, record["sampling"] = _generated(args)
@@ -112,8 +112,8 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     return meshes
 
 
-def _check(args: MeshArguments, is_run: bool) -> None:
-    if not args.clouds_or_run.exists():
+def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
+    if not target.exists():
         raise ValueError(f"clouds: {args.clouds_or_run} does not exist: expected a run folder, or clouds")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed: expected 0 to 2^31 - 1, got {args.seed}")
@@ -158,8 +158,7 @@ def _generated(args: MeshArguments) -> tuple[list[np.ndarray], MeshArguments, di
     labels, settings = class_labels(run, asked), resolved(run, asked)
     lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, asked, labels))
-    if not np.isfinite(points).all():
-        raise ValueError("samples: the model generated points that are not finite: train longer or sample otherwise")
+    check_finite(points)
     return list(points), replace(args, num_samples=count), asdict(settings)
 
 
@@ -188,22 +187,15 @@ def _described(made: trimesh.Trimesh) -> dict[str, Any]:
 
 
 def _write(out: Path, clouds: Sequence[np.ndarray], meshes: Sequence[trimesh.Trimesh], record: dict[str, Any]) -> None:
-    """Write the folder whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(out) as partial:
         for kind in ("ply", "glb"):
-            (partial / kind).mkdir(parents=True)
+            (partial / kind).mkdir()
             for i, made in enumerate(meshes):
                 made.export(partial / kind / f"{i:04d}.{kind}")
         if len({cloud.shape for cloud in clouds}) == 1:
             np.savez(partial / "clouds.npz", points=np.stack(clouds))
         mesh_grid(meshes[:SHOWN], partial / "grid.png")
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(args: list[str] | None = None) -> None:
