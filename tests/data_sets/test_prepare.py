@@ -21,7 +21,7 @@ import trimesh
 from lion_triton import prepare as prepare_module
 from lion_triton.data import containers
 from lion_triton.data.find import safe_name
-from lion_triton.data.meshes import Shape
+from lion_triton.data.meshes import Shape, read_shape
 from lion_triton.data.sweethome3d import parse_properties
 from lion_triton.prepare import PrepareConfig, Summary, prepare
 
@@ -174,7 +174,7 @@ def test_sampling_is_uniform_over_area_whatever_the_triangles() -> None:
 )
 def test_obj_faces(tmp_path: Path, text: str, area: float) -> None:
     write(tmp_path / "a.obj", text)
-    shape = prepare_module.read_shape(containers.Container(tmp_path), "a.obj")
+    shape = read_shape(containers.Container(tmp_path), "a.obj")
     assert trimesh.triangles.area(shape.coordinates).sum() == pytest.approx(area)
 
 
