@@ -5,7 +5,7 @@ A face is a ring of corners: convex or not, with holes that a slit joins to its 
 
 from __future__ import annotations
 
-import mapbox_earcut
+import manifold3d
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
@@ -13,7 +13,8 @@ from numpy import ndarray
 from lion_triton.data.shape import Shape
 
 SLIVER = 1e-9  # an area below this share of a face's squared size is rounding
-CROSSING = 1e-4  # triangles whose area exceeds the face's by more than this share: it crosses itself
+CROSSING = 1e-4  # if triangles between its corners miss a face's area by more than this share, it crosses itself
+MOST_CORNERS = 5000  # of a face that is no fan: time grows with their square
 
 
 def polygon_shape(
@@ -30,31 +31,30 @@ def polygon_shape(
     sane = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)
     if not sane.all():
         raise ValueError(f"face {np.searchsorted(np.cumsum(counts), np.argmin(sane), side='right')} is not finite")
-    triangles, crossing = triangulate(points, counts)
-    return Shape(points[triangles], crossing)
+    return Shape(*triangulate(points, counts))
 
 
-def triangulate(points: Float64[ndarray, "C 3"], counts: Int64[ndarray, " F"]) -> tuple[Int64[ndarray, "T 3"], int]:
-    """Triangles, as indices into `points`, the corners of face after face, of at least three each; and how many faces
-    cross themselves, so that no triangles are theirs alone."""
+def triangulate(points: Float64[ndarray, "C 3"], counts: Int64[ndarray, " F"]) -> tuple[Float64[ndarray, "T 3 3"], int]:
+    """The triangles of faces whose corners follow one another in `points`, at least three each; and how many of the
+    faces cross themselves. ValueError for outlines of too many corners."""
     starts = np.cumsum(counts) - counts
     face = np.repeat(np.arange(len(counts)), counts - 2)
-    number = np.arange(len(face)) - np.repeat(np.cumsum(counts - 2) - (counts - 2), counts - 2)
-    fan = np.stack([starts[face], starts[face] + number + 1, starts[face] + number + 2], axis=1)
+    first = np.cumsum(counts - 2) - (counts - 2)  # of each face's triangles
+    second = starts[face] + np.arange(len(face)) - first[face] + 1
+    fan = np.stack([starts[face], second, second + 1], axis=1)
     polygons = np.flatnonzero(counts > 3)
     unsure = polygons[~_fans_cover(points, counts[polygons], starts[polygons])]
-    if not len(unsure):
-        return fan, 0
     kept, made, crossing = np.ones(len(face), dtype=bool), [], 0
-    first_triangle = np.cumsum(counts - 2) - (counts - 2)
     for i in unsure:
-        ring = _cut(points[starts[i] : starts[i] + counts[i]])
-        if ring is None:
-            crossing += 1
-        else:
-            kept[first_triangle[i] : first_triangle[i] + counts[i] - 2] = False
-            made.append(ring + starts[i])
-    return np.concatenate([fan[kept], *made]), crossing
+        if counts[i] > MOST_CORNERS:
+            raise ValueError(f"face {i} has {counts[i]} corners; of more than {MOST_CORNERS} only convex ones are read")
+        ring = points[starts[i] : starts[i] + counts[i]]
+        triangles, crosses = _cut(ring)
+        crossing += crosses
+        if len(triangles):
+            kept[first[i] : first[i] + counts[i] - 2] = False
+            made.append(triangles)
+    return np.concatenate([points[fan[kept]], *made]), crossing
 
 
 def _fans_cover(points: Float64[ndarray, "C 3"], counts: Int64[ndarray, " F"], starts: Int64[ndarray, " F"]) -> ndarray:
@@ -76,15 +76,38 @@ def _fans_cover(points: Float64[ndarray, "C 3"], counts: Int64[ndarray, " F"], s
     return covers
 
 
-def _cut(ring: Float64[ndarray, "n 3"]) -> Int64[ndarray, "T 3"] | None:
-    """Triangles that cover a polygon, as indices into it; None if it crosses itself."""
+def _cut(ring: Float64[ndarray, "n 3"]) -> tuple[Float64[ndarray, "T 3 3"], bool]:
+    """Triangles that cover a polygon, and whether it crosses itself.
+
+    They cover one that crosses itself by the rule of even and odd: no triangles at all if that leaves nothing.
+    """
     rays = ring - ring[0]
+    size = np.abs(rays).max() or 1.0
+    rays /= size
     normal = np.cross(rays[1:-1], rays[2:]).sum(axis=0)
-    # Dropping an axis, unlike turning, leaves equal coordinates equal: slits stay closed.
-    flat = np.delete(rays, np.abs(normal).argmax(), axis=1)
-    area = np.abs(normal).max()
-    triangles = mapbox_earcut.triangulate_float64(flat, np.array([len(flat)], dtype=np.uint32)).reshape(-1, 3)
+    area = np.linalg.norm(normal)
+    if area > SLIVER:
+        up = normal / area
+    else:  # its parts cancel: the plane that fits best
+        up = np.linalg.svd(rays - rays.mean(axis=0), full_matrices=False)[2][2]
+    across = np.cross(up, np.eye(3)[np.abs(up).argmin()])
+    across /= np.linalg.norm(across)
+    axes = np.stack([across, np.cross(up, across)])
+    flat = rays @ axes.T
+    triangles = manifold3d.triangulate([flat], allow_convex=False)
     one, other = flat[triangles[:, 1]] - flat[triangles[:, 0]], flat[triangles[:, 2]] - flat[triangles[:, 0]]
     covered = np.abs(one[:, 0] * other[:, 1] - one[:, 1] * other[:, 0]).sum()
-    rounding = SLIVER * np.square(rays).sum(axis=1).max()
-    return triangles.astype(np.int64) if abs(covered - area) <= CROSSING * area + rounding else None
+    if abs(covered - area) <= CROSSING * area + SLIVER:
+        return ring[triangles], False
+    outlines = manifold3d.CrossSection([flat], manifold3d.FillRule.EvenOdd).to_polygons()  # rounds to 1e-8
+    if not outlines:
+        return np.empty((0, 3, 3)), True
+    # Its corners, and where its edges cross: each on the nearest edge, which need not lie in the plane.
+    along = np.roll(flat, -1, axis=0) - flat
+    offsets = np.concatenate(outlines)[:, None] - flat
+    lengths = np.square(along).sum(axis=1)
+    at = np.clip((offsets * along).sum(axis=2) / np.where(lengths > 0, lengths, 1.0), 0.0, 1.0)
+    edge = np.square(offsets - at[..., None] * along).sum(axis=2).argmin(axis=1)
+    at = np.take_along_axis(at, edge[:, None], axis=1)
+    corners = ring[edge] + at * (np.roll(ring, -1, axis=0) - ring)[edge]
+    return corners[manifold3d.triangulate(outlines)], True
