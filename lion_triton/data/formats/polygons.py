@@ -15,6 +15,7 @@ from lion_triton.data.shape import Shape
 SLIVER = 1e-9  # an area below this share of a face's squared size is rounding
 CROSSING = 1e-4  # if triangles between its corners miss a face's area by more than this share, it crosses itself
 MOST_CORNERS = 5000  # of a face that is no fan: time grows with their square
+MOST_CROSSING = 200  # of one that crosses itself, as often as the square of that: another stays a fan
 
 
 def polygon_shape(
@@ -93,13 +94,14 @@ def _cut(ring: Float64[ndarray, "n 3"]) -> tuple[Float64[ndarray, "T 3 3"], bool
     across = np.cross(up, np.eye(3)[np.abs(up).argmin()])
     across /= np.linalg.norm(across)
     axes = np.stack([across, np.cross(up, across)])
-    flat = rays @ axes.T
+    flat = rays @ axes.T  # at most about 1, of which the library keeps eight digits
     triangles = manifold3d.triangulate([flat], allow_convex=False)
     one, other = flat[triangles[:, 1]] - flat[triangles[:, 0]], flat[triangles[:, 2]] - flat[triangles[:, 0]]
     covered = np.abs(one[:, 0] * other[:, 1] - one[:, 1] * other[:, 0]).sum()
     if abs(covered - area) <= CROSSING * area + SLIVER:
         return ring[triangles], False
-    outlines = manifold3d.CrossSection([flat], manifold3d.FillRule.EvenOdd).to_polygons()  # rounds to 1e-8
+    few = len(ring) <= MOST_CROSSING
+    outlines = manifold3d.CrossSection([flat] if few else [], manifold3d.FillRule.EvenOdd).to_polygons()
     if not outlines:
         return np.empty((0, 3, 3)), True
     # Its corners, and where its edges cross: each on the nearest edge, which need not lie in the plane.
