@@ -184,14 +184,11 @@ def _places(files: list[_File]) -> list[tuple[str, str, str | None]]:
         found = [level for level, name in below if name.lower() in SPLIT_NAMES and not (vehicles and level == 1)]
         levels.append(found[0] if found else None)
     rests = [_without(file.folders, level) for file, level in zip(files, levels, strict=True)]
-    divided = [
-        (rest, file.stem)
-        for file, rest, level in zip(files, rests, levels, strict=True)
-        if level is not None and _synset(rest) is None
-    ]
-    varies = _first_that_varies(divided)
+    divided = [level is not None and _synset(rest) is None for rest, level in zip(rests, levels, strict=True)]
+    kinds = _kinds(rests, [file.stem for file in files], divided)
+    varies = _first_that_varies([kind for kind, yes in zip(kinds, divided, strict=True) if yes])
     places = []
-    for file, rest, split in zip(files, rests, levels, strict=True):
+    for file, rest, kind, split in zip(files, rests, kinds, levels, strict=True):
         synset = _synset(rest)
         if synset is not None:
             level = synset
@@ -200,7 +197,7 @@ def _places(files: list[_File]) -> list[tuple[str, str, str | None]]:
         elif varies is not None:
             level = min(varies, len(rest) - 1)
         else:  # one category: the folder that is divided, or the last of those in the split
-            level = split - 1 if split > 1 else len(rest) - 1
+            level = split - 1 if split > 1 else len(kind) - 1
         names = [*rest[level + 1 :], file.stem]
         while len(names) > 1 and names[-1].lower() in GENERIC_NAMES:
             names.pop()
@@ -217,18 +214,24 @@ def _synset(folders: tuple[str, ...]) -> int | None:
     return next((level for level, name in enumerate(folders) if re.fullmatch(r"0\d{7}", name)), None)
 
 
-def _first_that_varies(files: list[tuple[tuple[str, ...], str]]) -> int | None:
-    """The first level at which the folders differ; folders that hold one shape, and name it, are none."""
-    same = len(files) > 1 and len({stem for _, stem in files}) == 1
+def _kinds(folders: list[tuple[str, ...]], stems: list[str], divided: list[bool]) -> list[tuple[str, ...]]:
+    """The folders without those that hold one shape and name it: all of them where every file has the same name."""
+    compared = {stem for stem, yes in zip(stems, divided, strict=True) if yes}
+    same = divided.count(True) > 1 and len(compared) == 1
     kinds = []
-    for folders, stem in files:
-        while len(folders) > 2 and (same or stem.lower() in GENERIC_NAMES or stem == folders[-1]):
-            stem, folders = folders[-1], folders[:-1]
+    for kind, stem in zip(folders, stems, strict=True):
+        while len(kind) > 2 and (same or stem.lower() in GENERIC_NAMES or stem == kind[-1]):
+            stem, kind = kind[-1], kind[:-1]
             if stem.lower() not in GENERIC_NAMES:
                 break
-        kinds.append(folders)
+        kinds.append(kind)
+    return kinds
+
+
+def _first_that_varies(kinds: list[tuple[str, ...]]) -> int | None:
+    """The first level below the source at which the folders differ."""
     for level in range(1, max(map(len, kinds), default=0)):
-        if len({folders[level] for folders in kinds if len(folders) > level}) > 1:
+        if len({kind[level] for kind in kinds if len(kind) > level}) > 1:
             return level
     return None
 

@@ -21,6 +21,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -37,9 +38,7 @@ FAILURES = ("crash", "traceback", "hang", "memory", "stray write", "lost")
 
 
 def npz(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
+    return zipped({f"{name}.npy": npy(np.asarray(array)) for name, array in arrays.items()})
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -58,9 +57,9 @@ def hdf5(**options: object) -> bytes:
 
 def zipped(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # of no particular day
     return buffer.getvalue()
 
 
@@ -70,6 +69,7 @@ CATALOGUE = b"id#1=a\nname#1=A\ncategory#1=Lamp\nmodel#1=/a.obj\nwidth#1=10\ndep
 PCD = "FIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 16\nHEIGHT 1\nPOINTS 16\nDATA {}\n"
 
 
+@cache
 def good_files() -> dict[str, list[bytes]]:
     """Good files by suffix."""
     rgb = np.zeros((16, 1), dtype=np.float32)
@@ -160,13 +160,16 @@ def replace_number(data: bytearray, rng: np.random.Generator) -> None:
 DAMAGES: list[Callable[[bytearray, np.random.Generator], None]] = [cut, flip_bits, repeat, exchange, replace_number]
 
 
-def _child(pipe: Connection, suffix: str, numbers: range) -> None:
-    """Prepare the files in batches; after each, send what became of them."""
+Batch = tuple[str, range]  # a format, and the numbers of its files
+
+
+def _child(pipe: Connection, batches: list[Batch]) -> None:
+    """Prepare the files of each batch, and send what became of them."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
-    for start in numbers[::BATCH]:
-        pipe.send(_batch(suffix, range(start, min(start + BATCH, numbers.stop))))
+    for batch in batches:
+        pipe.send(_batch(*batch))
 
 
 def _batch(suffix: str, numbers: range) -> Counter[str]:
@@ -211,26 +214,23 @@ def _is_archive_without_shapes(data: bytes) -> bool:
         return False
 
 
-def tried(suffix: str, count: int) -> Iterator[Counter[str]]:
-    """What became of `count` files of a format, batch by batch; a batch that does not end is a hang or a crash."""
-    context, start = multiprocessing.get_context("spawn"), 0
-    while start < count:
+def tried(batches: list[Batch]) -> Iterator[tuple[Batch, Counter[str]]]:
+    """What became of each batch; one that does not end is a hang or a crash, and the rest go on in a new child."""
+    context, done = multiprocessing.get_context("spawn"), 0
+    while done < len(batches):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(theirs, suffix, range(start, count)), daemon=True)
+        child = context.Process(target=_child, args=(theirs, batches[done:]), daemon=True)
         child.start()
         theirs.close()
-        wait = 60  # for Python and its modules to start
-        while start < count:
+        wait, ended = 60, False  # for Python and its modules to start
+        while done < len(batches) and not ended:
             try:
                 answer = ours.recv() if ours.poll(wait) else Counter(hang=1)
             except EOFError:
                 answer = Counter(crash=1)
-            start, wait = start + BATCH, SECONDS
-            if answer["traceback"] or answer["hang"] or answer["crash"]:
-                print(f"{suffix}: files {start - BATCH} to {start - 1}: {dict(answer)}", file=sys.stderr)
-            yield answer
-            if answer["hang"] or answer["crash"]:
-                break
+            ended = bool(answer["hang"] or answer["crash"])
+            yield batches[done], answer
+            done, wait = done + 1, SECONDS
         child.kill()
         child.join()
 
@@ -242,17 +242,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     head = ("format", "tried", "read", "refused", *FAILURES)
     print("".join(f"{name:>12}" for name in head))
-    failures = 0
-    for suffix in args.formats:
-        counts: Counter[str] = Counter()
-        bar = tqdm(total=args.count, desc=suffix, unit="file", leave=False, disable=None)
-        for answer in tried(suffix, args.count):
-            counts += answer
-            bar.update(BATCH)
-        bar.close()
-        print(f"{suffix:>12}{args.count:12}" + "".join(f"{counts[name]:12}" for name in head[2:]), flush=True)
-        failures += sum(counts[name] for name in FAILURES)
-    return int(failures > 0)
+    starts = range(0, args.count, BATCH)
+    batches = [(suffix, range(i, min(i + BATCH, args.count))) for suffix in args.formats for i in starts]
+    counts = {suffix: Counter[str]() for suffix in args.formats}
+    for (suffix, numbers), answer in tqdm(tried(batches), "files", len(batches), unit="batch", disable=None):
+        counts[suffix] += answer
+        if any(answer[failure] for failure in FAILURES):
+            print(f"{suffix}: files {numbers.start} to {numbers.stop - 1}: {dict(answer)}", file=sys.stderr)
+        if numbers.stop == args.count:
+            columns = (args.count, *(counts[suffix][name] for name in head[2:]))
+            print(f"{suffix:>12}" + "".join(f"{column:12}" for column in columns), flush=True)
+    return int(any(count[failure] for count in counts.values() for failure in FAILURES))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 TRIANGLES, STRIP, FAN = 4, 5, 6  # modes; 0 to 3 are points and lines
 MOST = 2_000_000  # of what a few bytes can ask for any number of: values of empty accessors, instances' triangles
+MOST_PARTS = 50_000  # primitives, each as often as it is placed
 INSTANCING, VISIBILITY = "EXT_mesh_gpu_instancing", "KHR_node_visibility"
 # Extensions that a reader of the geometry may leave out, or that are read here. Any other that a file requires may
 # change the surface.
@@ -87,6 +88,8 @@ class _Scene:
                 raise ValueError(f"glTF extension {name} is required and not read")
         self.content, self.binary, self.sibling = content, binary, sibling
         self.buffers: dict[int, bytes] = {}
+        self.meshes: dict[int, list[Float64[ndarray, "T 3 3"]]] = {}
+        self.decoded: dict[tuple[int, bool], ndarray] = {}
         self.nodes = content.get("nodes", [])
         self.world: dict[int, Float64[ndarray, "4 4"]] = {}
 
@@ -108,13 +111,14 @@ class _Scene:
         shown = self._below(roots)
         parts, triangles = [np.empty((0, 3, 3))], 0
         for i in shown:
-            if "mesh" in self.nodes[i]:
-                for points, corners in self._primitives(self.nodes[i]):
-                    for place in self._places(i):
-                        triangles += len(corners)
-                        if triangles > max(MOST, sum(map(len, self.buffers.values()))):
-                            raise ValueError(f"its instances have more than {MOST} triangles together")
-                        parts.append((points @ place[:3, :3].T + place[:3, 3])[corners])
+            if "mesh" not in self.nodes[i]:
+                continue
+            for corners in self._primitives(self.nodes[i]):
+                for place in self._places(i):
+                    triangles += len(corners)
+                    if triangles > max(MOST, sum(map(len, self.buffers.values()))) or len(parts) > MOST_PARTS:
+                        raise ValueError(f"it places more than {MOST} triangles, or {MOST_PARTS} parts, in the scene")
+                    parts.append(corners @ place[:3, :3].T + place[:3, 3])
         return Shape(np.concatenate(parts))
 
     # Nodes (section 3.5)
@@ -165,8 +169,15 @@ class _Scene:
 
     # Meshes (section 3.7)
 
-    def _primitives(self, node: dict[str, Any]) -> Iterator[tuple[Float64[ndarray, "V 3"], Int64[ndarray, "T 3"]]]:
-        """Points and triangles of the node's mesh, morphed and moved by its joints."""
+    def _primitives(self, node: dict[str, Any]) -> list[Float64[ndarray, "T 3 3"]]:
+        """Triangles of each of the mesh's primitives, morphed and moved by the node's joints."""
+        if "skin" in node or "weights" in node:
+            return list(self._made(node))
+        if node["mesh"] not in self.meshes:  # most are placed more than once
+            self.meshes[node["mesh"]] = list(self._made(node))
+        return self.meshes[node["mesh"]]
+
+    def _made(self, node: dict[str, Any]) -> Iterator[Float64[ndarray, "T 3 3"]]:
         mesh = self.entry("meshes", node["mesh"])
         weights = node.get("weights", mesh.get("weights", []))
         for primitive in mesh["primitives"]:
@@ -195,7 +206,7 @@ class _Scene:
                 raise ValueError(f"a triangle refers to vertex {corners.max()} of {len(points)}, counted from 0")
             if "skin" in node:
                 points = self._skinned(points, attributes, self.entry("skins", node["skin"]))
-            yield points, corners
+            yield points[corners]
 
     def _refuse_compressed(self, primitive: dict[str, Any]) -> None:
         """Geometry that only a decoder can read; a file that does not require one may hold a plain copy beside it."""
@@ -236,25 +247,30 @@ class _Scene:
     def values(self, index: int, width: int | None = None, whole: bool = False) -> ndarray:
         """An accessor's rows: float64, normalised integers as fractions, or int64 if `whole`."""
         accessor = self.entry("accessors", index)
-        form, columns, count = COMPONENTS[accessor["componentType"]], WIDTHS[accessor["type"]], accessor["count"]
+        form, columns = COMPONENTS[accessor["componentType"]], WIDTHS[accessor["type"]]
         if accessor["type"] in ("MAT2", "MAT3") or (width and columns != width) or (whole and form == "<f4"):
             raise ValueError(f"accessor {index}: expected other values than {accessor['type']} of {form[1:]}")
+        if (index, whole) not in self.decoded:
+            rows = self._stored(index, accessor, form, columns)
+            if whole:
+                rows = rows.astype(np.int64)
+            elif accessor.get("normalized") and form != "<f4":
+                rows = np.maximum(rows / np.iinfo(form).max, -1.0)
+            self.decoded[index, whole] = rows if whole else rows.astype(np.float64)
+        return self.decoded[index, whole]
+
+    def _stored(self, index: int, accessor: dict[str, Any], form: str, columns: int) -> ndarray:
+        """An accessor's rows as they are stored."""
+        count = accessor["count"]
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"accessor {index}: count {quoted(str(count).encode())}")
         if "bufferView" in accessor:
-            at, view = accessor.get("byteOffset", 0), accessor["bufferView"]
-            rows = self._rows(view, at, form, columns, count)
+            rows = self._rows(accessor["bufferView"], accessor.get("byteOffset", 0), form, columns, count)
         elif count * columns > MOST:
             raise ValueError(f"accessor {index} promises {count} rows that no buffer holds")
         else:
             rows = np.zeros((count, columns), form)
-        if "sparse" in accessor:
-            rows = self._sparse(rows, accessor["sparse"])
-        if whole:
-            return rows.astype(np.int64)
-        if accessor.get("normalized") and form != "<f4":
-            return np.maximum(rows / np.iinfo(form).max, -1.0)
-        return rows.astype(np.float64)
+        return self._sparse(rows, accessor["sparse"]) if "sparse" in accessor else rows
 
     def _sparse(self, rows: ndarray, sparse: dict[str, Any]) -> ndarray:
         """The rows, some of them replaced."""

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from lion_triton.data.formats.polygons import polygon_shape
-from lion_triton.data.formats.text import floats, quoted
+from lion_triton.data.formats.text import floats, integers, quoted
 from lion_triton.data.shape import Shape
 
 TYPES = {  # to the letters that struct and NumPy have for them
@@ -158,7 +158,10 @@ def _text_rows(body: bytes) -> Callable[[Element], Table]:
             if at < len(words):
                 raise ValueError(f"{what} holds more than its header says")
         columns = zip(element.properties, cells, lengths, strict=True)
-        return {e.name: Column(floats(cell, what), np.array(n), bool(e.length_type)) for e, cell, n in columns}
+        return {
+            e.name: Column((floats if e.type in "fd" else integers)(cell, what), np.array(n), bool(e.length_type))
+            for e, cell, n in columns
+        }
 
     return read
 
