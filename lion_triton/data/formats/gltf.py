@@ -78,14 +78,16 @@ def _chunks(data: bytes) -> tuple[bytes, bytes | None]:
 
 class _Scene:
     def __init__(self, content: Any, binary: bytes | None, sibling: Callable[[str], bytes]) -> None:
-        if not isinstance(content, dict) or "asset" not in content:
+        if not isinstance(content, dict):
+            raise ValueError("is JSON, but not glTF 2.0")
+        for name in content.get("extensionsRequired", []):
+            if not HARMLESS.fullmatch(name):
+                raise ValueError(f"glTF extension {name[:100]} is required and not read")
+        if "asset" not in content:
             raise ValueError("is JSON, but not glTF 2.0")
         version = str(content["asset"].get("version", "1.0"))
         if not version.startswith("2."):
             raise ValueError(f"glTF {version[:20]} is not read: convert it to glTF 2.0")
-        for name in content.get("extensionsRequired", []):
-            if not HARMLESS.fullmatch(name):
-                raise ValueError(f"glTF extension {name} is required and not read")
         self.content, self.binary, self.sibling = content, binary, sibling
         self.buffers: dict[int, bytes] = {}
         self.meshes: dict[int, list[Float64[ndarray, "T 3 3"]]] = {}
