@@ -75,16 +75,20 @@ class Archive:
     def __init__(self, file: zipfile.ZipFile) -> None:
         self.file = file
         self.entries = {_seen_name(info): info for info in file.infolist() if not info.is_dir()}
+        assert file.fp is not None
+        self.size = file.fp.seek(0, os.SEEK_END)
 
     def names(self) -> list[str]:
         return list(self.entries)
 
     def read(self, name: str) -> bytes:
-        """An entry's bytes; ValueError when it is missing, locked, a link, or grows beyond `MAX_ENTRY_BYTES` or
-        `MAX_EXPANSION`."""
+        """An entry's bytes; ValueError when it is missing, locked, a link, not deflated, or grows beyond
+        `MAX_ENTRY_BYTES` or `MAX_EXPANSION`."""
         info = self.entries.get(name)
         if info is None:
             raise ValueError(f"{name} is not in the archive")
+        if info.header_offset + info.compress_size > self.size:  # so many bytes would be reserved
+            raise ValueError(f"{name} declares more bytes than the archive has")
         # zipfile stops reading at the declared size, so the declaration is a bound even when it lies.
         if info.file_size > MAX_ENTRY_BYTES:
             raise ValueError(f"{name} declares {info.file_size / 2**30:.1f} GiB, more than the limit of 1 GiB")
@@ -94,6 +98,8 @@ class Archive:
             raise ValueError(f"{name} is locked with a password")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise ValueError(f"{name} is a link")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for gigabytes first
+            raise ValueError(f"{name} is compressed by method {info.compress_type}; only deflated archives are read")
         return self.file.read(info)
 
 

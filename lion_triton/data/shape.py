@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import trimesh
 from jaxtyping import Float, Float32, Float64
 from numpy import ndarray
 
@@ -43,19 +42,19 @@ class Shape:
 
     def box(self) -> tuple[Float64[ndarray, " 3"], Float64[ndarray, " 3"]]:
         """Lowest and highest corner of the bounding box."""
-        points = self.coordinates.reshape(-1, 3)
-        return points.min(axis=0), points.max(axis=0)
+        axes = self.coordinates.reshape(-1, 3).T
+        return np.array([axis.min() for axis in axes]), np.array([axis.max() for axis in axes])
 
     def check(self) -> None:
         """ValueError unless there is something to draw points from and all of it is finite as float32."""
         kind = "face" if self.is_mesh else "point"
         if len(self.coordinates) == 0:
             raise ValueError(f"no {kind}s")
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(self.coordinates.astype(np.float32)).reshape(len(self.coordinates), -1).all(axis=1)
+        finite = np.abs(self.coordinates) <= np.finfo(np.float32).max
         if not finite.all():
-            raise ValueError(f"{kind} {int(np.argmin(finite))} is not finite")
-        if self.is_mesh and not trimesh.triangles.area(self.coordinates).sum() > 0:
+            number = int(np.argmin(finite.reshape(len(finite), -1).all(axis=1)))
+            raise ValueError(f"{kind} {number} is not finite")
+        if self.is_mesh and not self._areas().sum() > 0:
             raise ValueError("the surface has no area")
 
     def origin(self) -> Float64[ndarray, " 3"] | None:
@@ -74,11 +73,23 @@ class Shape:
         than `count` points is returned whole and in its own order.
         """
         if self.is_mesh:
-            mesh = trimesh.Trimesh(**trimesh.triangles.to_kwargs(self.coordinates), process=False)
-            points = trimesh.sample.sample_surface(mesh, count, seed=seed)[0]
+            points = self._sample_surface(count, np.random.default_rng(seed))
         elif len(self.coordinates) >= count:
             chosen = np.random.default_rng(seed).choice(len(self.coordinates), count, replace=False)
             points = self.coordinates[chosen]
         else:
             points = self.coordinates
         return np.ascontiguousarray(points, dtype=np.float32)
+
+    def _areas(self) -> Float64[ndarray, " F"]:
+        """Twice the area of each triangle."""
+        first, second, third = (self.coordinates[:, i] for i in range(3))
+        return np.linalg.norm(np.cross(second - first, third - first), axis=1)
+
+    def _sample_surface(self, count: int, rng: np.random.Generator) -> Float64[ndarray, "count 3"]:
+        """Points that are independent and uniform over the triangles' area."""
+        upto = np.cumsum(self._areas())
+        first, second, third = self.coordinates[np.searchsorted(upto, rng.random(count) * upto[-1])].transpose(1, 0, 2)
+        u, v = rng.random((count, 2, 1)).transpose(1, 0, 2)
+        over = u + v > 1  # in the other half of the parallelogram
+        return first + np.where(over, 1 - u, u) * (second - first) + np.where(over, 1 - v, v) * (third - first)

@@ -29,9 +29,10 @@ def polygon_shape(
     if len(counts) and counts.min() < 3:
         corners, counts = corners[np.repeat(counts >= 3, counts)], counts[counts >= 3]
     points = vertices[corners]
-    sane = (np.abs(points) <= np.finfo(np.float32).max).all(axis=1)
+    sane = np.abs(points) <= np.finfo(np.float32).max
     if not sane.all():
-        raise ValueError(f"face {np.searchsorted(np.cumsum(counts), np.argmin(sane), side='right')} is not finite")
+        corner = np.argmin(sane.all(axis=1))
+        raise ValueError(f"face {np.searchsorted(np.cumsum(counts), corner, side='right')} is not finite")
     return Shape(*triangulate(points, counts))
 
 
