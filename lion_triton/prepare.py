@@ -3,7 +3,8 @@
     python -m lion_triton.prepare SOURCE --out DIR
 
 writes `DIR/<category>/{train,val,test}/<id>.npy`, each (P, 3) float32 with y up, in the units of the source
-(Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from.
+(Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from, and the origin of
+those that lie too far out for float32.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ SHOWN_FAILURES = 20
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn meshes (obj, ply, off, stl, glb, gltf) or clouds (npy, npz, ply, xyz, txt) into the point clouds that
-    training reads: OUT/<category>/{train,val,test}/<id>.npy and OUT/index.json."""
+    """Turn meshes (obj, ply, off, stl, glb, gltf) or clouds (npy, npz, h5, ply, pcd, xyz, txt, pts, csv) into the
+    point clouds that training reads: OUT/<category>/{train,val,test}/<id>.npy and OUT/index.json."""
 
     source: tyro.conf.Positional[Path]
-    """Folder, .zip or .sh3f; its first level of folders names the categories, archives count as folders."""
+    """Folder, .zip or .sh3f; its folders name the categories and splits, archives count as folders."""
     out: Path
     """Folder to make."""
     points: int = 15000

@@ -74,7 +74,8 @@ class Archive:
 
     def __init__(self, file: zipfile.ZipFile) -> None:
         self.file = file
-        self.entries = {_seen_name(info): info for info in file.infolist() if not info.is_dir()}
+        seen = ((_seen_name(info), info) for info in file.infolist())
+        self.entries = {name: info for name, info in seen if not name.endswith("/")}
         assert file.fp is not None
         self.size = file.fp.seek(0, os.SEEK_END)
 
