@@ -231,7 +231,8 @@ def tried(batches: list[Batch]) -> Iterator[tuple[Batch, Counter[str]]]:
             ended = bool(answer["hang"] or answer["crash"])
             yield batches[done], answer
             done, wait = done + 1, SECONDS
-        child.kill()
+        if ended:
+            child.kill()
         child.join()
 
 
