@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check census gpu clean
+.PHONY: train test soak check census gpu clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
 
 test: .venv/.installed-test check  ## lint, types, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.installed-test  ## 1000 damaged files of every format: each is read or refused, and nothing else happens
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.hostile_files --count 1000
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .

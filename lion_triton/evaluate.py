@@ -41,6 +41,7 @@ from lion_triton.evaluation.sets import (
     fingerprint,
     fit_box,
     in_memory,
+    in_units_of,
     open_clouds,
 )
 from lion_triton.runs import find_run, open_run
@@ -251,6 +252,8 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
     else:
         given = open_clouds("samples", str(target), args.subset, args.categories)
     references, shapes = _data(args, run, given, remarks)
+    if given is not None:
+        given = in_units_of(given, references)
     own_units = run.run.normalization if run and run.run.normalization.kind != "global" else None
     prepare = Preparation(args.split, args.seed, own_units)
     counts = references.num_points()

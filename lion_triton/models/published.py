@@ -6,7 +6,7 @@ The authors' files hold ``vae_state_dict`` and ``dae_state_dict``; in the latter
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,8 @@ def load_published(checkpoint: str | Path | Mapping[str, Any]) -> LION:
     missing = [key for key in ("vae_state_dict", "dae_state_dict") if key not in checkpoint]
     if missing:
         raise ValueError(f"checkpoint: expected vae_state_dict and dae_state_dict, {' and '.join(missing)} missing")
-    theirs = {f"vae.{k}": v for k, v in checkpoint["vae_state_dict"].items()}
-    theirs |= {f"dae.{k}": v for k, v in checkpoint["dae_state_dict"].items()}
+    theirs = {f"vae.{name}": tensor for name, tensor in _tensors(checkpoint, "vae_state_dict")}
+    theirs |= {f"dae.{name}": tensor for name, tensor in _tensors(checkpoint, "dae_state_dict")}
 
     config = LIONConfig()
     if any("clip" in name for name in theirs):
@@ -79,14 +79,26 @@ def load_published(checkpoint: str | Path | Mapping[str, Any]) -> LION:
     return lion.eval()
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_tensors(path: Path, what: str) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, text, and lists and dictionaries of them.
+
+    Raises:
+        ValueError: in one line of at most 300 characters that begins with ``what`` and names the object, if the file
+            holds any other, which only running code could make.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"checkpoint: {path} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint: {path} is not a checkpoint of plain tensors ({line})") from None
+        raise ValueError(f"{what}: {path} does not exist") from None
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        foreign = re.search(r"GLOBAL (\S{1,100})", str(error))
+        reason = f"it holds {foreign[1]}, and only tensors are read" if foreign else "torch.save did not write it so"
+        name = str(path) if len(str(path)) <= 100 else f"...{str(path)[-100:]}"
+        raise ValueError(f"{what}: {name} is not a checkpoint of plain tensors: {reason}") from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    content = read_tensors(path, "checkpoint")
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint: expected a dictionary in {path}, got {type(content).__name__}")
     return content
@@ -128,6 +140,17 @@ def _modulations(lion: LION) -> Iterator[tuple[str, Norms, bool]]:
     yield "vae.point_encoder", _unet_norms(vae.point_encoder, "vae.encoder.layers"), True
     yield "vae.decoder", _unet_norms(vae.decoder, "vae.decoder.layers"), True
     yield "point_prior.network", _unet_norms(prior, "dae.1"), True
+
+
+def _tensors(checkpoint: Mapping[str, Any], part: str) -> Iterator[tuple[str, Tensor]]:
+    """The part's tensors by their own names, which parallel training begins with ``module.``."""
+    tensors = checkpoint[part]
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"checkpoint: expected a dictionary as {part}, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"checkpoint: expected tensors in {part}, got {type(tensor).__name__} as {name!s:.100}")
+        yield name.removeprefix("module."), tensor
 
 
 def _names(lion: LION) -> Names:
