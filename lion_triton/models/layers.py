@@ -58,6 +58,10 @@ class MLP(nn.Module):
         sizes = [in_channels, *widths]
         self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], widths, strict=True))
 
+    @property
+    def first_weight(self) -> Float[Tensor, "C_out C_in"]:
+        return self.linears[0].weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor, norms: Sequence[Norm], done: int = 0) -> Tensor:
         """Through the layers behind the first ``done``, with the norms of all."""
         for i in range(done, len(self.linears)):
@@ -169,10 +173,10 @@ class SetAbstraction(nn.Module):
         shared: Float[Tensor, "B E"] | None = None,
     ) -> Float[Tensor, "B M C2"]:
         assert plan.neighbors is not None and plan.offsets is not None
-        of_offsets, of_features, of_shared = self.mlp.linears[0].weight.split(self.parts, dim=1)
+        of_offsets, of_features, of_shared = self.mlp.first_weight.split(self.parts, dim=1)
         y = group_offsets(F.linear(x, of_features), plan.neighbors, plan.offsets, of_offsets)
         y = normalize(y, _shared(norms[0], of_shared, shared))
-        return max_neighbors(self.mlp.forward(y, norms, done=1))
+        return max_neighbors(self.mlp(y, norms, done=1))
 
 
 class FeaturePropagation(nn.Module):
@@ -199,8 +203,8 @@ class FeaturePropagation(nn.Module):
         shared: Float[Tensor, "B E"] | None = None,
     ) -> Float[Tensor, "B N C3"]:
         assert plan.interpolation_weights is not None and plan.interpolation_index is not None
-        of_features, of_shared, of_skip = self.mlp.linears[0].weight.split(self.parts, dim=1)
+        of_features, of_shared, of_skip = self.mlp.first_weight.split(self.parts, dim=1)
         y = three_interpolate(F.linear(x, of_features), plan.interpolation_weights, plan.interpolation_index)
         if skip.shape[2]:
             y = torch.addmm(y.flatten(0, 1), skip.flatten(0, 1), of_skip.T).view(y.shape)
-        return self.mlp.forward(normalize(y, _shared(norms[0], of_shared, shared)), norms, done=1)
+        return self.mlp(normalize(y, _shared(norms[0], of_shared, shared)), norms, done=1)
