@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from lion_triton.kernels import _checks
 from lion_triton.kernels._triton import triton
 
 BATCH = 32
-FEATURE_DTYPES = (torch.float32, torch.bfloat16)
+FEATURE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The layers of the published networks: points of each level, and the centres sampled from them.
 LEVELS = ((2048, 1024), (1024, 256), (256, 64), (64, 16))
@@ -94,9 +94,9 @@ class Row:
     stores: str
 
 
-def run_all(device: torch.device) -> None:
+def run_all(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> None:
     """Launch every kernel, forward and backward, at every shape of LION's layers. Values do not matter."""
-    run_ops(device)
+    run_ops(device, dtypes)
     # All pairs, for evaluation: unlike all other ops these look at the values of their arguments.
     clouds = torch.zeros(4, 2048, 3, device=device)
     kernels.pairwise_chamfer(clouds, clouds, impl="triton")
@@ -104,7 +104,7 @@ def run_all(device: torch.device) -> None:
     kernels.pairwise_emd(clouds, clouds, impl="triton")
 
 
-def run_ops(device: torch.device) -> None:
+def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> None:
     """The part of ``run_all`` that never waits for the device."""
 
     def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,7 +122,7 @@ def run_ops(device: torch.device) -> None:
     key = torch.zeros(2, dtype=torch.int64, device=device)
     scalar = torch.ones(BATCH, device=device)
     learned = scalar.clone().requires_grad_()
-    for shape, dtype in product(LATENTS, FEATURE_DTYPES):
+    for shape, dtype in product(LATENTS, dtypes):
         x = features(*shape, dtype=dtype)
         kernels.normal_noise(x.shape, key, impl="triton")
         for alpha in (scalar, learned):
@@ -134,9 +134,9 @@ def run_ops(device: torch.device) -> None:
 
     for (n, r), channels in VOXELIZED.items():
         plan = kernels.plan_voxels(kernels.voxel_coords(cloud(n), r, impl="triton"), r, impl="triton")
-        for c, dtype in product(channels, FEATURE_DTYPES):
+        for c, dtype in product(channels, dtypes):
             backward(kernels.avg_voxelize(features(n, c, dtype=dtype), plan.coords, r, plan=plan, impl="triton"))
-        for c, dtype in product(GATHERED[n, r], FEATURE_DTYPES):
+        for c, dtype in product(GATHERED[n, r], dtypes):
             grid, style = features(r, r, r, c, dtype=dtype), features(c)
             backward(kernels.trilinear_devoxelize(grid, plan.coords, plan=plan, impl="triton"))
             squeeze, excite = (torch.zeros(shape, device=device) for shape in ((c // 8, c), (c, c // 8)))
@@ -150,7 +150,7 @@ def run_ops(device: torch.device) -> None:
         kernels.three_nn(cloud(n), cloud(m), impl="triton")
         for k in (1, NEIGHBORS):
             backward(kernels.group(features(n, 3), index(m, k), impl="triton"))
-        for dtype in FEATURE_DTYPES:
+        for dtype in dtypes:
             weights, x = cloud(n).requires_grad_(), features(m, INTERPOLATED, dtype=dtype)
             backward(kernels.three_interpolate(x, weights, index(n, 3), impl="triton"))
             for c in NEIGHBORHOODS[n]:
@@ -160,15 +160,17 @@ def run_ops(device: torch.device) -> None:
             for c in MAXIMA[m]:
                 backward(kernels.max_neighbors(features(m, NEIGHBORS, c, dtype=dtype), impl="triton"))
 
-    for (p, c, dropout), dtype in product(sorted(NORMALIZED), FEATURE_DTYPES):
+    for (p, c, dropout), dtype in product(sorted(NORMALIZED), dtypes):
         x, style = features(p, c, dtype=dtype), features(c)
         drop: dict[str, Any] = {"dropout": 0.1, "key": key} if dropout else {}
         backward(kernels.adagn(x, style, style, None, None, 8, act="silu", offset=style, **drop, impl="triton"))
-    for dtype in FEATURE_DTYPES:
+    for dtype in dtypes:
         backward(kernels.dropout(features(2048, dtype=dtype), 0.3, key, impl="triton"))
     backward(kernels.adagn(features(2048, 32), None, None, None, None, 8, impl="triton"))
 
-    kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")  # a whole cloud of ShapeNet
+    # A whole cloud of ShapeNet.
+    kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")
+    kernels.plan_voxels(cloud(15_000), 32, impl="triton")
     x = features(2048, 3)
     backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
     backward(kernels.chamfer_distance(x, x, impl="triton"))
@@ -231,10 +233,10 @@ def recording(target: Target | None) -> Iterator[dict[str, Any]]:
             driver._active = before
 
 
-def compile_all(target: Target) -> dict[str, Any]:
+def compile_all(target: Target, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> dict[str, Any]:
     """Every kernel compiled for a target, by Triton's hash."""
     with recording(target) as compiled:
-        run_all(torch.device("cpu"))
+        run_all(torch.device("cpu"), dtypes)
     return compiled
 
 
@@ -335,6 +337,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lion_triton.kernels.census", description="Compile every kernel.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--check", action="store_true", help="exit 1 on a spill or too much shared memory")
+    parser.add_argument("--dtype", choices=FEATURE_DTYPES, help="of features (default: all)")
     parser.add_argument("--device", action="store_true", help="compare with what this machine's GPU runs")
     options = parser.parse_args()
     if unknown := set(options.targets) - TARGETS.keys():
@@ -349,10 +352,12 @@ def main() -> int:
         parser.error("--device: expected a GPU that is a target of the census")
 
     wrong = []
+    dtypes = tuple(FEATURE_DTYPES.values()) if options.dtype is None else (FEATURE_DTYPES[options.dtype],)
     for name in options.targets or ([device] if device else TARGETS):
         with ThreadPoolExecutor() as pool:
             rows = sorted(
-                set(pool.map(describe, compile_all(TARGETS[name]).values())), key=lambda row: (row.kernel, row.variant)
+                set(pool.map(describe, compile_all(TARGETS[name], dtypes).values())),
+                key=lambda row: (row.kernel, row.variant),
             )
         _print_table(name, rows)
         wrong += [f"{name} {row.kernel} {row.variant}: {fault}" for row in rows for fault in faults(row, TARGETS[name])]

@@ -24,8 +24,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """For one GPU; ``make census`` does it for all."""
-    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check")
+    """For one GPU and bfloat16; ``make census`` does it for all."""
+    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -50,7 +50,7 @@ def _large_kernel(x_ptr, out_ptr):
     t = tl.load(x_ptr + i[:, None] * 32 + i[None, :])
     tl.store(out_ptr + i[:, None] * 32 + i[None, :], tl.dot(t, t))
 
-def run_all(device):
+def run_all(device, dtypes):
     x = torch.zeros(65536, device=device)
     _greedy_kernel[(1,)](x, x, BLOCK=8192, num_warps=1)
     _large_kernel[(1,)](x, x)
