@@ -58,6 +58,24 @@ class Latents(NamedTuple):
     z: Float[Tensor, "B Z"]
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """A sample of q(z0|x) and, at it, q(h0|x,z0): what the priors are trained on."""
+
+    z: Float[Tensor, "B Z"]
+    h_mu: Float[Tensor, "B N H"]
+    h_log_sigma: Float[Tensor, "B N H"]
+
+
+@torch.no_grad()
+def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
+    """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
+    plan = vae.plan(points)
+    z_mu, z_log_sigma = vae.encode_shape(points, plan)
+    z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
+    return Posterior(z, *vae.encode_points(points, z, plan))
+
+
 class LION(nn.Module):
     """VAE and priors with one forward process.
 

@@ -18,9 +18,9 @@ from lion_triton.data.clouds import Normalization
 from lion_triton.data.sources import Sources
 from lion_triton.devices import autocast, best_device, resolve_precision
 from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
-from lion_triton.models.lion import LION
-from lion_triton.objectives import posterior, prior_loss, vae_loss
+from lion_triton.models.lion import LION, posterior
 from lion_triton.runs import Run, write_text
+from lion_triton.training.objectives import prior_loss, vae_loss
 
 SHOWN = 8  # clouds in a row of a picture
 ACTIVE_NATS = 0.01  # a latent dimension below this says nothing
