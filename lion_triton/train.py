@@ -27,7 +27,7 @@ from lion_triton.pictures import draw_grid
 from lion_triton.runs import check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.training import report
-from lion_triton.training.loop import Context
+from lion_triton.training.context import Context
 from lion_triton.training.stages import fit_priors, fit_vae
 
 

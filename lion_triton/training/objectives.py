@@ -15,6 +15,7 @@ keeps the details of the shape in z0, where a short training would leave them to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -32,7 +33,7 @@ from lion_triton.kernels import (
     normal_noise,
     voxel_coords,
 )
-from lion_triton.models.lion import LION, Posterior
+from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.models.vae import VAE
 
 
@@ -80,7 +81,7 @@ def vae_loss(
     points: Float[Tensor, "B N 3"],
     key: Int[Tensor, " 2"],
     *,
-    kl_coefficient: float,
+    kl_coefficient: float | Tensor,
     lambda_z: float,
     lambda_h: float,
     reconstruction: ReconstructionWeights,
@@ -91,8 +92,7 @@ def vae_loss(
     z_mu, z_log_sigma = vae.encode_shape(points, plan)
     z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
     h_mu, h_log_sigma = vae.encode_points(points, z, plan)
-    next_key = key + torch.tensor([0, 1], device=key.device)
-    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key)
+    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key(key))
 
     error = reconstruction_loss(vae.decode(h, z), points, reconstruction).mean()
     kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
@@ -132,7 +132,7 @@ def prior_loss(
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
-    keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
+    keys = [key, next_key(key), next_key(next_key(key))]
     offsets = torch.special.ndtr(normal_noise((2,), keys[0]))  # uniform, from the key like all else in a step
 
     def times(count: int, offset: Tensor) -> Tensor:
@@ -165,6 +165,11 @@ def prior_loss(
     return PriorLoss(shape + point, shape, point)
 
 
+def next_key(key: Int[Tensor, " 2"]) -> Int[Tensor, " 2"]:
+    """(seed, offset + 1)."""
+    return key + torch.arange(2, device=key.device)
+
+
 class VAEObjective(nn.Module):
     """Stage 1's loss as one module, so that it can be distributed."""
 
@@ -172,19 +177,22 @@ class VAEObjective(nn.Module):
         super().__init__()
         self.vae, self.training_config = lion.vae, training
 
-    def forward(self, points: Tensor, key: Tensor, kl_coefficient: float) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """``batch``: points (B, N, 3). ``number`` (int64 scalar): steps before this one."""
         training = self.training_config
+        progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
+        coefficient = (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
         loss = vae_loss(
             self.vae,
-            points,
+            batch["points"],
             key,
-            kl_coefficient=kl_coefficient,
+            kl_coefficient=coefficient,
             lambda_z=training.lambda_z,
             lambda_h=training.lambda_h,
             reconstruction=training.reconstruction,
             occupancy_weight=training.occupancy_weight,
         )
-        return {f.name: getattr(loss, f.name) for f in fields(loss)}
+        return {f.name: getattr(loss, f.name) for f in fields(loss)} | {"kl_coefficient": coefficient}
 
 
 class PriorObjective(nn.Module):
@@ -195,6 +203,13 @@ class PriorObjective(nn.Module):
         self.shape_prior, self.point_prior, self.training_config = lion.shape_prior, lion.point_prior, training
         self._lion = [lion]  # in a list, so that the VAE is no part of this module
 
-    def forward(self, latents: Posterior, key: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        loss = prior_loss(self._lion[0], latents, key, labels, shape_draws=self.training_config.shape_draws)
+    def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
+        classes."""
+        (lion,) = self._lion
+        if "points" in batch:
+            latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
+        else:
+            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=self.training_config.shape_draws)
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
