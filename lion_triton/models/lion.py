@@ -23,6 +23,7 @@ from lion_triton.models.priors import (
     ShapePriorConfig,
     published_point_prior,
 )
+from lion_triton.models.sampling import Samplings
 from lion_triton.models.vae import VAE, VAEConfig, published_vae
 
 Sampler = Literal["ddpm", "ddim", "ode"]
@@ -100,6 +101,7 @@ class LION(nn.Module):
         for name, size in (("z", shape_dim), ("h", point_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self._samplings = Samplings()
 
     def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
         """Standardise by these latents: z per channel; h by a mean per channel, one std for xyz and one per feature."""
@@ -165,69 +167,19 @@ class LION(nn.Module):
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
-        device = self.z_mean.device
-
-        def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
-            return self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
-
-        run = _Run(self, sampler, steps, eta, clip_x0, callback, generator)
-        z = run(denoise_shape, normal_noise((num_samples, self.config.vae.shape_dim), new_key(device, generator)), 0)
-
-        def denoise_points(h_t: Tensor, t: Tensor) -> Tensor:
-            return self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
-
-        noise = normal_noise((num_samples, num_points, self.config.vae.point_dim), new_key(device, generator))
-        h = run(denoise_points, noise, 1)
-        return self.decode(h * self.h_std + self.h_mean, z * self.z_std + self.z_mean)
-
-    def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One sampler with its settings, applied to the shape prior (part 0), then to the point prior (part 1)."""
-
-    lion: LION
-    sampler: Sampler
-    steps: int | None
-    eta: float
-    clip_x0: float | None
-    callback: Callable[[int, int], None] | None
-    generator: torch.Generator | None
-
-    def __call__(self, eps_model: Callable[[Tensor, Tensor], Tensor], x: Tensor, part: int) -> Tensor:
-        schedule = self.lion.schedule
-        if self.sampler == "ode":
-            if self.lion.config.diffusion.prediction != "eps":
+        config, chosen = self.config.diffusion, None
+        if sampler == "ode":
+            if config.prediction != "eps":
                 raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
-            return diffusion.probability_flow(eps_model, x, schedule)
-        steps = self.steps
-        if steps is None:
-            steps = default_steps(self.sampler, schedule.num_train_timesteps)
-        key = new_key(x.device, self.generator)
-
-        def report(step: int, *_: object) -> None:
-            if self.callback is not None:
-                self.callback(part * steps + step, 2 * steps)
-
-        if self.sampler == "ddpm":
-            variance = self.lion.config.diffusion.variance
-            return diffusion.ddpm(
-                eps_model,
-                x,
-                schedule,
-                key,
-                steps=steps,
-                variance=variance,
-                clip=self.clip_x0,
-                callback=report,
-            )
-        if self.sampler == "ddim":
-            return diffusion.ddim(
-                eps_model, x, schedule, key, steps=steps, eta=self.eta, clip=self.clip_x0, callback=report
-            )
-        raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {self.sampler!r}')
+        elif sampler == "ddpm":
+            chosen = diffusion.ddpm_steps(self.schedule, steps, config.variance)
+        elif sampler == "ddim":
+            count = default_steps(sampler, config.num_train_timesteps) if steps is None else steps
+            chosen = diffusion.ddim_steps(self.schedule, count, eta)
+        else:
+            raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
+        sampling = self._samplings.get(self, num_samples, num_points, labels, clip, clip_x0)
+        return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
 
 
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:
