@@ -8,6 +8,7 @@ that the function itself moves on (a step's number, a noise key, the state of a 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
+AHEAD = 2  # replays that the host may be ahead of the device: neither waits, and progress tells what is nearly done
 WARM_UPS = 2  # the first call compiles kernels and makes the optimizer's state, the second finds all as it stays
 
 
@@ -44,6 +46,7 @@ class Captured(Generic[T]):
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out: T
+        self._replays: deque[torch.cuda.Event] = deque()
         # Backward passes run on the streams of their forward passes: all calls, captured or not, must share one.
         self._stream = torch.cuda.Stream() if enabled else None
 
@@ -54,6 +57,11 @@ class Captured(Generic[T]):
             self._capture()
         if self._graph is not None:
             self._graph.replay()
+            event = torch.cuda.Event()
+            event.record()
+            self._replays.append(event)
+            if len(self._replays) > AHEAD:
+                self._replays.popleft().synchronize()
             return self._out
         self._calls += 1
         return self._launch()

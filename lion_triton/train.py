@@ -16,6 +16,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 
+from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
 from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
@@ -117,6 +118,9 @@ def train(args: Arguments) -> None:
         ):
             network.compile()
 
+    reason = why_uncaptured(accelerator.device, accelerator.num_processes)
+    if reason:
+        accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
     context = Context(run, sources, accelerator, lion)
     if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
         fit_vae(context, checkpoint)
