@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lion_triton import kernels
 from lion_triton.kernels.noise import normal_noise_reference
+from lion_triton.kernels.voxel import cells_reference
 
 
 @dataclass(frozen=True)
@@ -371,24 +372,15 @@ def trilinear_devoxelize_eager(voxels: Tensor, coords: Tensor, plan: kernels.Vox
     return out[..., 0, 0].transpose(1, 2).to(voxels.dtype)
 
 
-def plan_parts(plan: kernels.VoxelPlan) -> tuple[Tensor, ...]:
-    """What a plan must hold whatever its layout: both sorts, their row starts, and the trilinear weights."""
-    near, corners = plan.near_t, plan.corners_t
-    assert near.start is not None and corners.start is not None and corners.weight is not None
-    return near.column, near.start, corners.column, corners.start, corners.weight
+def cells(coords: Tensor, R: int, impl: Any) -> tuple[Tensor, ...]:
+    """What Triton's plan holds: the points in order of their cells, and where each cell's run starts."""
+    return kernels.plan_voxels(coords, R, impl=impl).cells or cells_reference(coords, R)
 
 
-def plan_voxels_eager(coords: Tensor, R: int) -> tuple[Tensor, ...]:
-    B = len(coords)
-    voxel, point = voxel_index(coords.round(), R).flatten().sort(stable=True)
-    rows = torch.arange(B * R**3 + 1, device=coords.device)
-    near = point.int(), torch.searchsorted(voxel, rows).int()
-
-    corner = torch.cartesian_prod(*[torch.arange(2, device=coords.device)] * 3)  # (8, 3)
-    floor, frac = coords.floor()[:, :, None], coords.frac()[:, :, None]
-    weight = torch.where(corner == 1, frac, 1 - frac).prod(-1).flatten()
-    voxel, entry = voxel_index((floor + corner).clamp(max=R - 1), R).flatten().sort(stable=True)
-    return *near, (entry // 8).int(), torch.searchsorted(voxel, rows).int(), weight[entry]
+def cells_eager(coords: Tensor, R: int) -> tuple[Tensor, ...]:
+    cell, point = voxel_index(coords.floor(), R).flatten().sort(stable=True)
+    rows = torch.arange(len(coords) * R**3 + 1, device=coords.device)
+    return point.int(), torch.searchsorted(cell, rows).int()
 
 
 VOXEL_TESTS = ("tests/kernels/test_voxel.py",)
@@ -419,8 +411,8 @@ VOXELS = (
         inputs=lambda s, draw: _with_plan(_cloud(s, draw), _coords(s, draw), s.R),
         ours=lambda x, coords, plan, impl: kernels.avg_voxelize(x, coords, plan.resolution, plan=plan, impl=impl),
         eager=avg_voxelize_eager,
-        forward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3) + s.B * (8 * s.N + 4 * s.R**3), 2 * _elements(s)),
-        backward=lambda s: Cost(_grid_bytes(s, _touched(s, 1)) + _bytes(s) + 8 * s.B * s.N, _elements(s)),
+        forward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3) + s.B * (16 * s.N + 4 * s.R**3), 2 * _elements(s)),
+        backward=lambda s: Cost(_grid_bytes(s, _touched(s, 1)) + _bytes(s) + 16 * s.B * s.N, _elements(s)),
         wrt=(0,),
         targets=VOXEL_TARGETS,
     ),
@@ -432,8 +424,8 @@ VOXELS = (
         inputs=lambda s, draw: _with_plan(draw.normal(s.B, s.R, s.R, s.R, s.C, dtype=s.dtype), _coords(s, draw), s.R),
         ours=lambda x, coords, plan, impl: kernels.trilinear_devoxelize(x, coords, plan=plan, impl=impl),
         eager=trilinear_devoxelize_eager,
-        forward=lambda s: Cost(_grid_bytes(s, _touched(s, 8)) + _bytes(s) + 64 * s.B * s.N, 16 * _elements(s)),
-        backward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3) + s.B * (64 * s.N + 4 * s.R**3), 16 * _elements(s)),
+        forward=lambda s: Cost(_grid_bytes(s, _touched(s, 8)) + _bytes(s) + 12 * s.B * s.N, 16 * _elements(s)),
+        backward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3) + s.B * (16 * s.N + 4 * s.R**3), 16 * _elements(s)),
         wrt=(0,),
         targets=VOXEL_TARGETS,
     ),
@@ -443,10 +435,10 @@ VOXELS = (
         (Shape(32, 2048, R=32), Shape(32, 1024, R=16), Shape(32, 256, R=8), Shape(512, 2048, R=32)),
         Shape(2, 256, R=8),
         inputs=lambda s, draw: (_coords(s, draw), s.R),
-        ours=lambda coords, R, impl: plan_parts(kernels.plan_voxels(coords, R, impl=impl)),
-        eager=plan_voxels_eager,
-        # Coordinates; indices and weights of both matrices (1 + 8 entries a point) and of both transposes.
-        forward=lambda s: Cost(s.B * (12 * s.N + 2 * 9 * 8 * s.N + 2 * 4 * s.R**3)),
+        ours=cells,
+        eager=cells_eager,
+        # Coordinates; a point's place; a run's start.
+        forward=lambda s: Cost(s.B * (12 * s.N + 4 * s.N + 4 * s.R**3)),
     ),
 )
 

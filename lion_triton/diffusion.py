@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from lion_triton.kernels.diffusion import ancestral_step, noise_mse, posterior_q_sample, q_sample
+from lion_triton.kernels import ancestral_step, noise_mse, posterior_q_sample, q_sample
 
 ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,14 +31,36 @@ def check_points(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape (B, N, 3) with N >= 1, got {tuple(x.shape)}")
 
 
+def check_clouds(**clouds: Tensor) -> None:
+    """Raise ``ValueError`` unless two cloud batches share batch size, device and dtype."""
+    for name, cloud in clouds.items():
+        check_points(name, cloud)
+    check_same(**clouds)
+    (first, a), (second, b) = clouds.items()
+    if a.dtype != b.dtype:
+        raise ValueError(f"{second}: expected the dtype of {first} ({a.dtype}), got {b.dtype}")
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """A Python (or NumPy) integer of at least ``least`` as Python's; anything else raises ``ValueError``."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return value if isinstance(value, int) else int(value)
+
+
 def check_same(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all tensors share one device and one batch size (dimension 0)."""
     (first, a), *rest = tensors.items()
     for name, b in rest:
-        if a.device != b.device:
-            raise ValueError(f"{name}: expected the device of {first} ({a.device}), got {b.device}")
+        check_device(name, b, first, a)
         if a.shape[0] != b.shape[0]:
             raise ValueError(f"{name}: expected the batch size of {first} ({a.shape[0]}), got {b.shape[0]}")
+
+
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is where ``like`` is."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of {like_name} ({like.device}), got {x.device}")
 
 
 def check_finite(**clouds: Tensor) -> None:
@@ -83,3 +106,8 @@ def use_triton(impl: Impl, x: Tensor) -> bool:
 def upcast(x: Tensor) -> Tensor:
     """Float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Of results that are sums over a floating ``x``: that of ``upcast(x)``."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class _Missing:
     """Stands for Triton where it is missing: kernels can still be defined, and raise when launched."""
@@ -26,4 +28,17 @@ try:
 except ImportError:
     triton = tl = _Missing()
 
-__all__ = ["tl", "triton"]
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run a kernel on the device of its first argument; where there is nothing to do, nothing is run."""
+    if 0 not in grid:
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **meta)
+
+
+__all__ = ["cdiv", "launch", "tl", "triton"]

@@ -49,16 +49,12 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lion_triton.kernels._checks import Impl, check_finite, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.neighbors import (
-    block_size,
-    check_clouds,
-    group_reference,
-    squared_distances,
-)
+from lion_triton.kernels._checks import Impl, check_clouds, check_finite, sums_dtype, upcast, use_triton
+from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels._points import block_size, load_points, squared_distances
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
+from lion_triton.kernels.gather import group_reference
 
 _LEVELS = (*(-(4.0**j) for j in range(7, -2, -1)), 0.0)
 
@@ -74,35 +70,39 @@ _TILE, _UNROLL = 64, 4
 
 def approx_emd_reference(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"]) -> Float[Tensor, " B"]:
     """Plain PyTorch form of :func:`approx_emd`."""
-    return _ApproxCost.apply(upcast(x), upcast(y))
+    return _approx_emd_reference_op(upcast(x), upcast(y), *_needs(x, y))[0]
 
 
-class _ApproxCost(torch.autograd.Function):
-    """Cost of the approximate match; its gradients are made with it, as keeping the match takes B N M floats."""
+def _needs(x: Tensor, y: Tensor) -> tuple[bool, bool]:
+    """Which clouds will ask for a gradient."""
+    enabled = torch.is_grad_enabled()
+    return enabled and x.requires_grad, enabled and y.requires_grad
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        (B, N, _), M = x.shape, y.shape[1]
-        cost, grad_x, grad_y = x.new_empty(B), torch.empty_like(x), torch.empty_like(y)
-        clouds = max(1, block_size(x) // (N * M))
-        for i in range(0, B, clouds):
-            b = slice(i, i + clouds)
-            sqdist = squared_distances(x[b], y[b])
-            match = _approx_match(sqdist)
-            cost[b] = sqdist.mul_(match).sum((1, 2)) / N
-            for axis in range(3) if any(ctx.needs_input_grad) else ():
-                pull = torch.sub(x[b, :, None, axis], y[b, None, :, axis], out=sqdist).mul_(match)
-                grad_x[b, :, axis] = pull.sum(2) * (2 / N)
-                grad_y[b, :, axis] = pull.sum(1) * (-2 / N)
-        ctx.save_for_backward(grad_x, grad_y)
-        return cost
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        grad_x, grad_y = ctx.saved_tensors
-        grad = grads[0][:, None, None]
-        return grad_x * grad, grad_y * grad
+def _empty_results(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = sums_dtype(x)
+    dx, dy = (c.new_empty(c.shape if need else 0, dtype=dtype) for c, need in ((x, need_x), (y, need_y)))
+    return x.new_empty(x.shape[0], dtype=dtype), dx, dy
+
+
+@op(fake=_empty_results)
+def _approx_emd_reference_op(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The costs, and with them their gradients, empty where not needed: to keep the match takes B N M floats."""
+    (B, N, _), M = x.shape, y.shape[1]
+    cost, dx, dy = _empty_results(x, y, need_x, need_y)
+    clouds = max(1, block_size(x) // (N * M))
+    for i in range(0, B, clouds):
+        b = slice(i, i + clouds)
+        sqdist = squared_distances(x[b], y[b])
+        match = _approx_match(sqdist)
+        cost[b] = sqdist.mul_(match).sum((1, 2)) / N
+        for axis in range(3) if need_x or need_y else ():
+            pull = torch.sub(x[b, :, None, axis], y[b, None, :, axis], out=sqdist).mul_(match)
+            if need_x:
+                dx[b, :, axis] = pull.sum(2) * (2 / N)
+            if need_y:
+                dy[b, :, axis] = pull.sum(1) * (-2 / N)
+    return cost, dx, dy
 
 
 def _approx_match(sqdist: Float[Tensor, "B N M"]) -> Float[Tensor, "B N M"]:
@@ -126,17 +126,6 @@ def _approx_match(sqdist: Float[Tensor, "B N M"]) -> Float[Tensor, "B N M"]:
 
 
 # Kernels. One program makes one block of points of one pair of clouds.
-
-
-@triton.jit
-def load_points(points_ptr, cloud, i, N):  # type: ignore[no-untyped-def]
-    """Coordinates of points i of a cloud, and which of them it has."""
-    inside = i < N
-    ptr = points_ptr + cloud * N * 3 + 3 * i
-    p0 = tl.load(ptr, mask=inside, other=0.0)
-    p1 = tl.load(ptr + 1, mask=inside, other=0.0)
-    p2 = tl.load(ptr + 2, mask=inside, other=0.0)
-    return inside, p0, p1, p2
 
 
 @triton.jit
@@ -170,7 +159,8 @@ def _match_rows_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(N, BLOCK)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside, x0, x1, x2 = load_points(x_ptr, (first + pair) // repeat, k, N)
+    inside = k < N
+    x0, x1, x2 = load_points(x_ptr, (first + pair) // repeat * N + k, mask=inside, other=0.0)
     y_ptr += (first + pair) % count * M * 3
     right_ptr += pair * M
     taken_ptr += pair * M
@@ -245,7 +235,8 @@ def _match_columns_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(M, BLOCK)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     l = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside, y0, y1, y2 = load_points(y_ptr, (first + pair) % count, l, M)
+    inside = l < M
+    y0, y1, y2 = load_points(y_ptr, (first + pair) % count * M + l, mask=inside, other=0.0)
     x_ptr += (first + pair) // repeat * N * 3
     offer_ptr += pair * N
     zero = tl.zeros((BLOCK,), tl.float32)
@@ -302,10 +293,12 @@ def match_costs(
     grad_x = x.new_zeros(pairs, 3, N) if need_x else None
     grad_y = x.new_zeros(pairs, 3, M) if need_y else None
 
-    def launch(kernel: Any, points: int, tensors: tuple[Tensor | None, ...], level: float, **powers: Any) -> None:
+    def run(kernel: Any, points: int, tensors: tuple[Tensor | None, ...], level: float, **powers: Any) -> None:
         few = pairs * points < _FEW_POINTS
         block = _SMALL_BLOCK if few else _BLOCK if tensors[-1] is None else _GRAD_BLOCK
-        kernel[(pairs * triton.cdiv(points, block),)](
+        launch(
+            kernel,
+            (pairs * cdiv(points, block),),
             *(*tensors, N, M, first, repeat, len(y), level * math.log2(math.e)),
             **powers,
             BLOCK=block,
@@ -316,70 +309,40 @@ def match_costs(
 
     def rows(level: float, finish: int | None, start: int | None) -> None:
         tensors = (x, y, left, right, offer, taken, costs, grad_x)
-        launch(_match_rows_kernel, N, tensors, level, FINISH=finish, START=start)
+        run(_match_rows_kernel, N, tensors, level, FINISH=finish, START=start)
 
     def columns(level: float, power: int) -> None:
-        launch(_match_columns_kernel, M, (x, y, right, offer, taken, grad_y), level, POWER=power)
+        run(_match_columns_kernel, M, (x, y, right, offer, taken, grad_y), level, POWER=power)
 
-    if pairs:
-        *levels, _ = _LEVELS
-        with torch.cuda.device_of(x):
-            rows(levels[0], finish=None, start=1)
-            for level, following in zip(levels, levels[1:], strict=False):
-                columns(level, power=1)
-                rows(following, finish=4, start=1)
-            columns(levels[-1], power=1)
-            rows(levels[-1], finish=1, start=0)
-            columns(0.0, power=0)
-            rows(0.0, finish=0, start=None)
+    *levels, _ = _LEVELS
+    rows(levels[0], finish=None, start=1)
+    for level, following in zip(levels, levels[1:], strict=False):
+        columns(level, power=1)
+        rows(following, finish=4, start=1)
+    columns(levels[-1], power=1)
+    rows(levels[-1], finish=1, start=0)
+    columns(0.0, power=0)
+    rows(0.0, finish=0, start=None)
     dx, dy = (None if grad is None else (grad.mT * (2 / N)).contiguous() for grad in (grad_x, grad_y))
     return costs.sum(1) / N, dx, dy
 
 
-@torch.library.custom_op("lion_triton::approx_emd", mutates_args=())
+@op(fake=_empty_results)
 def _approx_emd_op(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The costs, and their gradients to x and to y: float32, empty where not needed."""
+    """By the kernels what ``_approx_emd_reference_op`` returns."""
     p, q = x.float().contiguous(), y.float().contiguous()
     cost, dx, dy = match_costs(p, q, first=0, pairs=len(x), repeat=1, need_x=need_x, need_y=need_y)
     dx, dy = (cost.new_empty(0) if grad is None else grad for grad in (dx, dy))
-    return cost.to(upcast(x).dtype), dx, dy
+    return cost.to(sums_dtype(x)), dx.to(sums_dtype(x)), dy.to(sums_dtype(x))
 
 
-@_approx_emd_op.register_fake
-def _(x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dy = (
-        torch.empty(cloud.shape if need else 0, dtype=torch.float32, device=x.device)
-        for cloud, need in ((x, need_x), (y, need_y))
-    )
-    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)), dx, dy
+def _approx_emd_backward(needs: Needs, grad: Tensor, dx: Tensor, dy: Tensor, dtype: torch.dtype) -> Gradients:
+    grads = zip((dx, dy), needs, strict=False)
+    return tuple((saved * grad[:, None, None]).to(dtype) if need else None for saved, need in grads)
 
 
-@torch.library.custom_op("lion_triton::approx_emd_bwd", mutates_args=())
-def _approx_emd_bwd_op(grad: Tensor, saved: Tensor, dtype: torch.dtype) -> Tensor:
-    """An op of its own, which cannot be differentiated: to autograd the saved gradients are constants."""
-    return (saved * grad.float()[:, None, None]).to(dtype)
-
-
-@_approx_emd_bwd_op.register_fake
-def _(grad: Tensor, saved: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(saved, dtype=dtype)
-
-
-def _approx_emd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, *ctx.needs = inputs
-    ctx.dtypes = x.dtype, y.dtype
-    ctx.save_for_backward(*output[1:])
-
-
-def _approx_emd_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dx, dy = (
-        _approx_emd_bwd_op(grad, saved, dtype) if need else None
-        for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-    )
-    return dx, dy, None, None
-
-
-_approx_emd_op.register_autograd(_approx_emd_backward, setup_context=_approx_emd_setup)
+for _op in (_approx_emd_op, _approx_emd_reference_op):
+    gradient(_op, save=lambda x, y, need_x, need_y, out: (*out[1:], x.dtype))(_approx_emd_backward)
 
 
 # Public functions
@@ -398,8 +361,7 @@ def approx_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B M 3"], *, impl: Im
     check_clouds(x=x, y=y)
     if not use_triton(impl, x):
         return approx_emd_reference(x, y)
-    need_x, need_y = (cloud.requires_grad and torch.is_grad_enabled() for cloud in (x, y))
-    return _approx_emd_op(x, y, need_x, need_y)[0]
+    return _approx_emd_op(x, y, *_needs(x, y))[0]
 
 
 def exact_emd(x: Float[Tensor, "B N 3"], y: Float[Tensor, "B N 3"]) -> Float[Tensor, " B"]:

@@ -30,10 +30,12 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, use_triton
-from lion_triton.kernels._triton import tl, triton
+from lion_triton.kernels._checks import Impl, check_integer, use_triton
+from lion_triton.kernels._op import op
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
 
 _U32 = 0xFFFFFFFF
+_BLOCK = 256  # counters per program
 
 
 def philox_reference(
@@ -66,10 +68,10 @@ def box_muller_reference(radius: Tensor, angle: Tensor) -> Tensor:
     return torch.stack((r * cos, r * sin), dim=-1)
 
 
-def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
-    """The four normals of each int64 counter: (n,) to (n, 4)."""
+def philox_words_reference(key: Tensor, counters: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four uint32 words of each int64 counter, in int64 tensors."""
     seed, offset = key.unbind()
-    x0, x1, x2, x3 = philox_reference(
+    return philox_reference(
         counters & _U32,
         (counters >> 32) + (stream << 24),
         offset & _U32,
@@ -77,6 +79,11 @@ def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
         seed & _U32,
         (seed >> 32) & _U32,
     )
+
+
+def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
+    """The four normals of each int64 counter: (n,) to (n, 4)."""
+    x0, x1, x2, x3 = philox_words_reference(key, counters, stream)
     return box_muller_reference(torch.stack((x0, x2), dim=-1), torch.stack((x1, x3), dim=-1)).flatten(1)
 
 
@@ -154,19 +161,16 @@ def _normal_noise_kernel(key_ptr, out_ptr, numel, BLOCK: tl.constexpr):  # type:
     tl.store(out_ptr + i, noise_block(key_ptr, first, 0, BLOCK), mask=i < numel)
 
 
-@torch.library.custom_op("lion_triton::normal_noise", mutates_args=())
+def _empty_noise(shape: list[int], key: Tensor) -> Tensor:
+    return key.new_empty(shape, dtype=torch.float32)
+
+
+@op(fake=_empty_noise)
 def _normal_noise_op(shape: list[int], key: Tensor) -> Tensor:
-    out = torch.empty(shape, dtype=torch.float32, device=key.device)
-    block = 256
-    with torch.cuda.device_of(key):
-        grid = (triton.cdiv(out.numel(), 4 * block),)
-        _normal_noise_kernel[grid](key.contiguous(), out, out.numel(), BLOCK=block, num_warps=4)
+    out = _empty_noise(shape, key)
+    grid = (cdiv(out.numel(), 4 * _BLOCK),)
+    launch(_normal_noise_kernel, grid, key.contiguous(), out, out.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
-
-
-@_normal_noise_op.register_fake
-def _(shape: list[int], key: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=key.device)
 
 
 def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl = "auto") -> Float32[Tensor, " ..."]:
@@ -183,11 +187,12 @@ def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl =
         float32 tensor of ``shape`` without gradient. Deterministic: same key, same bits.
 
     Raises:
-        ValueError: a negative size, or a key that is not an int64 tensor of shape (2,).
+        ValueError: a shape that is not a sequence of sizes >= 0, or a key that is not an int64 tensor of shape (2,).
     """
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape: expected sizes >= 0, got {tuple(shape)}")
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
+    sizes = [check_integer("shape", size, least=0) for size in shape]
     check_key(key)
-    if not use_triton(impl, key) or prod(shape) == 0:
-        return normal_noise_reference(shape, key)
-    return _normal_noise_op(list(shape), key)
+    if not use_triton(impl, key):
+        return normal_noise_reference(sizes, key)
+    return _normal_noise_op(sizes, key)

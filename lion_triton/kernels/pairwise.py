@@ -35,16 +35,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_finite, check_points, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.emd import (
-    approx_emd_reference,
-    assign,
-    check_equal_sizes,
-    load_points,
-    match_costs,
-    to_numpy,
-)
-from lion_triton.kernels.neighbors import block_size, sqdist_blocks
+from lion_triton.kernels._points import block_size, load_points, sqdist_blocks
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
+from lion_triton.kernels.emd import approx_emd_reference, assign, check_equal_sizes, match_costs, to_numpy
 
 Progress = Callable[[int], Any]
 # On a CPU small clouds are compared by matrix products, large ones by trees, which look at few distances. Two cores,
@@ -137,7 +130,8 @@ def _pairwise_nearest_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(N, BLOCK)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside, x0, x1, x2 = load_points(x_ptr, pair // count, i, N)
+    inside = i < N
+    x0, x1, x2 = load_points(x_ptr, pair // count * N + i, mask=inside, other=0.0)
     y_ptr += pair % count * M * 3
     nearest = tl.full((BLOCK,), float("inf"), tl.float32)
     for l in tl.range(0, M, loop_unroll_factor=UNROLL):
@@ -151,11 +145,9 @@ def _pairwise_nearest_kernel(  # type: ignore[no-untyped-def]
 def _mean_nearest(x: Float[Tensor, "S N 3"], y: Float[Tensor, "R M 3"]) -> Float[Tensor, "S R"]:
     """Mean over each cloud of x of the squared distance to each cloud of y, by the kernel; float32, contiguous."""
     (S, N, _), (R, M, _) = x.shape, y.shape
-    blocks = triton.cdiv(N, _BLOCK)
+    blocks = cdiv(N, _BLOCK)
     sums = x.new_empty(S, R, blocks)
-    if sums.numel():
-        with torch.cuda.device_of(x):
-            _pairwise_nearest_kernel[(S * R * blocks,)](x, y, sums, N, M, R, BLOCK=_BLOCK, UNROLL=_UNROLL, num_warps=1)
+    launch(_pairwise_nearest_kernel, (S * R * blocks,), x, y, sums, N, M, R, BLOCK=_BLOCK, UNROLL=_UNROLL, num_warps=1)
     return sums.sum(2) / N
 
 
@@ -163,7 +155,7 @@ def _pairwise_chamfer_triton(a: Tensor, b: Tensor, progress: Progress | None) ->
     x, y = (clouds.detach().float().contiguous() for clouds in (a, b))
     S, R = len(a), len(b)
     out = x.new_empty(S, R)
-    clouds = max(1, _pairs_at_once(4 * triton.cdiv(max(a.shape[1], b.shape[1]), _BLOCK)) // max(1, R))
+    clouds = max(1, _pairs_at_once(4 * cdiv(max(a.shape[1], b.shape[1]), _BLOCK)) // max(1, R))
     for s in range(0, S, clouds):
         group = x[s : s + clouds]
         out[s : s + clouds] = _mean_nearest(group, y)

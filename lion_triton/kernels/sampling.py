@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_points, upcast, use_triton
-from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.neighbors import load_points, point_sqdist
+from lion_triton.kernels._checks import Impl, check_integer, check_points, upcast, use_triton
+from lion_triton.kernels._op import op
+from lion_triton.kernels._points import load_points, point_sqdist
+from lion_triton.kernels._triton import launch, tl, triton
 
 # Most points in registers, and points per warp: eight a thread. Chosen by machine code, not by timing.
 _MOST_POINTS, _POINTS_PER_WARP = 4096, 256
@@ -94,26 +95,22 @@ def _furthest_large_kernel(points_ptr, nearest_ptr, idx_ptr, N, M, BLOCK: tl.con
         tl.store(idx_ptr + m, chosen)
 
 
-@torch.library.custom_op("lion_triton::furthest_point_sample", mutates_args=())
+def _empty_indices(points: Tensor, num_samples: int) -> Tensor:
+    return points.new_empty((points.shape[0], num_samples), dtype=torch.int32)
+
+
+@op(fake=_empty_indices)
 def _furthest_point_sample_op(points: Tensor, num_samples: int) -> Tensor:
     B, N = points.shape[:2]
-    idx = torch.empty((B, num_samples), dtype=torch.int32, device=points.device)
-    points = points.contiguous()
+    idx, points = _empty_indices(points, num_samples), points.contiguous()
     block = min(triton.next_power_of_2(N), _MOST_POINTS)
     warps = max(1, block // _POINTS_PER_WARP)
-    if B:
-        with torch.cuda.device_of(points):
-            if block >= N:
-                _furthest_kernel[(B,)](points, idx, N, num_samples, BLOCK=block, num_warps=warps)
-            else:
-                nearest = torch.empty((B, N), dtype=torch.float32, device=points.device)
-                _furthest_large_kernel[(B,)](points, nearest, idx, N, num_samples, BLOCK=block, num_warps=warps)
+    if block >= N:
+        launch(_furthest_kernel, (B,), points, idx, N, num_samples, BLOCK=block, num_warps=warps)
+    else:
+        nearest = points.new_empty((B, N), dtype=torch.float32)
+        launch(_furthest_large_kernel, (B,), points, nearest, idx, N, num_samples, BLOCK=block, num_warps=warps)
     return idx
-
-
-@_furthest_point_sample_op.register_fake
-def _(points: Tensor, num_samples: int) -> Tensor:
-    return torch.empty((points.shape[0], num_samples), dtype=torch.int32, device=points.device)
 
 
 def furthest_point_sample(
@@ -127,8 +124,9 @@ def furthest_point_sample(
     """
     check_points("points", points)
     N = points.shape[1]
-    if not isinstance(num_samples, int) or not 1 <= num_samples <= N:
-        raise ValueError(f"num_samples: expected an integer from 1 to the number of points ({N}), got {num_samples!r}")
+    num_samples = check_integer("num_samples", num_samples, least=1)
+    if num_samples > N:
+        raise ValueError(f"num_samples: expected at most the number of points ({N}), got {num_samples}")
     if not use_triton(impl, points):
         return furthest_point_sample_reference(points, num_samples)
     return _furthest_point_sample_op(points, num_samples)

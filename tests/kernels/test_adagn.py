@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, interpreting
 from lion_triton.kernels.adagn import Activation, _adagn_bwd_op, _adagn_op, adagn
+from lion_triton.kernels.dropout import dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -37,6 +40,16 @@ triton_cases = pytest.mark.parametrize(
     ("shape", "num_groups"), TRITON_CASES, ids=[f"{'x'.join(map(str, shape))}-G{g}" for shape, g in TRITON_CASES]
 )
 styles = pytest.mark.parametrize("style", [True, False], ids=["style", "plain"])
+
+
+@pytest.fixture(params=["held", "chunks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A program that holds whole groups of a cloud, or several with a chunk of its rows each."""
+    if request.param == "chunks":
+        module = sys.modules[adagn.__module__]  # whose name the function has taken
+        monkeypatch.setattr(module, "_HELD", 0)
+        monkeypatch.setattr(module, "_HELD_BACKWARD", 0)
+    return request.param
 
 
 def _inputs(shape: tuple[int, ...], style: bool, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
@@ -115,17 +128,22 @@ def test_gradcheck(act: Activation, style: bool) -> None:
     assert torch.autograd.gradcheck(lambda *v: adagn(*v, 4, act=act, impl="reference"), inputs)
 
 
-def _run(inputs: list[Tensor | None], num_groups: int, act: Activation, impl: Impl) -> list[Tensor]:
+def _run(
+    inputs: list[Tensor | None], num_groups: int, act: Activation, impl: Impl, offset: Tensor | None = None, **drop: Any
+) -> list[Tensor]:
     """The output, then every gradient."""
-    inputs = [None if v is None else v.detach().clone().requires_grad_() for v in inputs]
-    y = adagn(*inputs, num_groups, act=act, impl=impl)
-    return [y.detach(), *_gradients(y, inputs)]
+    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in (*inputs, offset)]
+    y = adagn(*leaves[:-1], num_groups, act=act, offset=leaves[-1], impl=impl, **drop)
+    return [y.detach(), *_gradients(y, leaves)]
 
 
-def _assert_as_good_as_reference(inputs: list[Tensor | None], num_groups: int, act: Activation) -> None:
+def _assert_as_good_as_reference(
+    inputs: list[Tensor | None], num_groups: int, act: Activation, offset: Tensor | None = None, **drop: Any
+) -> None:
     """Output and gradients at most twice as far from float64 as the reference of the same dtypes."""
-    ours, reference = (_run(inputs, num_groups, act, impl) for impl in ("triton", "reference"))
-    exact = _run([None if v is None else v.double() for v in inputs], num_groups, act, "reference")
+    ours, reference = (_run(inputs, num_groups, act, impl, offset, **drop) for impl in ("triton", "reference"))
+    *double, offset = (None if v is None else v.double() for v in (*inputs, offset))
+    exact = _run(double, num_groups, act, "reference", offset, **drop)
     for x, y, z in zip(ours, reference, exact, strict=True):
         assert x.shape == y.shape == z.shape
         assert x.dtype == y.dtype
@@ -144,27 +162,62 @@ def _assert_as_good_as_reference(inputs: list[Tensor | None], num_groups: int, a
 @triton_cases
 @pytest.mark.parametrize(("act", "style"), [("silu", True), (None, False)], ids=["silu-style", "plain"])
 def test_triton_is_as_good_as_the_reference(
-    shape: tuple[int, ...], num_groups: int, act: Activation, style: bool
+    shape: tuple[int, ...], num_groups: int, act: Activation, style: bool, way: str
 ) -> None:
     _assert_as_good_as_reference(_inputs(shape, style, torch.float32), num_groups, act)
+
+
+@pytest.mark.parametrize(("shape", "num_groups"), [((3, 13, 24), 8), ((2, 37, 16), 2)], ids=["C24", "C16"])
+@pytest.mark.parametrize("per_cloud", [True, False], ids=["per-cloud", "shared"])
+def test_triton_with_offset_and_dropout(shape: tuple[int, ...], num_groups: int, per_cloud: bool, way: str) -> None:
+    offset = 3 * torch.randn((shape[0], shape[-1]) if per_cloud else shape[-1:], device=DEVICE)
+    drop = {"dropout": 0.3, "key": torch.tensor([5, 2**33 + 1], device=DEVICE)}
+    _assert_as_good_as_reference(_inputs(shape, True, torch.float32), num_groups, "silu", offset, **drop)
+    _assert_as_good_as_reference(_inputs(shape, False, torch.float32), num_groups, None, offset)
+
+
+@BOTH
+@acts
+@pytest.mark.parametrize("C", [24, 16])
+def test_dropout_is_that_of_the_op_behind_it(impl: Impl, act: Activation, C: int, way: str) -> None:
+    inputs, key = _inputs((2, 9, C), style=True, dtype=torch.float32), torch.tensor([3, 4], device=DEVICE)
+    y = adagn(*inputs, 8, act=act, dropout=0.4, key=key, impl=impl)
+    expected = dropout(adagn(*inputs, 8, act=act, impl=impl), 0.4, key, impl=impl)
+    torch.testing.assert_close(y, expected)
+    assert 0.2 < (y == 0).float().mean() < 0.6
+    torch.testing.assert_close(_gradients(y, inputs), _gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("per_cloud", [True, False], ids=["per-cloud", "shared"])
+@cases
+def test_an_offset_is_added_first(shape: tuple[int, ...], num_groups: int, per_cloud: bool) -> None:
+    inputs = _inputs(shape, style=True)
+    B, C = shape[0], shape[-1]
+    offset = torch.randn((B, C) if per_cloud else (C,), dtype=torch.float64, device=DEVICE).requires_grad_()
+    y = adagn(*inputs, num_groups, act="silu", offset=offset, impl="reference")
+    added = inputs[0] + (offset.view(B, *[1] * (len(shape) - 2), C) if per_cloud else offset)
+    expected = _plain(added, *inputs[1:], num_groups, "silu")
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    gradients = (_gradients(v, [*inputs, offset]) for v in (y, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 @acts
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("mixed", [False, True], ids=["all", "x"])
-def test_half_precision_by_triton(act: Activation, dtype: torch.dtype, mixed: bool) -> None:
+def test_half_precision_by_triton(act: Activation, dtype: torch.dtype, mixed: bool, way: str) -> None:
     x, *rest = _inputs((2, 37, 24), style=True, dtype=dtype)
     _assert_as_good_as_reference([x, *(v.float() if mixed else v for v in rest)], 8, act)
 
 
-def test_triton_computes_float64_in_float32() -> None:
+def test_triton_computes_float64_in_float32(way: str) -> None:
     inputs = _inputs((2, 37, 16), style=True)
     for x, y in zip(_run(inputs, 8, "silu", "triton"), _run(inputs, 8, "silu", "reference"), strict=True):
         assert x.dtype == y.dtype == torch.float64
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_triton_repeats_bit_for_bit() -> None:
+def test_triton_repeats_bit_for_bit(way: str) -> None:
     inputs = _inputs((1, 301, 32), style=True, dtype=torch.float32)
     for x, y in zip(_run(inputs, 8, "silu", "triton"), _run(inputs, 8, "silu", "triton"), strict=True):
         assert torch.equal(x, y)
@@ -202,12 +255,14 @@ def test_only_some_gradients(impl: Impl) -> None:
 
 @pytest.mark.parametrize(("act", "style"), [("silu", True), (None, False)], ids=["silu-style", "plain"])
 def test_opcheck(act: Activation, style: bool) -> None:
-    inputs = _inputs((2, 5, 8), style, torch.float32)
-    torch.library.opcheck(_adagn_op, (*inputs, 4, EPS, act == "silu"))
+    x, scale, shift, *_ = _inputs((2, 5, 8), True, torch.float32)
+    offset, key = (torch.randn(2, 8, device=DEVICE), torch.tensor([1, 2], device=DEVICE)) if style else (None, None)
+    inputs, options = (x, scale, shift, offset, key), (act == "silu", 0.5 if style else 0.0)
+    torch.library.opcheck(_adagn_op.overload, (*inputs, 4, EPS, *options))
     inputs = [None if v is None else v.detach() for v in inputs]
-    y, stats = _adagn_op(*inputs, 4, EPS, act == "silu")
+    y, stats = _adagn_op(*inputs, 4, EPS, *options)
     torch.library.opcheck(
-        _adagn_bwd_op, (y, *inputs, stats, act == "silu"), test_utils=("test_schema", "test_faketensor")
+        _adagn_bwd_op.overload, (y, *inputs, stats, *options), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -346,6 +401,19 @@ X, STYLE, CHANNEL = torch.zeros(2, 5, 8), torch.zeros(2, 8), torch.zeros(8)
         (
             lambda: adagn(X, STYLE, STYLE, CHANNEL, CHANNEL, 4, act="relu"),
             "act: expected \"silu\" or None, got 'relu'",
+        ),
+        (lambda: adagn(X, STYLE, STYLE, CHANNEL, None, 4), "bias: expected a tensor because weight is one, got None"),
+        (
+            lambda: adagn(X, STYLE, STYLE, None, None, 4, offset=X),
+            "offset: expected shape (2, 8), got (2, 5, 8)",
+        ),
+        (
+            lambda: adagn(X, STYLE, STYLE, None, None, 4, dropout=1.0),
+            "dropout: expected a probability in [0, 1), got 1.0",
+        ),
+        (
+            lambda: adagn(X, STYLE, STYLE, None, None, 4, dropout=0.5),
+            "key: expected a noise key for dropout, got None",
         ),
         (
             lambda: adagn(X, STYLE, STYLE, CHANNEL, CHANNEL, 4, impl="cuda"),

@@ -7,15 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.kernels import diffusion
+from lion_triton.kernels import diffusion, losses
 from lion_triton.kernels._checks import Impl, interpreting
-from lion_triton.kernels.diffusion import (
-    ancestral_step,
-    gaussian_kl,
-    noise_mse,
-    posterior_q_sample,
-    q_sample,
-)
+from lion_triton.kernels.diffusion import ancestral_step, posterior_q_sample, q_sample
+from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.noise import normal_noise, normal_noise_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,10 +27,10 @@ class Op(NamedTuple):
 OPS = {
     "q_sample": Op(q_sample, diffusion.q_sample_reference, "xcck"),
     "posterior_q_sample": Op(posterior_q_sample, diffusion.posterior_q_sample_reference, "xxcck"),
-    "noise_mse": Op(noise_mse, diffusion.noise_mse_reference, "xkc"),
-    "noise_mse-unweighted": Op(noise_mse, diffusion.noise_mse_reference, "xk"),
+    "noise_mse": Op(noise_mse, losses.noise_mse_reference, "xkc"),
+    "noise_mse-unweighted": Op(noise_mse, losses.noise_mse_reference, "xk"),
     "ancestral_step": Op(ancestral_step, diffusion.ancestral_step_reference, "xxccck", constants="234"),
-    "gaussian_kl": Op(gaussian_kl, diffusion.gaussian_kl_reference, "xx"),
+    "gaussian_kl": Op(gaussian_kl, losses.gaussian_kl_reference, "xx"),
 }
 EVERY_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -208,25 +203,26 @@ def test_compiles_whole(op: Op) -> None:
     assert torch.equal(dx, dy)
 
 
-def opcheck_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def opcheck_cases() -> dict[str, tuple[Any, ...]]:
     x, alpha, sigma, key = make_inputs(OPS["q_sample"], (2, 3))
-    diffuse, diffuse_back = diffusion._q_sample_op, diffusion._q_sample_bwd_op
     return {
-        "q_sample": (diffuse, (x, None, alpha, sigma, key)),
-        "posterior_q_sample": (diffuse, (x, x.bfloat16(), alpha, sigma, key)),
-        "q_sample_bwd": (diffuse_back, (x, x, None, alpha, key, False)),
-        "posterior_q_sample_bwd": (diffuse_back, (x, x, x.bfloat16(), alpha, key, True)),
-        "noise_mse": (diffusion._noise_mse_op, (x, key)),
-        "noise_mse_bwd": (diffusion._noise_mse_bwd_op, (alpha, x, key)),
-        "ancestral_step": (diffusion._ancestral_step_op, (x, x, alpha, sigma, sigma, key)),
-        "gaussian_kl": (diffusion._gaussian_kl_op, (x, x)),
-        "gaussian_kl_bwd": (diffusion._gaussian_kl_bwd_op, (alpha, x, x)),
+        "q_sample": (x, None, alpha, sigma, key),
+        "q_sample-posterior": (x, x.bfloat16(), alpha, sigma, key),
+        "q_sample_bwd": (x, x, None, alpha, key, False),
+        "q_sample_bwd-posterior": (x, x, x.bfloat16(), alpha, key, True),
+        "noise_mse": (x, key),
+        "noise_mse_bwd": (alpha, x, key),
+        "ancestral_step": (x, x, alpha, sigma, sigma, key),
+        "ancestral_step_bwd": (x, alpha, sigma, torch.bfloat16),
+        "gaussian_kl": (x, x),
+        "gaussian_kl_bwd": (alpha, x, x),
     }
 
 
 @pytest.mark.parametrize("name", opcheck_cases())
 def test_opcheck(name: str) -> None:
-    op, args = opcheck_cases()[name]
+    name, args = name.partition("-")[0], opcheck_cases()[name]
+    op = getattr(torch.ops.lion_triton, name).default
     if name.endswith("_bwd"):  # never differentiated
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         return
@@ -241,8 +237,12 @@ x, c, k = torch.ones(2, 3), torch.ones(2), torch.tensor([0, 0])
     ("call", "message"),
     [
         (lambda: q_sample(x.int(), c, c, k), "x_0: expected float32, .* got torch.int32"),
-        (lambda: q_sample(x[:0], c[:0], c[:0], k), r"x_0: expected a non-empty .* got shape \(0, 3\)"),
-        (lambda: q_sample(x[0, 0], c, c, k), r"x_0: expected a non-empty .* got shape \(\)"),
+        (
+            lambda: q_sample(x[:, :0], c, c, k),
+            r"x_0: expected shape \(B, ...\) with at least one element .* got \(2, 0\)",
+        ),
+        (lambda: q_sample(x[0, 0], c, c, k), r"x_0: expected shape \(B, ...\) .* got \(\)"),
+        (lambda: noise_mse([1.0], k), "pred: expected a tensor, got list"),  # type: ignore[arg-type]
         (lambda: q_sample(x, c[:1], c, k), r"alpha: .* shape \(2,\), got \(1,\)"),
         (lambda: q_sample(x, c, x, k), r"sigma: .* shape \(2,\), got \(2, 3\)"),
         (lambda: q_sample(x, c, c.to("meta"), k), "sigma: expected the device of x_0 .* got meta"),

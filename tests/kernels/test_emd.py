@@ -217,7 +217,8 @@ class TestKernels:
 
     def test_opcheck(self) -> None:
         x, y = make_clouds(2, 1, 2)
-        torch.library.opcheck(emd._approx_emd_op, (x.requires_grad_(), y.bfloat16(), True, False))
+        for op in (torch.ops.lion_triton.approx_emd, torch.ops.lion_triton.approx_emd_reference):
+            torch.library.opcheck(op.default, (x.requires_grad_(), y, True, False))
 
 
 class TestExactEMD:

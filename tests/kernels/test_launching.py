@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ WITHOUT_A_GPU = """
 import torch
 from unittest.mock import patch
 from triton.runtime.jit import JITFunction
-from lion_triton.kernels import _checks, census, neighbors
+from lion_triton.kernels import _checks, census, gather
 
 def refuse(self, *args, **kwargs):
     raise AssertionError("waits for the device")
@@ -28,7 +29,7 @@ def refuse(self, *args, **kwargs):
 for name in "item tolist numpy cpu nonzero unique __bool__ __int__ __float__ __index__ masked_select".split():
     setattr(torch.Tensor, name, refuse)
 
-neighbors._check_gather = lambda *args: None  # looks at indices on a CPU only
+gather._check_gather = lambda *args: None  # looks at indices on a CPU only
 launches = 0
 
 def skip(self, *args, **kwargs):
@@ -97,15 +98,19 @@ def test_diffusion_allocates_its_results_only(monkeypatch: pytest.MonkeyPatch) -
     x_0, pred = torch.randn(2, 3000), torch.randn(2, 3000, requires_grad=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x_0, pred = x_0.to(device), pred.detach().to(device).requires_grad_()
-    allocate, large = torch.empty, []
+    large = []
 
-    def watch(*args: Any, **kwargs: Any) -> Tensor:
-        made = allocate(*args, **kwargs)
-        if made.numel() >= x_0.numel():
-            large.append(made.shape)
-        return made
+    def watch(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            made = allocate(*args, **kwargs)
+            if made.numel() >= x_0.numel():
+                large.append(made.shape)
+            return made
 
-    monkeypatch.setattr(torch, "empty", watch)
+        return watched
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, watch(getattr(owner, name)))
     x_t, grad = diffuse_and_compare(x_0, pred)
     assert large == [x_t.shape, grad.shape]
 

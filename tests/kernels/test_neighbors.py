@@ -8,16 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.kernels import neighbors
+from lion_triton.kernels import _points, gather, nearest
 from lion_triton.kernels._checks import Impl, interpreting
-from lion_triton.kernels.neighbors import (
-    ball_query,
-    chamfer_distance,
-    group,
-    nearest_neighbor,
-    three_interpolate,
-    three_nn,
-)
+from lion_triton.kernels.gather import group, three_interpolate
+from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
+from lion_triton.kernels.query import ball_query, three_nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(2, 7, 5), (1, 1, 1), (3, 1, 4), (2, 131, 1), (2, 131, 257), (1, 64, 65)]
@@ -237,8 +232,8 @@ class TestGroup:
 
     def test_gradcheck(self) -> None:
         features, idx = rand(2, 5, 3, seed=0).requires_grad_(), randint(5, 2, 4, 6, seed=1)
-        torch.autograd.gradcheck(neighbors.group_reference, (features, idx))
-        torch.autograd.gradgradcheck(neighbors.group_reference, (features, idx))
+        torch.autograd.gradcheck(gather.group_reference, (features, idx))
+        torch.autograd.gradgradcheck(gather.group_reference, (features, idx))
 
     @both
     def test_bfloat16_gradients_are_summed_in_float32(self, impl: Impl) -> None:
@@ -268,9 +263,7 @@ class TestThreeInterpolate:
 
     def test_gradcheck(self) -> None:
         features, weights = rand(2, 5, 3, seed=0).requires_grad_(), rand(2, 7, 3, seed=1).requires_grad_()
-        torch.autograd.gradcheck(
-            neighbors.three_interpolate_reference, (features, weights, randint(5, 2, 7, 3, seed=2))
-        )
+        torch.autograd.gradcheck(gather.three_interpolate_reference, (features, weights, randint(5, 2, 7, 3, seed=2)))
 
     @both
     def test_bfloat16_features_with_float32_weights(self, impl: Impl) -> None:
@@ -381,19 +374,20 @@ def test_many_points_with_one_neighbor(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", [OPS["nearest_neighbor"], OPS["chamfer_distance"]])
-@pytest.mark.parametrize("name", ["_BLOCKS", "_index_dtype"])
+@pytest.mark.parametrize("name", ["_BLOCKS", "index_dtype"])
 def test_large_clouds(op: Op, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only large ones use, small: several points a thread; rows counted in int64."""
     args = op.make(2, 130, 9)
     expected = run(op, args, "triton")
-    monkeypatch.setattr(neighbors, name, (512,) if name == "_BLOCKS" else lambda num_rows: torch.int64)
+    monkeypatch.setattr(nearest, name, (512,) if name == "_BLOCKS" else lambda num_rows: torch.int64)
     for x, y in zip(run(op, args, "triton"), expected, strict=True):
         assert x.dtype == y.dtype
         torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
 
 
 def test_blocks() -> None:
-    assert [neighbors._block(n) for n in (1, 2**15, 2**16, 2**17, 2**30)] == [128, 128, 256, 512, 512]
+    sizes = (1, 2**15, 2**16, 2**17, 2**30)
+    assert [_points.points_per_program(n, nearest._BLOCKS) for n in sizes] == [128, 128, 256, 512, 512]
 
 
 @each_op
@@ -448,22 +442,19 @@ def test_compiles_whole(op: Op) -> None:
         assert torch.equal(x, y)
 
 
-OPCHECK: dict[str, Callable[[Tensor, Tensor], tuple[Any, tuple[Any, ...]]]] = {
-    "nearest_neighbor": lambda x, y: (neighbors._nearest_neighbor_op, (x.requires_grad_(), y.requires_grad_())),
-    "chamfer_distance": lambda x, y: (neighbors._chamfer_op, (x.requires_grad_(), y.requires_grad_())),
-    "nearest_neighbor_bwd": lambda x, y: (
-        neighbors._nearest_neighbor_bwd_op,
-        (x[..., 0], x, y, randint(4, 2, 3, seed=2)),
-    ),
-    "chamfer_distance_bwd": lambda x, y: (neighbors._chamfer_bwd_op, (x[:, 0, 0], x, y, randint(14, 14, seed=2))),
-    "ball_query": lambda x, y: (neighbors._ball_query_op, (x, y, 1.0, 2)),
-    "three_nn": lambda x, y: (neighbors._three_nn_op, (x, y)),
+OPCHECK: dict[str, Callable[[Tensor, Tensor], tuple[Any, ...]]] = {
+    "nearest_neighbor": lambda x, y: (x.requires_grad_(), y.requires_grad_()),
+    "chamfer_distance": lambda x, y: (x.requires_grad_(), y.requires_grad_()),
+    "nearest_neighbor_bwd": lambda x, y: (x[..., 0], x, y, randint(4, 2, 3, seed=2)),
+    "chamfer_distance_bwd": lambda x, y: (x[:, 0, 0], x, y, randint(14, 14, seed=2)),
+    "ball_query": lambda x, y: (x, y, 1.0, 2),
+    "three_nn": lambda x, y: (x, y),
 }
 
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name: str) -> None:
-    op, args = OPCHECK[name](*clouds(2, 3, 4))
+    op, args = getattr(torch.ops.lion_triton, name).default, OPCHECK[name](*clouds(2, 3, 4))
     if any(isinstance(a, Tensor) and a.requires_grad for a in args):
         torch.library.opcheck(op, args)
     else:  # never differentiated
@@ -475,8 +466,17 @@ def test_opcheck(name: str) -> None:
 def test_reference_block_size_does_not_matter(op: Op, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op.make(2, 9, 11)
     whole = op.function(*args, impl="reference")
-    monkeypatch.setattr(neighbors, "block_size", lambda x: size)
+    monkeypatch.setattr(_points, "block_size", lambda x: size)
     torch.testing.assert_close(op.function(*args, impl="reference"), whole, rtol=0, atol=0)
+
+
+@both
+def test_numbers_of_numpy(impl: Impl) -> None:
+    x, y = clouds(2, 9, 11)
+    k, radius = np.int64(4), np.float32(1.5)
+    assert torch.equal(
+        ball_query(x, y, cast(Any, radius), cast(Any, k), impl=impl), ball_query(x, y, 1.5, 4, impl=impl)
+    )
 
 
 @each_op
@@ -510,6 +510,8 @@ X, Y, IDX = torch.zeros(2, 4, 3), torch.zeros(2, 5, 3), torch.zeros(2, 4, 3, dty
         (lambda: group(X, IDX - 1), r"idx: expected values in \[0, 4\), got -1 to -1"),
         (lambda: three_interpolate(X, Y, IDX), "weights, idx: expected the same shape"),
         (lambda: three_interpolate(X, X.int(), IDX), "weights: expected float32"),
+        (lambda: nearest_neighbor(cast(Any, [[0.0]]), Y), "x: expected a tensor, got list"),
+        (lambda: group(X, cast(Any, [0])), "idx: expected int32 or int64, got list"),
     ],
 )
 def test_bad_input(call: Callable[[], Any], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.kernels import emd, neighbors, pairwise
+from lion_triton.kernels import _points, emd, pairwise
 from lion_triton.kernels._checks import Impl, interpreting, use_triton
 from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
@@ -90,7 +90,7 @@ class TestChamfer:
         whole, symmetric = pairwise_chamfer(a, b, impl=impl), pairwise_chamfer(a, a, impl=impl)
         monkeypatch.setattr(pairwise, "_CLOUDS", 2)
         monkeypatch.setattr(pairwise, "_PAIRS", 12)
-        monkeypatch.setattr(neighbors, "block_size", lambda x: 100)
+        monkeypatch.setattr(_points, "block_size", lambda x: 100)
         torch.testing.assert_close(pairwise_chamfer(a, b, impl=impl), whole, rtol=1e-12, atol=0)
         torch.testing.assert_close(pairwise_chamfer(a, a, impl=impl), symmetric, rtol=1e-12, atol=0)
 

@@ -297,16 +297,18 @@ def test_opcheck(op: str, weighted: bool) -> None:
     y = torch.randn(len(index), x.shape[1], device=DEVICE)
     never_differentiated = ("test_schema", "test_faketensor")
     if op == "product":
-        torch.library.opcheck(rows._product_op, (x.requires_grad_(), *matrices[0], *matrices[1]))
+        torch.library.opcheck(rows._product_op.overload, (x.requires_grad_(), *matrices[0], *matrices[1]))
     elif op == "product-counted":
-        torch.library.opcheck(rows._product_op, (y.requires_grad_(), *matrices[1], *matrices[0]))
+        torch.library.opcheck(rows._product_op.overload, (y.requires_grad_(), *matrices[1], *matrices[0]))
     elif op == "take_rows":
         weight = None if weight is None else weight.requires_grad_()
-        torch.library.opcheck(rows._take_rows_op, (x.requires_grad_(), index, weight))
+        torch.library.opcheck(rows._take_rows_op.overload, (x.requires_grad_(), index, weight))
     elif op == "take_rows_bwd":
-        torch.library.opcheck(rows._take_rows_bwd_op, (y, index, weight, len(x)), test_utils=never_differentiated)
+        torch.library.opcheck(
+            rows._take_rows_bwd_op.overload, (y, index, weight, len(x)), test_utils=never_differentiated
+        )
     else:
-        torch.library.opcheck(rows._row_dots_op, (x, y, index, x), test_utils=never_differentiated)
+        torch.library.opcheck(rows._row_dots_op.overload, (x, y, index, x), test_utils=never_differentiated)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 13 GB and a GPU")

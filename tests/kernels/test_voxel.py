@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lion_triton.kernels import voxel
 from lion_triton.kernels._checks import Impl, interpreting
-from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, plan_voxels, trilinear_devoxelize, voxel_coords
+from lion_triton.kernels.voxel import avg_voxelize, cells_reference, plan_voxels, trilinear_devoxelize, voxel_coords
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -54,6 +54,7 @@ CASES: list[tuple[int, int, int, int, Coords]] = [
     (2, 60, 3, 5, _ties),
     (2, 60, 3, 4, _not_contiguous),
     (2, 5, 2, 2, _coincident),
+    (2, 5, 2, 1, _random),
 ]
 cases = pytest.mark.parametrize(
     ("B", "N", "C", "R", "kind"), CASES, ids=[f"B{B}-N{N}-C{C}-R{R}{k.__name__}" for B, N, C, R, k in CASES]
@@ -118,23 +119,39 @@ def test_trilinear_devoxelize_and_gradient(B: int, N: int, C: int, R: int, kind:
     _assert_product(voxels.grad.flatten(1, 3), matrix.mT, cotangent)
 
 
-def _tensors(plan: VoxelPlan) -> list[Tensor | None]:
-    return [t for matrix in (plan.near, plan.near_t, plan.corners, plan.corners_t) for t in matrix]
+def _assert_same_cells(coords: Tensor, R: int) -> None:
+    expected, got = cells_reference(coords, R), plan_voxels(coords, R, impl="triton").cells
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype == torch.int32
+        assert torch.equal(x, y)
 
 
 @cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
-def test_plan_by_triton_is_that_of_the_reference(
+def test_cells_by_triton_are_those_of_the_reference(
     B: int, N: int, C: int, R: int, kind: Coords, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    coords = kind(B, N, R).to(DEVICE, dtype)
-    expected, got = (_tensors(plan_voxels(coords, R, impl=impl)) for impl in ("reference", "triton"))
-    for x, y in zip(got, expected, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None and y is not None:
-            assert x.shape == y.shape
-            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    # In float64 a point may lie just below a cell's border, where float32 has the border.
+    _assert_same_cells(kind(B, N, R).to(DEVICE).to(dtype), R)
+
+
+@pytest.mark.parametrize("kind", [_random, _ties, _coincident], ids=lambda k: k.__name__)
+def test_cells_of_clouds_that_no_program_sorts(kind: Coords, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voxel, "_MOST_SORTED", 32)
+    torch.manual_seed(0)
+    _assert_same_cells(kind(2, 50, 4).to(DEVICE), 4)
+
+
+def test_cells_against_loops() -> None:
+    torch.manual_seed(0)
+    coords = _edges(2, 30, 3)
+    order, start = cells_reference(coords, 3)
+    rows = [[] for _ in range(2 * 27)]
+    for b, n in product(range(2), range(30)):
+        x, y, z = (int(c) for c in coords[b, n].tolist())
+        rows[b * 27 + (x * 3 + y) * 3 + z].append(b * 30 + n)
+    assert [order[i:j].tolist() for i, j in zip(start[:-1], start[1:], strict=True)] == rows
 
 
 def _gradients(coords: Tensor, R: int, f: Tensor, v: Tensor, impl: Impl) -> list[Tensor]:
@@ -259,7 +276,7 @@ def test_gradcheck_twice_differentiable_and_no_gradient_to_coords() -> None:
         assert torch.autograd.gradgradcheck(op, x)
         op(x).sum().backward()
     assert coords.grad is None
-    assert not plan_voxels(coords, 3).corners.weight.requires_grad
+    assert not plan_voxels(coords, 3).matrices.corners.weight.requires_grad
 
 
 def test_same_bits_twice_and_with_any_number_of_threads() -> None:
@@ -323,8 +340,34 @@ def test_empty_batch(impl: Impl) -> None:
     assert shapes == [v.shape, f.shape, f.shape, v.shape]
 
 
-def test_opcheck_of_the_plan() -> None:
-    torch.library.opcheck(voxel._plan_op, (_random(2, 9, 3).to(DEVICE), 3))
+def test_opcheck() -> None:
+    coords = _random(2, 9, 3).to(DEVICE)
+    torch.library.opcheck(voxel._voxel_coords_op.overload, (coords, 3))
+    torch.library.opcheck(voxel._cells_op.overload, (coords, 3))
+    cells, f = voxel._cells_op(coords, 3), torch.randn(2, 9, 4, device=DEVICE)
+    v = torch.randn(2, 3, 3, 3, 4, device=DEVICE)
+    torch.library.opcheck(voxel._avg_voxelize_op.overload, (f.requires_grad_(), coords, *cells, 3))
+    torch.library.opcheck(voxel._trilinear_devoxelize_op.overload, (v.requires_grad_(), coords, *cells))
+    never_differentiated = ("test_schema", "test_faketensor")
+    count = torch.ones(v.shape[:4], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(voxel._avg_voxelize_bwd_op.overload, (v, coords, count), test_utils=never_differentiated)
+    torch.library.opcheck(
+        voxel._trilinear_devoxelize_bwd_op.overload, (f, coords, *cells, 3), test_utils=never_differentiated
+    )
+
+
+def test_a_plan_made_without_gradients_serves_with_them() -> None:
+    torch.manual_seed(0)
+    coords, v = _random(2, 9, 3), torch.randn(2, 3, 3, 3, 4, requires_grad=True)
+    with torch.no_grad():
+        plan = plan_voxels(coords, 3, impl="reference")
+    assert plan.matrices.corners_t is None
+    cotangent = torch.randn(2, 9, 4)
+    gradients = [
+        torch.autograd.grad(trilinear_devoxelize(v, coords, plan=p, impl="reference"), v, cotangent)[0]
+        for p in (plan, None)
+    ]
+    assert torch.equal(*gradients)
 
 
 @BOTH
@@ -344,14 +387,16 @@ def test_compiles_whole(impl: Impl) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("N", "R"), [(2, 2), (37, 8), (100, 3)])
-def test_voxel_coords(N: int, R: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("N", "R"), [(2, 2), (37, 8), (100, 3), (9, 1), (1030, 4)])
+def test_voxel_coords(N: int, R: int, dtype: torch.dtype, impl: Impl) -> None:
     torch.manual_seed(10)
-    points = (torch.randn(2, N, 3) * torch.tensor([1.0, 3.0, 0.2]) + 2).to(dtype).requires_grad_()
-    coords = voxel_coords(points, R)
+    points = (torch.randn(2, N, 3) * torch.tensor([1.0, 3.0, 0.2]) + 2).to(DEVICE, dtype).requires_grad_()
+    coords = voxel_coords(points, R, impl=impl).cpu()
     assert coords.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not coords.requires_grad
+    tolerance = 1e-14 if dtype == torch.float64 and impl == "reference" else 1e-6
     for cloud, got in zip(points.detach().tolist(), coords.tolist(), strict=True):
         mean = [sum(axis) / N for axis in zip(*cloud, strict=True)]
         radius = max(sum((p - m) ** 2 for p, m in zip(point, mean, strict=True)) ** 0.5 for point in cloud)
@@ -359,15 +404,17 @@ def test_voxel_coords(N: int, R: int, dtype: torch.dtype) -> None:
             expected = [
                 min(max(((p - m) / (2 * radius) + 0.5) * R, 0), R - 1) for p, m in zip(point, mean, strict=True)
             ]
-            assert c == pytest.approx(expected, abs=1e-6 * R if dtype != torch.float64 else 1e-14 * R)
+            assert c == pytest.approx(expected, abs=tolerance * R)
 
 
+@BOTH
 @pytest.mark.parametrize("N", [1, 3, 7])
-@pytest.mark.parametrize(("R", "centre"), [(2, 1), (8, 4), (9, 4.5)])
-def test_voxel_coords_of_coincident_points_are_the_centre(N: int, R: int, centre: float) -> None:
+@pytest.mark.parametrize(("R", "centre"), [(1, 0), (2, 1), (8, 4), (9, 4.5)])
+def test_voxel_coords_of_coincident_points_are_the_centre(N: int, R: int, centre: float, impl: Impl) -> None:
     # 0.1 and 0.7 are no binary fractions: their mean rounds to a neighbour of theirs for some N.
     points = torch.tensor([[0.1, 0.7, 1e5 / 3], [0, 0, 0]])[:, None].expand(2, N, 3)
-    assert torch.equal(voxel_coords(points, R), torch.full((2, N, 3), centre))
+    coords = voxel_coords(points.to(DEVICE), R, impl=impl).cpu()
+    assert torch.equal(coords, torch.full((2, N, 3), float(centre)))
 
 
 POINTS, FEATURES, VOXELS = torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), torch.zeros(2, 3, 3, 3, 4)
@@ -381,12 +428,12 @@ PLAN = plan_voxels(POINTS, 3)
             lambda: voxel_coords(POINTS[:, :0], 3),
             "points: expected shape (B, N, 3) with N >= 1, got (2, 0, 3)",
         ),
-        (lambda: voxel_coords(POINTS, 1), "resolution: expected an integer >= 2, got 1"),
+        (lambda: voxel_coords(POINTS, 0), "resolution: expected an integer >= 1, got 0"),
         (
             lambda: plan_voxels(POINTS.int(), 3),
             "coords: expected float32, float64, bfloat16 or float16, got torch.int32",
         ),
-        (lambda: plan_voxels(POINTS, 2.5), "resolution: expected an integer >= 2, got 2.5"),
+        (lambda: plan_voxels(POINTS, 2.5), "resolution: expected an integer >= 1, got 2.5"),
         (
             lambda: plan_voxels(POINTS, 1100),
             "coords: expected B R^3 and 8 B N below 2^31, got B = 2, N = 5, R = 1100",
@@ -412,7 +459,7 @@ PLAN = plan_voxels(POINTS, 3)
         ),
         (
             lambda: trilinear_devoxelize(VOXELS[:, :2], POINTS),
-            "voxels: expected shape (B, R, R, R, C) with R >= 2 and C >= 1, got (2, 2, 3, 3, 4)",
+            "voxels: expected shape (B, R, R, R, C) with R >= 1 and C >= 1, got (2, 2, 3, 3, 4)",
         ),
         (
             lambda: trilinear_devoxelize(VOXELS.long(), POINTS),

@@ -1,0 +1,114 @@
+"""What the ops with group statistics share: how their kernels cut up a tensor, and running moments.
+
+Tensors are (B, P, C), rows of channels last. A kernel's channels are GROUPS times WIDTH places, powers of two, of which
+a group takes the first CG.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lion_triton.kernels._triton import tl, triton
+
+# Chosen by machine code, not by timing: warps of a program up to 1024 channels. Chunks for about as many programs as a
+# GPU runs at once, but of no less than so many elements, and not too many to be combined by every program. The bits of
+# a cloud's result may therefore depend on the size of its batch.
+_WARPS = 4
+_PROGRAMS, _LEAST_CHUNK, _MOST_CHUNKS = 1024, 4096, 128
+
+
+def group_mean(means: Float[Tensor, "B C"], num_groups: int) -> Float[Tensor, "B C"]:
+    """Mean over the channels of a group, repeated: (B, C) to (B, C)."""
+    groups = means.unflatten(-1, (num_groups, -1))
+    return groups.mean(-1, keepdim=True).expand_as(groups).reshape(means.shape)
+
+
+def per_cloud(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """All with unit stride over channels, and their strides over clouds: views of one tensor are not copied."""
+    unit = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in tensors]
+    return unit, [0 if t is None else t.stride(0) for t in unit]
+
+
+class RowChunks:
+    """A cloud's rows in chunks, one a program, with all groups."""
+
+    def __init__(self, x: Tensor, num_groups: int, per_thread: int) -> None:
+        self.B, self.P, self.C = len(x), math.prod(x.shape[1:-1]), x.shape[-1]
+        width = triton.next_power_of_2(self.C // num_groups)
+        groups = triton.next_power_of_2(num_groups)
+        places = groups * width
+        warps = min(max(places // 256, _WARPS), 16)
+        rows = max(32 * warps * per_thread // places, 1)
+        least = max(_LEAST_CHUNK, x.numel() // _PROGRAMS) // places
+        steps = triton.cdiv(max(least, triton.cdiv(self.P, _MOST_CHUNKS)), rows)
+        self.chunk_rows = max(steps, 1) * rows
+        self.chunks = triton.cdiv(self.P, self.chunk_rows)
+        self.channels = {"CG": self.C // num_groups, "GROUPS": groups, "WIDTH": width, "num_warps": warps}
+        self.rows = {"ROWS": rows, **self.channels}
+        self.vectors = self.C // num_groups == width and self.C % 8 == 0
+        self.sizes = (self.P, self.C, num_groups, self.chunks)
+        self.grid = (self.B * self.chunks,)
+
+
+@triton.jit
+def locate(first_group, C, CG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Group, channel and presence of each place."""
+    place = tl.arange(0, GROUPS * WIDTH)
+    group = first_group + place // WIDTH
+    if CG == WIDTH:  # the mask of whole vectors
+        c = first_group * CG + place
+        return group, c, c < C
+    c = group * CG + place % WIDTH
+    return group, c, (place % WIDTH < CG) & (c < C)
+
+
+@triton.jit
+def chunk_of_program(P, chunks, chunk_rows):  # type: ignore[no-untyped-def]
+    """Cloud of this program, and its first row and the row behind its last one in it."""
+    pid = tl.program_id(0)
+    first = (pid % chunks).to(tl.int64) * chunk_rows
+    return (pid // chunks).to(tl.int64), first, tl.minimum(first + chunk_rows, P)
+
+
+@triton.jit
+def load(ptr, mask):  # type: ignore[no-untyped-def]
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_offset(offset_ptr, stride, cloud, c, mask):  # type: ignore[no-untyped-def]
+    if offset_ptr is not None:
+        return load(offset_ptr + cloud * stride + c, mask)
+    return tl.zeros(c.shape, tl.float32)
+
+
+@triton.jit
+def by_group(x, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.reshape(x, (GROUPS, WIDTH)), 1)
+
+
+@triton.jit
+def by_channel(x, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.reshape(tl.broadcast_to(x[:, None], (GROUPS, WIDTH)), (GROUPS * WIDTH,))
+
+
+@triton.jit
+def running_moments(x_ptr, shared, cloud, first, end, P, C, c, in_c, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of rows first to end of x + shared: mean, squared deviations and count of each place in a block, by Welford."""
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * C + c[None, :]
+    mean = tl.zeros(at.shape, tl.float32)
+    squares = tl.zeros(at.shape, tl.float32)
+    step = 0.0
+    for begin in range(first, end, ROWS):
+        step += 1.0
+        mask = (begin + row < end)[:, None] & in_c[None, :]
+        x = load(x_ptr + (cloud * P + begin) * C + at, mask) + shared[None, :]
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / step)
+        squares += delta * (x - mean)
+    count = ((end - first - row + ROWS - 1) // ROWS).to(tl.float32)
+    return mean, squares, tl.where(in_c[None, :], tl.maximum(count, 0.0)[:, None], 0.0)
