@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lion_triton.kernels import neighbors, sampling
+from lion_triton.kernels import gather, nearest, query, sampling
 
 aten = torch.ops.aten
 # What needs a value on the host, or a size that depends on values, or copies from pageable memory.
@@ -181,8 +181,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_stream", here)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    for module, name in ((sampling, "furthest_point_sample_reference"), (neighbors, "_argmin")):
+    for module, name in ((sampling, "furthest_point_sample_reference"), (nearest, "argmin"), (query, "argmin")):
         monkeypatch.setattr(module, name, _launch(getattr(module, name)))
-    monkeypatch.setattr(neighbors, "_check_gather", lambda *_: None)
+    monkeypatch.setattr(gather, "_check_gather", lambda *_: None)
     for module in modules:
         monkeypatch.setattr(module, "why_uncaptured", lambda *_: "")
