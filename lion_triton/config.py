@@ -95,7 +95,8 @@ class TrainConfig:
     Attributes:
         seed: decides initial weights, batches, noise and times.
         mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
-        compile: torch.compile the point networks on a GPU.
+        compile: torch.compile the networks' repeated blocks; ``auto``: on a GPU, if the run will last so long that this
+            pays back, decided when it begins.
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
@@ -108,7 +109,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    compile: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     picture_every: int = 5_000
     checkpoint_every: int = 5_000
@@ -326,6 +327,8 @@ def fewest_points(model: LIONConfig) -> int:
 
 def from_json(data: dict[str, Any]) -> TrainConfig:
     """Rebuild a config from ``dataclasses.asdict`` after a trip through JSON."""
+    if isinstance(data.get("compile"), bool):  # as written up to version 0.1: whole networks, on a GPU
+        data = {**data, "compile": "off"}
     return dacite.from_dict(TrainConfig, data, dacite.Config(cast=[tuple], strict=True))
 
 

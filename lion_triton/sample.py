@@ -68,8 +68,8 @@ class Samples:
     folder: Path
 
 
-def sample(args: SampleArguments) -> Samples:
-    """Run the command; see :class:`SampleArguments`.
+def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
+    """Run the command; see :class:`SampleArguments`. ``lion``: the run's model, where it is loaded already.
 
     Raises:
         ValueError: no run, no trained priors, a damaged checkpoint, an unknown class, options out of range.
@@ -86,7 +86,8 @@ def sample(args: SampleArguments) -> Samples:
     newest = run.checkpoint(args.checkpoint)
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
-    lion = load_model(run, args.checkpoint).to(best_device())
+    if lion is None:
+        lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     if not np.isfinite(points).all():
         raise ValueError("samples: the model generated points that are not finite: train longer or sample otherwise")

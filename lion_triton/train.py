@@ -20,14 +20,15 @@ from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
 from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
-from lion_triton.data.sources import load_sources
+from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
-from lion_triton.runs import check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
+from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.training import report
+from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
 from lion_triton.training.stages import fit_priors, fit_vae
 
@@ -62,80 +63,100 @@ def train(args: Arguments) -> None:
     """
     config = with_networks(args.config, args.attention, args.denoiser)
     check(config)
-    folder = args.out or Path("runs") / config.preset
     sources = load_sources(config.data, config.evaluate_shapes)
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
         return
-    device = best_device()
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(config.mixed_precision, device), cpu=device.type == "cpu"
-    )
-    for name, batch_size in (("vae", config.vae.batch_size), ("priors", config.priors.batch_size)):
-        if batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"{name}.batch-size: expected a multiple of the {accelerator.num_processes} processes, got {batch_size}"
-            )
-
-    continued = (folder / "config.json").exists()
-    for clouds in (sources.train, sources.held_out):
-        short = check_all(clouds, config.data.num_points, args.strict, read=not continued)
-        if short:
-            accelerator.print(
-                f"{short} of {len(clouds)} clouds have fewer than {config.data.num_points} points: points repeat"
-            )
-    accelerator.wait_for_everyone()
-    if not continued and args.stage == "priors":
-        raise ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
-    if not continued and accelerator.is_main_process:
-        normalization = Normalization.fit(sources.train, config.data.normalization)
-        create_run(folder, config, sources.train.classes, normalization)
-    accelerator.wait_for_everyone()
-    run = open_run(folder)
-    check_same_run(run, config)
-    if run.classes != sources.train.classes:
-        raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
-    run = replace(run, config=config)
+    accelerator = start_processes(config)
+    run = open_or_create(args, config, sources, accelerator)
     checkpoint = load_checkpoint(run)
-    if args.stage == "priors" and (
-        checkpoint is None or (checkpoint.stage == "vae" and checkpoint.step < config.vae.steps)
-    ):
-        raise ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
+    trained = checkpoint is not None and (checkpoint.stage == "priors" or checkpoint.step == config.vae.steps)
+    if args.stage == "priors" and not trained:
+        raise no_vae(run.folder)
 
     torch.manual_seed(config.seed)
     lion = LION(config.model)
     if checkpoint is not None:
         load_state(lion, checkpoint.model, run)
-        accelerator.print(f"continuing {folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
+        accelerator.print(f"continuing {run.folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
     lion.to(accelerator.device)
-    if config.compile and accelerator.device.type == "cuda":
-        for network in (
-            lion.vae.shape_encoder,
-            lion.vae.point_encoder,
-            lion.vae.decoder,
-            lion.point_prior.network,
-        ):
-            network.compile()
-
+    if run.config.compile == "on":
+        compile_blocks(lion)
     reason = why_uncaptured(accelerator.device, accelerator.num_processes)
     if reason:
         accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
+
     context = Context(run, sources, accelerator, lion)
-    if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
-        fit_vae(context, checkpoint)
-    if args.stage != "vae":
-        fit_priors(context, checkpoint)
-        if accelerator.is_main_process:
-            finish(context)
+    with compile_bar(lion):
+        if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
+            fit_vae(context, checkpoint)
+        if args.stage != "vae":
+            fit_priors(context, checkpoint)
+            if accelerator.is_main_process:
+                finish(context)
+
+
+def start_processes(config: TrainConfig) -> Accelerator:
+    """This process's device and precision, and the others it trains with.
+
+    Raises:
+        ValueError: batches that cannot be shared evenly, or a device that cannot do what is asked for.
+    """
+    device = best_device()
+    precision = resolve_precision(config.mixed_precision, device)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    processes = accelerator.num_processes
+    for name, size in (("vae", config.vae.batch_size), ("priors", config.priors.batch_size)):
+        if size % processes:
+            raise ValueError(f"{name}.batch-size: expected a multiple of the {processes} processes, got {size}")
+    if config.compile == "on":
+        check_compiler(device)
+    return accelerator
+
+
+def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator) -> Run:
+    """The run folder, made if there is none yet, once every cloud has been looked at.
+
+    Raises:
+        ValueError: bad clouds, or a folder that holds another run.
+    """
+    folder = args.out or Path("runs") / config.preset
+    continued = (folder / "config.json").exists()
+    points = config.data.num_points
+    for clouds in (sources.train, sources.held_out):
+        short = check_all(clouds, points, args.strict, read=not continued)
+        if short:
+            accelerator.print(f"{short} of {len(clouds)} clouds have fewer than {points} points: points repeat")
+    accelerator.wait_for_everyone()
+    if not continued and args.stage == "priors":
+        raise no_vae(folder)
+    if not continued and accelerator.is_main_process:
+        normalization = Normalization.fit(sources.train, config.data.normalization)
+        decided = replace(config, compile=whether_to_compile(config, accelerator.device))
+        create_run(folder, decided, sources.train.classes, normalization)
+    accelerator.wait_for_everyone()
+    run = open_run(folder)
+    check_same_run(run, config)
+    if run.classes != sources.train.classes:
+        raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    # What auto became when the run began, so that a continued run equals an unbroken one.
+    compiled = run.config.compile if config.compile == "auto" else config.compile
+    return replace(run, config=replace(config, compile=compiled))
+
+
+def no_vae(folder: Path) -> ValueError:
+    return ValueError(f"stage: {folder} has no trained VAE yet; run --stage vae first")
 
 
 def finish(context: Context) -> None:
     """Sample with the averaged weights, and show what was learned in a picture and in figures."""
     config, run, count = context.config, context.run, context.config.evaluate_shapes
     lion = load_model(run).to(context.device)
+    if config.compile == "on":
+        compile_blocks(lion)  # as they are compiled already
     held_out = context.held_out(count)
-    samples = sample(SampleArguments(run.folder, num_samples=len(held_out), out=run.samples / "final"))
+    samples = sample(SampleArguments(run.folder, num_samples=len(held_out), out=run.samples / "final"), lion)
     rebuilt = report.reconstruct(lion, held_out, run.normalization, config.mixed_precision)
     references = run.normalization.invert(held_out.numpy())
     shown = report.SHOWN

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from lion_triton.models.priors import (
     published_point_prior,
 )
 from lion_triton.models.sampling import Samplings
-from lion_triton.models.vae import VAE, VAEConfig, published_vae
+from lion_triton.models.vae import VAE, Latents, VAEConfig, published_vae
 
 Sampler = Literal["ddpm", "ddim", "ode"]
 
@@ -50,13 +50,6 @@ class LIONConfig:
     shape_prior: ShapePriorConfig = field(default_factory=ShapePriorConfig)
     point_prior: PointPriorConfig = field(default_factory=published_point_prior)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-
-class Latents(NamedTuple):
-    """A cloud's latents, in the order that ``decode`` takes them."""
-
-    h: Float[Tensor, "B N H"]
-    z: Float[Tensor, "B Z"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +173,32 @@ class LION(nn.Module):
             raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
         sampling = self._samplings.get(self, num_samples, num_points, labels, clip, clip_x0)
         return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
+
+    def shape_denoiser(
+        self, labels: Int[Tensor, " B"] | None = None, clip: Float[Tensor, "B 512"] | None = None
+    ) -> diffusion.Model:
+        """The shape prior as samplers take it: from (standardised z_t (B, Z), t (B,)) to eps."""
+        return lambda z_t, t: self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
+
+    def point_denoiser(
+        self,
+        z: Float[Tensor, "B Z"],
+        labels: Int[Tensor, " B"] | None = None,
+        clip: Float[Tensor, "B 512"] | None = None,
+    ) -> diffusion.Model:
+        """The point prior given standardised z, likewise: from (standardised h_t (B, N, H), t (B,)) to eps."""
+        return lambda h_t, t: self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
+
+    def standardize(self, latents: Latents) -> Latents:
+        """Latents as the priors take them."""
+        return Latents((latents.h - self.h_mean) / self.h_std, (latents.z - self.z_mean) / self.z_std)
+
+    def unstandardize(self, latents: Latents) -> Latents:
+        """Latents as the VAE takes them."""
+        return Latents(latents.h * self.h_std + self.h_mean, latents.z * self.z_std + self.z_mean)
+
+    def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
 
 
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:

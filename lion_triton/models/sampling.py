@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lion_triton.capture import Captured, why_uncaptured
-from lion_triton.diffusion import Chain, Steps, probability_flow, to_eps
+from lion_triton.diffusion import Chain, Steps, probability_flow
 from lion_triton.kernels import normal_noise
+from lion_triton.models.vae import Latents
 
 if TYPE_CHECKING:
     from lion_triton.models.lion import LION
@@ -39,9 +40,10 @@ class Sampling:
         device, vae, T = lion.z_mean.device, lion.config.vae, lion.schedule.num_train_timesteps
         self.lion = lion
         self.labels, self.clip = (None if x is None else x.clone() for x in (labels, clip))
-        self.shapes = Chain(self._eps_shapes, torch.empty(num_samples, vae.shape_dim, device=device), T, clip_x0)
-        points = torch.empty(num_samples, num_points, vae.point_dim, device=device)
-        self.points = Chain(self._eps_points, points, T, clip_x0)
+        z = torch.empty(num_samples, vae.shape_dim, device=device)
+        h = torch.empty(num_samples, num_points, vae.point_dim, device=device)
+        self.shapes = Chain(lion.shape_denoiser(self.labels, self.clip), z, T, clip_x0)
+        self.points = Chain(lion.point_denoiser(self.shapes.x, self.labels, self.clip), h, T, clip_x0)
         enabled = not why_uncaptured(device)
         self._step_shapes = Captured(self.shapes.step, "a denoising step of the shape prior", enabled)
         self._step_points = Captured(self.points.step, "a denoising step of the point prior", enabled)
@@ -72,18 +74,8 @@ class Sampling:
                     progress(part * count + i, 2 * count)
         return self._decoded().clone()
 
-    def _eps_shapes(self, z_t: Tensor, t: Tensor) -> Tensor:
-        return self._eps(self.lion.shape_prior(z_t, t, self.clip, self.labels), z_t, t)
-
-    def _eps_points(self, h_t: Tensor, t: Tensor) -> Tensor:
-        return self._eps(self.lion.point_prior(h_t, t, self.shapes.x, self.clip, self.labels), h_t, t)
-
-    def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return to_eps(prediction, x_t, t, self.lion.schedule, self.lion.config.diffusion.prediction)
-
     def _decode(self) -> Tensor:
-        lion = self.lion
-        return lion.decode(self.points.x * lion.h_std + lion.h_mean, self.shapes.x * lion.z_std + lion.z_mean)
+        return self.lion.decode(*self.lion.unstandardize(Latents(self.points.x, self.shapes.x)))
 
 
 class Samplings:
