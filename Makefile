@@ -2,6 +2,7 @@
 # `make gpu`, on a machine with a GPU, uses the Python it is given (PYTHON=...) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS := constraints-$(if $(shell nvidia-smi -L 2>/dev/null),nvidia,cpu).txt
 
 .PHONY: train test check census gpu clean
 
@@ -28,12 +29,12 @@ gpu:  ## the test suite, the census and the benchmark on this machine's GPU
 	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
 	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+.venv/.installed: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.venv/.installed-test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+.venv/.installed-test: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch .venv/.installed $@
 
 clean:
