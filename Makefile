@@ -20,7 +20,7 @@ check: .venv/.installed-test
 census: .venv/.installed  ## registers, spills and shared memory of every kernel on four GPUs, without one
 	$(BIN)/python -m lion_triton.kernels.census --check
 
-gpu:  ## the test suite, the census and the benchmark on this machine's GPU
+gpu:  ## all tests, the benchmarks, a real run and the census on this machine's GPU, in eight minutes
 	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
