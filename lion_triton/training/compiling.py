@@ -23,17 +23,19 @@ BLOCKS: tuple[type[nn.Module], ...] = (PVConv, SetAbstraction, FeaturePropagatio
 # Blocks of one class differ in widths, resolution, style and dtype, in training and in sampling: PyTorch's own limit, 8
 # compiled forms of one function, is meant for a function that is called in ever new ways.
 FORMS = 64
-# What compiling cost and saved where it was measured: one H100, the published VAE in bf16, whole networks, uncaptured
-# steps (bench/README.md). Blocks and captured steps are unmeasured.
-SECONDS_PER_STAGE, SAVED = 99.0, 0.2
+# Where it was measured, on an H100 with the published VAE in bf16, 32 clouds, whole networks, uncaptured steps
+# (bench/README.md): seconds that compiling took, the part of a step that it saved, and seconds of a step without it.
+# Blocks and captured steps are unmeasured.
+SECONDS_PER_STAGE, SAVED, SLOW_STEP = 99.0, 0.2, 0.283
 
 
 def whether_to_compile(config: TrainConfig, device: torch.device) -> Literal["on", "off"]:
     """What ``config.compile`` means for a run that begins on ``device``; says so where it had to be decided."""
     if config.compile != "auto":
         return config.compile
-    if device.type != "cuda":
-        return "off"
+    steps = config.vae.steps + config.priors.steps
+    if device.type != "cuda" or not pays(SLOW_STEP * steps):
+        return "off"  # and too short for a measurement
     seconds = report.predicted_seconds(LION(config.model).to(device), config)
     decided: Literal["on", "off"] = "on" if pays(seconds) else "off"
     print(f"compile: {decided}, as the steps of this run are predicted to take {report.duration(seconds)}")
