@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import driver, guards, machine, report
+from bench import driver, guards, host, machine, report
 
 ROWS = pytest.StashKey[list[driver.Row]]()
+HOST_ROWS = pytest.StashKey[list[host.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[HOST_ROWS] = []
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,15 @@ def rows(request: pytest.FixtureRequest) -> list[driver.Row]:
     return request.config.stash[ROWS]
 
 
+@pytest.fixture(scope="session")
+def host_rows(request: pytest.FixtureRequest) -> list[host.Row]:
+    return request.config.stash[HOST_ROWS]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if host_rows := config.stash[HOST_ROWS]:
+        terminalreporter.section("bench, host")
+        terminalreporter.write(host.markdown(host_rows))
     rows = config.stash[ROWS]
     if not rows:
         return

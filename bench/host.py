@@ -8,7 +8,7 @@ The time is that of the calling thread on its core, and the least of many short 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,19 @@ from unittest.mock import patch
 
 import torch
 
-from bench.driver import Row, cotangent, differentiable, first
-from bench.registry import Draw, Op
+from bench.driver import cotangent, differentiable, first
+from bench.registry import OPS, Draw, Op
 from lion_triton.kernels import _checks
 
+Row = dict[
+    str, Any
+]  # op; seconds "forward", without gradients, and "both", with the backward (None where there is none)
 TARGETS = {"forward": 20e-6, "both": 60e-6}
 SERIES, CALLS = 50, 40
-_SMALL = 8
+_SMALL = 8  # sizes are at most this
+CPU = torch.device("cpu")
+# The all-pairs matrices are loops of launches and look at values.
+CALLED_OFTEN = tuple(op for op in OPS if "pairwise" not in op.name and "1-NNA" not in op.name)
 
 
 @contextmanager
@@ -37,20 +43,17 @@ def nothing_launched() -> Iterator[None]:
         yield
 
 
-def measure(op: Op) -> list[Row]:
-    """The op without gradients; and, where it has any, with its backward."""
-    device = torch.device("cpu")
-    shape = replace(op.cpu, **{name: min(size, _SMALL) for name, size in op.cpu.sizes.items()})
-    inputs = op.inputs(shape, Draw(device, 0))
-    run: Callable[..., Any] = partial(op.ours, impl="triton")
+def measure(op: Op) -> Row:
+    sizes = {name: min(size, _SMALL) for name, size in op.cpu.sizes.items()}
+    inputs = op.inputs(replace(op.cpu, **sizes), Draw(CPU, 0))
+    run = partial(op.ours, impl="triton")
     with nothing_launched():
-        rows = [{"op": op.name, "pass": "forward", "host": seconds(lambda: run(*inputs))}]
+        row: Row = {"op": op.name, "forward": seconds(lambda: run(*inputs)), "both": None}
         if op.wrt:
-            leaves_in, leaves = differentiable(op, inputs)
-            grad = cotangent(first(run(*leaves_in)))
-            both = seconds(lambda: torch.autograd.grad(first(run(*leaves_in)), leaves, grad))
-            rows.append({"op": op.name, "pass": "both", "host": both})
-    return rows
+            tracked, leaves = differentiable(op, inputs)
+            grad = cotangent(first(run(*tracked)))
+            row["both"] = seconds(lambda: torch.autograd.grad(first(run(*tracked)), leaves, grad))
+    return row
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -61,3 +64,23 @@ def seconds(call: Callable[[], Any]) -> float:
             call()
         best = min(best, (time.thread_time() - start) / CALLS)
     return best
+
+
+def plain() -> Row:
+    """One of PyTorch's own, for comparison."""
+    x, grad = torch.ones(_SMALL), torch.ones(_SMALL)
+    leaf = x.clone().requires_grad_()
+    both = seconds(lambda: torch.autograd.grad(leaf * 2, leaf, grad))
+    return {"op": "PyTorch's x * 2", "forward": seconds(lambda: x * 2), "both": both}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = ["Host, microseconds a call beyond Triton's launches", "", "| op | forward | forward and backward |"]
+    lines += ["|---|---|---|"]
+    targets = " | ".join(f"{1e6 * target:.0f} at most" for target in TARGETS.values())
+    lines += [f"| {row['op']} | {_us(row['forward'])} | {_us(row['both'])} |" for row in (plain(), *rows)]
+    return "\n".join([*lines, f"| goal | {targets} |"]) + "\n"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{1e6 * value:.1f}"

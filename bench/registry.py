@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_triton import kernels
+from lion_triton.kernels.dropout import keep_mask_reference, keep_threshold
 from lion_triton.kernels.noise import normal_noise_reference
 from lion_triton.kernels.voxel import cells_reference
 
@@ -552,12 +553,25 @@ def chamferdist_knn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return d, idx
 
 
+def physicsnemo_knn(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    knn = import_module("physicsnemo.nn.functional").knn
+    idx = torch.stack([knn(points, queries, k)[0] for queries, points in zip(x.detach(), y.detach(), strict=True)])
+    return _to_pairs(x, y, idx), idx
+
+
+def torch_fps_sample(points: Tensor, num_samples: int) -> Tensor:
+    farthest_point_sampling = import_module("torch_fps").farthest_point_sampling
+    everything = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
+    return farthest_point_sampling(points, everything, num_samples, random_start=False).int()
+
+
 Knn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 KNN: dict[str, Knn] = {
     "torch_cluster": cluster_knn,
     "pykeops": keops_knn,
     "pytorch3d": pytorch3d_knn,
     "chamferdist": chamferdist_knn,
+    "physicsnemo": physicsnemo_knn,
 }
 
 
@@ -712,7 +726,7 @@ NEIGHBORS = (
         ours=kernels.furthest_point_sample,
         eager=furthest_point_sample_eager,
         forward=lambda s: Cost(s.B * (12 * s.N + 4 * s.M), 9 * _pairs(s)),
-        peers={"torch_cluster": cluster_fps, "pytorch3d": pytorch3d_fps},
+        peers={"torch_cluster": cluster_fps, "pytorch3d": pytorch3d_fps, "torch_fps": torch_fps_sample},
         compiles=False,
         targets=(Target("seconds", 1024 * 1.0e-6, at=lambda s: (s.B, s.N, s.M) == (32, 2048, 1024)),),
     ),
@@ -738,6 +752,51 @@ def _adagn_inputs(s: Shape, draw: Draw) -> tuple[Tensor, ...]:
     return normal(s.B, s.N, s.C), 1 + normal(s.B, s.C), normal(s.B, s.C), 1 + normal(s.C), normal(s.C)
 
 
+def kept_by_key(x: Tensor, p: float, key: Tensor) -> Tensor:
+    return x * keep_mask_reference(key, x.numel(), keep_threshold(p)[0]).view(x.shape) * keep_threshold(p)[1]
+
+
+def dropout_eager(x: Tensor, p: float, key: Tensor, drop: Callable[..., Tensor] | None = None) -> Tensor:
+    return F.dropout(x, p) if drop is None else drop(x, p, key)
+
+
+def _tail_inputs(s: Shape, draw: Draw) -> tuple[Any, ...]:
+    def normal(*size: int) -> Tensor:
+        return draw.normal(*size, dtype=s.dtype)
+
+    grid, coords, plan = _with_plan(normal(s.B, s.R, s.R, s.R, s.C), _coords(s, draw), s.R)
+    style = 1 + normal(s.B, s.C), normal(s.B, s.C)
+    return grid, coords, plan, *style, normal(s.C // 8, s.C), normal(s.C, s.C // 8), _cloud(s, draw)
+
+
+def tail_ours(x: Tensor, coords: Tensor, plan: Any, *rest: Any, impl: Any) -> Tensor:
+    scale, shift, squeeze, excite, points = rest
+    return kernels.adagn_devoxelize(x, coords, scale, shift, 8, squeeze, excite, points=points, plan=plan, impl=impl)
+
+
+def tail_eager(x: Tensor, coords: Tensor, plan: Any, *rest: Tensor) -> Tensor:
+    scale, shift, squeeze, excite, points = rest
+    normal = F.group_norm(x.flatten(1, 3).transpose(1, 2), 8).transpose(1, 2)
+    z = normal * scale[:, None] + shift[:, None]
+    gate = ((z.mean(1) @ squeeze.T).relu() @ excite.T).sigmoid()
+    return trilinear_devoxelize_eager((z * gate[:, None]).view(x.shape), coords, plan) + points
+
+
+def _neighborhoods(s: Shape) -> int:
+    return s.B * s.M * s.K
+
+
+def _offsets_inputs(s: Shape, draw: Draw) -> tuple[Tensor, ...]:
+    points = draw.points(s.B, s.N)
+    idx = kernels.ball_query(points[:, : s.M], points, 0.1, s.K, impl="reference")
+    offsets = kernels.group(points, idx, impl="reference") - points[:, : s.M, None]
+    return _cloud(s, draw), idx, offsets, draw.normal(s.C, 3)
+
+
+def group_offsets_eager(features: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    return group_eager(features, idx) + (offsets @ weight.T).to(features.dtype)
+
+
 NORMS = (
     Op(
         "adagn + SiLU",
@@ -761,6 +820,66 @@ NORMS = (
             Target("floor", 0.7, at=lambda s: s.N == 32768),
             Target("compile", 1),
         ),
+    ),
+    Op(
+        "dropout",
+        ("tests/kernels/test_dropout.py",),
+        (Shape(32, 32768, C=32), Shape(32, 32768, C=32, dtype=torch.bfloat16)),
+        Shape(2, 512, C=16),
+        inputs=lambda s, draw: (_cloud(s, draw), 0.1, draw.key()),
+        ours=kernels.dropout,
+        eager=dropout_eager,
+        forward=lambda s: Cost(2 * _bytes(s), 2 * _elements(s)),
+        backward=lambda s: Cost(2 * _bytes(s), 2 * _elements(s)),
+        wrt=(0,),
+        exact={"drop": kept_by_key},
+    ),
+    Op(
+        "adagn_devoxelize",
+        ("tests/kernels/test_adagn_devoxelize.py",),
+        LEVELS,
+        Shape(2, 256, C=8, R=8),
+        inputs=_tail_inputs,
+        ours=tail_ours,
+        eager=tail_eager,
+        # The grid for its statistics, the corners of the points; then the points' cotangents, the grid, its gradient.
+        forward=lambda s: Cost(
+            _grid_bytes(s, s.R**3) + _grid_bytes(s, _touched(s, 8)) + 2 * _bytes(s) + 12 * s.B * s.N,
+            4 * s.B * s.R**3 * s.C + 18 * _elements(s),
+        ),
+        backward=lambda s: Cost(
+            2 * _grid_bytes(s, s.R**3) + 2 * _bytes(s) + 4 * _elements(s) + 16 * s.B * s.N,
+            4 * s.B * s.R**3 * s.C + 20 * _elements(s),
+        ),
+        wrt=(0, 3, 4, 5, 6, 7),
+    ),
+    Op(
+        "group_offsets",
+        ("tests/kernels/test_neighborhood.py",),
+        (Shape(32, 2048, 1024, 32, 32), Shape(32, 2048, 1024, 32, 32, dtype=torch.bfloat16)),
+        Shape(2, 256, 64, 8, 8),
+        inputs=_offsets_inputs,
+        ours=kernels.group_offsets,
+        eager=group_offsets_eager,
+        forward=lambda s: Cost(
+            _bytes(s) + _neighborhoods(s) * (s.C * s.dtype.itemsize + 16), 6 * _neighborhoods(s) * s.C
+        ),
+        backward=lambda s: Cost(
+            _bytes(s) + _neighborhoods(s) * (s.C * s.dtype.itemsize + 28), 13 * _neighborhoods(s) * s.C
+        ),
+        wrt=(0, 2, 3),
+    ),
+    Op(
+        "max_neighbors",
+        ("tests/kernels/test_neighborhood.py",),
+        (Shape(32, 0, 1024, 32, 64), Shape(32, 0, 1024, 32, 64, dtype=torch.bfloat16)),
+        Shape(2, 0, 64, 8, 8),
+        inputs=lambda s, draw: (draw.normal(s.B, s.M, s.K, s.C, dtype=s.dtype),),
+        ours=kernels.max_neighbors,
+        eager=lambda x: x.max(2).values,
+        forward=lambda s: Cost((_neighborhoods(s) + s.B * s.M) * s.C * s.dtype.itemsize, _neighborhoods(s) * s.C),
+        backward=lambda s: Cost((_neighborhoods(s) + s.B * s.M) * s.C * s.dtype.itemsize + 4 * s.B * s.M * s.C),
+        wrt=(0,),
     ),
 )
 
@@ -863,4 +982,73 @@ METRICS = (
     ),
 )
 
-OPS = (*DIFFUSION, *VOXELS, *NEIGHBORS, *NORMS, *METRICS)
+
+# Of the drop-in modules: neighbours in any number of dimensions C, and the auction, whose M are rounds
+
+
+def any_squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances without cancellation, in any number of dimensions."""
+    return sum((a[..., None] - b[..., None, :]).square() for a, b in zip(x.unbind(-1), y.unbind(-1), strict=True))
+
+
+def knn_eager(x: Tensor, y: Tensor, k: int, sqdist: SquaredDistances = cdist_squared) -> tuple[Tensor, Tensor]:
+    d, idx = sqdist(x, y).topk(k, largest=False)
+    return d, idx.int()
+
+
+def auction_eager(x: Tensor, y: Tensor, eps: float, iters: int) -> Tensor:
+    """Every round over all points, those that have a partner too."""
+    B, N = x.shape[:2]
+    with torch.no_grad():
+        cost = direct_squared(x, y).sqrt()
+        price, owner = torch.zeros_like(x[..., 0]), torch.full((B, N), -1, device=x.device)
+        partner, k = owner.clone(), torch.arange(N, device=x.device).expand(B, N)
+        for i in range(iters):
+            value, choice = (-cost - price[:, None]).topk(2)
+            waits = partner < 0
+            if i == iters - 1:
+                partner = torch.where(waits, choice[..., 0], partner)
+                break
+            wanted, raise_by = choice[..., 0], value[..., 0] - value[..., 1] + eps
+            offers = torch.zeros(B, N, N, device=x.device).scatter_(2, wanted[..., None], raise_by[..., None])
+            most, winner = offers.mul_(waits[..., None]).max(1)
+            sold, before = most > 0, owner
+            lost = torch.where(sold & (before >= 0), before, N)
+            partner = F.pad(partner, (0, 1)).scatter(1, lost, -1)[:, :N]
+            taken = torch.where(sold, winner, N)
+            partner = F.pad(partner, (0, 1)).scatter(1, taken, k)[:, :N]
+            owner, price = torch.where(sold, winner, owner), price + most
+    return (x - y.take_along_dim(partner[..., None], 1)).square().sum(-1)
+
+
+DROP_IN = (
+    Op(
+        "knn",
+        ("tests/kernels/test_knn.py",),
+        (Shape(32, 2048, 2048, 8, 3), Shape(32, 2048, 2048, 32, 3), Shape(32, 1024, 1024, 20, 64)),
+        Shape(1, 2048, 2048, 16, 3),
+        inputs=lambda s, draw: (draw.normal(s.B, s.N, s.C), draw.normal(s.B, s.M, s.C), s.K),
+        ours=kernels.knn,
+        eager=knn_eager,
+        exact={"sqdist": any_squared},
+        forward=lambda s: Cost(4 * s.B * (s.N + s.M) * s.C + 8 * s.B * s.N * s.K, 3 * s.C * _pairs(s)),
+        backward=lambda s: Cost(8 * s.B * (s.N + s.M) * s.C + 8 * s.B * s.N * s.K, 6 * s.B * s.N * s.K * s.C),
+        wrt=(0, 1),
+        peers=dict(KNN),
+    ),
+    Op(
+        "auction_emd",
+        ("tests/kernels/test_auction.py",),
+        (Shape(32, 1024, 50),),
+        Shape(1, 128, 20),
+        inputs=lambda s, draw: (draw.points(s.B, s.N), draw.points(s.B, s.N), 0.005, s.M),
+        ours=lambda x, y, eps, iters, impl: kernels.auction_emd(x, y, eps, iters, impl=impl)[0],
+        eager=auction_eager,
+        forward=lambda s: Cost(24 * s.B * s.N + 8 * s.B * s.N, 12 * s.B * s.N**2),  # the first round at least
+        backward=lambda s: Cost(52 * s.B * s.N, 9 * s.B * s.N),
+        wrt=(0, 1),
+        compiles=False,
+    ),
+)
+
+OPS = (*DIFFUSION, *VOXELS, *NEIGHBORS, *NORMS, *METRICS, *DROP_IN)

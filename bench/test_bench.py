@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import clock, driver
+from bench import clock, driver, host
 from bench.registry import OPS, Op, Shape
 
 DEVICE = driver.device()
@@ -48,3 +48,11 @@ def test_op(
     benchmark.extra_info = row
     if row["reason"]:
         (pytest.skip if driver.no_way(op, way, DEVICE) else pytest.fail)(row["reason"])
+
+
+@pytest.mark.parametrize("op", host.CALLED_OFTEN, ids=lambda op: op.name.replace(" ", "_"))
+def test_host(failed_guards: dict[str, str], host_rows: list[host.Row], op: Op) -> None:
+    pytest.importorskip("triton")
+    if reason := next((failed_guards[file] for file in op.tests if failed_guards[file]), ""):
+        pytest.fail(reason)
+    host_rows.append(host.measure(op))

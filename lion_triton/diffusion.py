@@ -376,13 +376,16 @@ def ddim(
 
 
 @torch.no_grad()
-def probability_flow(eps_model: Model, x_T: Data, schedule: Schedule, *, tolerance: float = 1e-5) -> Data:
+def probability_flow(
+    eps_model: Model, x_T: Data, schedule: Schedule, *, tolerance: float = 1e-5, inverse: bool = False
+) -> Data:
     """Solve the VP-SDE's probability-flow ODE (SDE eq. 11 and 13) from s = 1 to 1e-5 by SciPy's RK45.
 
     ``dx/ds = -beta(s)/2 (x - eps / std(s))``, ``beta(s) = T (beta_start + s (beta_end - beta_start))``, by
     default 0.1 to 20, ``std(s)^2 = 1 - exp(-integral of beta)``. ``eps_model(x, t)`` must take a **real** t =
     T s, float32 (B,). Linear schedules only (``ValueError``). ``tolerance`` is both rtol and atol; the state
-    is float64 on the CPU with one error norm for the whole batch, so clouds share their steps.
+    is float64 on the CPU with one error norm for the whole batch, so clouds share their steps. ``inverse``: from s =
+    1e-5 to 1, which gives the x_T of the x_0 that is handed over as ``x_T``.
     """
     if schedule.kind != "linear":
         raise ValueError(f"schedule: expected kind linear, got {schedule.kind}")
@@ -397,7 +400,8 @@ def probability_flow(eps_model: Model, x_T: Data, schedule: Schedule, *, toleran
         return (-0.5 * (low + slope * s) * (x - eps / std)).flatten().numpy()
 
     start = x_T.cpu().double().flatten().numpy()
-    end = solve_ivp(derivative, (1.0, 1e-5), start, "RK45", [1e-5], rtol=tolerance, atol=tolerance)
+    span = (1e-5, 1.0) if inverse else (1.0, 1e-5)
+    end = solve_ivp(derivative, span, start, "RK45", [span[1]], rtol=tolerance, atol=tolerance)
     if not end.success:
         raise RuntimeError(f"probability_flow: {end.message}")
     return torch.from_numpy(end.y[:, -1]).reshape(x_T.shape).to(dtype).to(x_T.device)
@@ -458,3 +462,99 @@ def variational_bound(
     constant = -(abar_T + torch.log1p(-abar_T)).item() * dims / 2
     prior = abar_T.item() / 2 * (x_0**2).flatten(1).sum(1) + constant
     return Bound(prior, diffusion, reconstruction)
+
+
+def slerp(a: Data, b: Data, weight: PerCloud) -> Data:
+    """Spherical interpolation (Shoemake 1985): ``(sin((1 - w) theta) a + sin(w theta) b) / sin(theta)``.
+
+    ``a`` and ``b`` are (B, ...), or (1, ...) for all of ``weight`` (B,) in [0, 1]; theta is the angle between a cloud's
+    two vectors of all its elements. Between two draws of Gaussian noise all of the arc is as likely as its ends, where
+    the straight line passes points too near the origin. Weights 0 and 1 give a and b bit for bit; parallel and opposite
+    vectors are joined by the straight line. Float32 (float64 if an input is).
+    """
+    a, b = _at_least_float32(a), _at_least_float32(b)
+    unit_a, unit_b = (x / _over(x.flatten(1).norm(dim=1).clamp_min(1e-12), x) for x in (a, b))
+    # As accurate near 0 and pi as between, which the arc cosine of the scalar product is not.
+    theta = 2 * torch.atan2((unit_a - unit_b).flatten(1).norm(dim=1), (unit_a + unit_b).flatten(1).norm(dim=1))
+    weight = weight.to(theta)
+    curved = theta.sin() > 1e-6
+    sin = torch.where(curved, theta.sin(), torch.ones_like(theta))
+    of_a = torch.where(curved, ((1 - weight) * theta).sin() / sin, 1 - weight)
+    of_b = torch.where(curved, (weight * theta).sin() / sin, weight)
+    return _over(of_a, a) * a + _over(of_b, b) * b
+
+
+@torch.no_grad()
+def ddim_inverse(
+    eps_model: Model,
+    x_0: Data,
+    schedule: Schedule,
+    *,
+    steps: int = 50,
+    spacing: Spacing = "uniform",
+    clip: float | None = None,
+    iterations: int = 3,
+    callback: Callback | None = None,
+) -> Data:
+    """The x_T from which ``ddim`` with ``eta`` 0 and the same steps, spacing and clip makes x_0.
+
+    A step of DDIM gives x_s from x_t; its inverse is the solution of ``step(x_t) = x_s``. That takes ``iterations``
+    evaluations of the network per step, each of which adds to x_t what is missing of x_s, divided by ``alpha_t alpha_s
+    + sigma_t sigma_s``: the slope of a step where the data are standard normal, so that there one evaluation is exact.
+    (The first is DDIM section 4.3, which takes eps at x_s for that at x_t.)
+
+    ``callback`` gets (step from 1, t that it reached, the sample there). Float32 (float64 if x_0 is), no gradient.
+    Raises ``ValueError`` for fewer than one iteration.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1, got {iterations}")
+    ts = timesteps(schedule.num_train_timesteps, steps, spacing).flip(0)
+    log_t = schedule.log_abar[ts]
+    log_s = torch.cat([torch.zeros_like(log_t[:1]), log_t[:-1]])
+    alphas_and_sigmas = [f for log in (log_t, log_s) for f in ((log / 2).exp(), (-torch.expm1(log)).sqrt())]
+    x = _at_least_float32(x_0)
+    rows = torch.stack(alphas_and_sigmas, 1).to(x)
+    times = ts.to(x.device)[:, None].expand(-1, x.shape[0]).contiguous()
+    for i, t in enumerate(ts.tolist()):
+        alpha_t, sigma_t, alpha_s, sigma_s = rows[i]
+        x_s, slope = x, alpha_t * alpha_s + sigma_t * sigma_s
+        for _ in range(iterations):
+            eps = eps_model(x, times[i]).to(x.dtype)
+            x_0 = (x - sigma_t * eps) / alpha_t
+            if clip is not None:
+                x_0 = x_0.clamp(-clip, clip)
+                eps = (x - alpha_t * x_0) / sigma_t
+            x = x + (x_s - alpha_s * x_0 - sigma_s * eps) / slope
+        if callback is not None:
+            callback(i + 1, t, x)
+    return x
+
+
+def diffuse_denoise(
+    eps_model: Model,
+    x_0: Data,
+    schedule: Schedule,
+    key: Key,
+    *,
+    strength: float,
+    steps: int = 50,
+    eta: float = 0.0,
+    clip: float | None = None,
+    callback: Callback | None = None,
+) -> Data:
+    """Noise x_0 to the time t = ``strength`` T, and denoise it by DDIM (SDEdit, Meng et al. 2022, 2108.01073).
+
+    ``strength`` in [0, 1] is also the share of ``steps`` that are taken, at least one; of strength 0, or so little
+    that t is 0, x_0 comes back as it is. The larger it is, the less of x_0 is left: at 1 about nothing. The noise is
+    that of ``key``. All else as in ``ddim``.
+    """
+    for name, value in (("strength", strength), ("eta", eta)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    start = round(strength * schedule.num_train_timesteps)
+    if start == 0:
+        return _at_least_float32(x_0)
+    times = torch.full(x_0.shape[:1], start, device=x_0.device)
+    x_t = q_sample(_at_least_float32(x_0), schedule.alpha(times), schedule.sigma(times), key)
+    ts = timesteps(start, min(start, max(1, round(strength * steps))))
+    return _sample(eps_model, x_t, schedule, key, _steps(schedule, ts, eta, "fixed_small"), clip, callback)

@@ -43,7 +43,7 @@ from lion_triton.evaluation.sets import (
     in_memory,
     open_clouds,
 )
-from lion_triton.runs import open_run
+from lion_triton.runs import find_run, open_run
 from lion_triton.sample import SampleArguments, resolved
 
 
@@ -61,7 +61,8 @@ class EvaluateArguments:
         python -m lion_triton.evaluate samples.npz --reference ShapeNetCore.v2.PC15k --categories chair
 
     Attributes:
-        run_or_samples: a run folder, which is sampled; or DATA.
+        run_or_samples: a run folder, a folder of save_pretrained or the name of a shipped model, which is sampled; or
+            DATA.
         reference: DATA to compare with; default of a run: its own held-out shapes.
         training: DATA that the model was trained on, to see what it memorised; default of a run: its own.
         subset: which part of folders with train, val and test to take, of references and samples.
@@ -153,7 +154,8 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     device, remarks = best_device(), Remarks()
     inputs = _inputs(args, device, remarks)
     run, references, training = inputs.run, inputs.references, inputs.training
-    if run is not None and args.checkpoint is None:  # a run that goes on has another newest one tomorrow
+    # A run that goes on has another newest one tomorrow.
+    if run is not None and args.checkpoint is None and not run.run.pretrained:
         args = replace(args, checkpoint=run.checkpoint.name)
         command = [*command, "--checkpoint", run.checkpoint.name] if command else []
     phases = Phases(
@@ -233,12 +235,13 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
 
 def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> Inputs:
     """Check and read everything; what keeps it from being as asked for is pointed out."""
-    target = args.run_or_samples
+    target = find_run(args.run_or_samples)
     if not target.exists():
         raise ValueError(f"samples: {target} does not exist: expected a run folder, or a folder or file of clouds")
     is_run = (target / "config.json").is_file()
     check(args, is_run)
-    out = args.out or (target.with_name(f"{target.stem}-evaluation") if target.is_file() else target / "evaluation")
+    beside = target.with_name(f"{target.stem}-evaluation") if target.is_file() else target / "evaluation"
+    out = args.out or (open_run(target).results / "evaluation" if is_run else beside)
     folder.check(out, (folder.JSON, folder.PAGE, *([folder.SAMPLES] if is_run else [])))
     run = given = None
     if is_run:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -30,6 +30,7 @@ Clouds: TypeAlias = Float[Array, "K N 3"] | Float[Tensor, "K N 3"]
 CELL, LABEL, TITLE = 240, 40, 36  # pixels: a cloud's square, the strip for row labels, the strip for titles
 SUPERSAMPLE = 2
 INK = "#3b4252"
+BALL = 0.57  # radius in spacings: a ball reaches its neighbours, so that a surface looks closed
 LOW, HIGH = np.array((0.46, 0.45, 0.82)), np.array((0.98, 0.72, 0.64))  # of the lowest and highest point
 
 
@@ -93,6 +94,22 @@ def thumbnails(clouds: Sequence[Float[Array, "N 3"]]) -> list[bytes]:
     return pictures
 
 
+def animate(frames: Clouds, path: str | os.PathLike[str], *, seconds_per_frame: float = 0.15) -> None:
+    """Draw clouds (K, N, 3) one after the other, there and back for ever, to the GIF file ``path``.
+
+    All at one scale, in the palette of all together. Everything else is as in ``draw_grid``.
+    """
+    cells = _cells(_as_array("frames", frames))
+    palette = Image.fromarray(np.concatenate(cells)).quantize(128, Image.Quantize.MEDIANCUT)
+    pictures = [Image.fromarray(cell).quantize(palette=palette, dither=Image.Dither.NONE) for cell in cells]
+    file, duration = io.BytesIO(), round(1000 * seconds_per_frame)
+    there_and_back = [*pictures, *pictures[-2:0:-1]]
+    there_and_back[0].save(
+        file, format="GIF", save_all=True, append_images=there_and_back[1:], duration=duration, loop=0
+    )
+    _replace(path, lambda unfinished: unfinished.write_bytes(file.getvalue()))
+
+
 def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
     """Clouds as checked float64."""
     array = (
@@ -125,19 +142,9 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     points, foot = (part * scale for part in _project(cloud))
     points, foot, height = (part[np.argsort(points[:, 2])] for part in (points, foot, cloud[:, 1]))
 
-    # A ball reaches its neighbours, so that a surface looks closed at any number of points.
-    distance, neighbours = cKDTree(points).query(points, k=min(12, len(points)))
-    spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, :6][:, -1]))
-    radius = float(np.clip(0.57 * spacing, 1.0, CELL / 24))
-    patch = points[neighbours.reshape(len(points), -1)]
-    patch = patch - patch.mean(1, keepdims=True)
-    normal = np.linalg.eigh(np.swapaxes(patch, 1, 2) @ patch)[1][..., 0]
-    normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
-    slope = np.clip(normal @ LIGHT, 0, 1)
-    sky = _open_sky(points, 2.2 * radius)
-    rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
-    colour = LOW + (HIGH - LOW) * rise[:, None]
-    colour = colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
+    spacing, neighbours = _spacing(points)
+    radius = float(np.clip(BALL * spacing, 1.0, CELL / 24))
+    colour, sky = _shade(points, neighbours, height, radius)
 
     # The ball's pixels and their shading, then for every pixel of the cell the last ball painted on it.
     size, reach = CELL * SUPERSAMPLE, radius * SUPERSAMPLE
@@ -162,6 +169,37 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
     image = image.clip(0, 1).reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3).mean((1, 3))
     return np.rint(255 * image[::-1]).astype(np.uint8)
+
+
+def balls(cloud: Float[Array, "N 3"]) -> tuple[float, UInt8[Array, "N 3"]]:
+    """The radius, in the cloud's units, and the shaded colours of the balls that its points are drawn as."""
+    points = cloud @ VIEW.T
+    spacing, neighbours = _spacing(points)
+    radius = BALL * spacing or 0.1 * float(np.ptp(cloud, axis=0).max()) or 0.1  # of coincident points, too
+    colour, _ = _shade(points, neighbours, cloud[:, 1], radius)
+    return radius, np.rint(255 * colour.clip(0, 1)).astype(np.uint8)
+
+
+def _spacing(points: Float[Array, "N 3"]) -> tuple[float, Int[Array, "N K"]]:
+    """The median distance to the fifth neighbour, and the neighbours of each point, itself first."""
+    distance, neighbours = cKDTree(points).query(points, k=min(12, len(points)))
+    spacing = float(np.median(np.reshape(distance, (len(points), -1))[:, :6][:, -1]))
+    return spacing, neighbours.reshape(len(points), -1)
+
+
+def _shade(
+    points: Float[Array, "N 3"], neighbours: Int[Array, "N K"], height: Float[Array, " N"], radius: float
+) -> tuple[Float[Array, "N 3"], Float[Array, " N"]]:
+    """The colour of each ball of points in the camera's frame, and how much of the sky it sees."""
+    patch = points[neighbours]
+    patch = patch - patch.mean(1, keepdims=True)
+    normal = np.linalg.eigh(np.swapaxes(patch, 1, 2) @ patch)[1][..., 0]
+    normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
+    slope = np.clip(normal @ LIGHT, 0, 1)
+    sky = _open_sky(points, 2.2 * radius)
+    rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
+    colour = LOW + (HIGH - LOW) * rise[:, None]
+    return colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None], sky
 
 
 def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32) -> Float[Array, " N"]:
@@ -214,11 +252,16 @@ def _write(
             middle, 1 - 0.5 * TITLE / height, title, size=13, color=INK, ha="center", va="center", parse_math=False
         )
 
+    _replace(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+
+
+def _replace(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Have a file written beside ``path`` and, when it is whole, take its place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(unfinished, format="png")
+        write(unfinished)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)

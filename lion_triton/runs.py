@@ -33,10 +33,12 @@ from torch import Tensor
 from lion_triton import __version__
 from lion_triton.config import TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
+from lion_triton.models.hub import CONFIG, WEIGHTS
 from lion_triton.models.lion import LION
 
 Stage = Literal["vae", "priors"]
 KEPT_CHECKPOINTS = 2
+SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,18 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def results(self) -> Path:
+        """Where commands write: the folder itself, or runs/NAME for a shipped model."""
+        return Path("runs") / self.folder.name if self.folder.parent == SHIPPED else self.folder
+
+    @property
     def samples(self) -> Path:
-        return self.folder / "samples"
+        return self.results / "samples"
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether this is a folder of ``save_pretrained``: as a run's, but with one file of weights, no checkpoints."""
+        return (self.folder / WEIGHTS).is_file()
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -106,15 +118,23 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
     return Run(folder, config, classes, normalization)
 
 
-def open_run(folder: Path) -> Run:
-    """Read a run folder.
+def find_run(name: Path) -> Path:
+    """The folder that ``name`` stands for: itself, or where there is none the shipped model of that name."""
+    return SHIPPED / name if not name.exists() and (SHIPPED / name / CONFIG).is_file() else name
+
+
+def open_run(name: Path) -> Run:
+    """Read a run folder, a folder of ``LION.save_pretrained``, or the shipped model of that name.
 
     Raises:
         ValueError: if it is none, or its ``config.json`` is damaged or of another version's form.
     """
-    path = folder / "config.json"
+    folder = find_run(name)
+    path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"run: {folder} is not a run folder (it has no config.json)")
+        shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}")))
+        known = f", nor a shipped model: {shipped}" if shipped else ""
+        raise ValueError(f"run: {folder} is not a run folder (it has no config.json){known}")
     try:
         content = json.loads(path.read_text())
         config = from_json(content["config"])
@@ -219,6 +239,9 @@ def load_model(run: Run, name: str | None = None) -> LION:
     Raises:
         ValueError: no checkpoint yet, or none called ``name``, a damaged one, or one of another architecture.
     """
+    if run.pretrained:
+        run.checkpoint(name)  # of which there are none to name
+        return LION.from_pretrained(run.folder)
     checkpoint = load_checkpoint(run, name, with_optimizer=False)
     if checkpoint is None:
         raise ValueError(f"run: {run.folder} has no checkpoint yet")
@@ -226,7 +249,17 @@ def load_model(run: Run, name: str | None = None) -> LION:
         raise ValueError(f"run: {run.folder} has no trained priors yet (stage 1, step {checkpoint.step})")
     lion = LION(run.config.model)
     load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
+    lion.remember(run.folder)
     return lion.eval()
+
+
+def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
+    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it."""
+    folder = run.checkpoint(name)
+    if folder is None:
+        return {WEIGHTS: _sha256(run.folder / WEIGHTS)}
+    files = json.loads((folder / "state.json").read_text())["files"]
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
 
 
 def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import trimesh
 import tyro
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from lion_triton import __version__
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling
 from lion_triton.devices import autocast, best_device
+from lion_triton.generation.inputs import known_label
+from lion_triton.generation.output import check_finite, check_out, record_of, write_results
+from lion_triton.generation.progress import BAR
 from lion_triton.models.lion import LION, default_steps
-from lion_triton.pictures import grid
 from lion_triton.runs import Run, load_model, open_run
 
 
@@ -33,7 +30,7 @@ class SampleArguments:
     Writes OUT/clouds.npz (points (S, P, 3) in data units, labels), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
     Attributes:
-        run: the run folder.
+        run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
         num_samples: clouds to generate.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.
@@ -80,20 +77,16 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     labels = class_labels(run, args)
     out = args.out or run.samples / _default_name(args)
-    if out.exists() and not (out / "samples.json").is_file():
-        raise ValueError(f"out: {out} exists and holds no samples of an earlier command: give another --out")
-    resolved(run, args)  # before anything is loaded
+    check_out(out)
+    settings = resolved(run, args)  # before anything is loaded
     newest = run.checkpoint(args.checkpoint)
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
-    if not np.isfinite(points).all():
-        raise ValueError("samples: the model generated points that are not finite: train longer or sample otherwise")
-    _write(run, args, points, labels, out)
-    print(f"{len(points)} clouds of {points.shape[1]} points: {out / 'clouds.npz'}, {out / 'ply'}")
-    print(f"picture: {out / 'grid.png'}")
+    check_finite(points)
+    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
     return Samples(points, labels, out)
 
 
@@ -123,9 +116,7 @@ def generate(
     settings, device = resolved(run, args), lion.z_mean.device
     generator = torch.Generator().manual_seed(args.seed)
     clouds = []
-    # All clouds of a batch are ready together: while it runs the bar tells the part that is done.
-    shape = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
-    with tqdm(total=args.num_samples, desc=title, bar_format=shape, disable=None) as bar:
+    with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
         for start in range(0, args.num_samples, args.batch_size):
             count = min(args.batch_size, args.num_samples - start)
 
@@ -154,14 +145,11 @@ def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:
 
 def class_labels(run: Run, args: SampleArguments) -> np.ndarray:
     """The class of each cloud (S,): the one asked for, or all in turn; -1 in a run without classes."""
+    label = known_label(run, args.label)
+    if label is not None:
+        return np.full(args.num_samples, label)
     conditional = run.config.model.shape_prior.num_classes > 0
-    if args.label is None:
-        return np.arange(args.num_samples) % len(run.classes) if conditional else np.full(args.num_samples, -1)
-    if not conditional:
-        raise ValueError(f"class: this run was trained without classes, got {args.label}")
-    if args.label not in run.classes:
-        raise ValueError(f"class: expected one of {', '.join(run.classes)}, got {args.label}")
-    return np.full(args.num_samples, run.classes.index(args.label))
+    return np.arange(args.num_samples) % len(run.classes) if conditional else np.full(args.num_samples, -1)
 
 
 def _default_name(args: SampleArguments) -> str:
@@ -174,29 +162,6 @@ def _default_name(args: SampleArguments) -> str:
         f"seed{args.seed}",
     ]
     return "-".join(word for word in words if word)
-
-
-def _write(run: Run, args: SampleArguments, points: np.ndarray, labels: np.ndarray, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "ply").mkdir(parents=True)
-    try:
-        np.savez(partial / "clouds.npz", points=points, labels=labels, classes=np.array(run.classes))
-        for i, cloud in enumerate(points):
-            trimesh.PointCloud(cloud).export(partial / "ply" / f"{i:04d}.ply")
-        grid(points[:64], partial / "grid.png")
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-        record = {
-            "lion_triton": __version__,
-            "checkpoint": args.checkpoint,
-            "options": options,
-            "sampling": asdict(resolved(run, args)),
-        }
-        (partial / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, driver, gpu, guards, models, report
+from bench import clock, driver, gpu, guards, host, models, report
 from bench.registry import OPS, Cost, Op, Shape, Target, _touched
 from lion_triton import kernels
 
@@ -64,8 +65,8 @@ def test_the_timed_baseline_is_the_exact_one_but_for_rounding(name: str) -> None
         # 24 elements of 4 bytes, read and written; the backward reads and writes as much, and needs no noise.
         ("q_sample", Shape(2, 3, C=4), Cost(192, 72, 24), Cost(192, 24)),
         ("noise_mse", Shape(2, 3, C=4), Cost(96, 72, 24), Cost(192, 48, 24)),
-        # Features 96, grids 2 x 8 voxels x 16, plan 2 x (8 x 3 + 4 x 8). Backward: 8 (1 - (7/8)^3) = 2.64 voxels.
-        ("avg_voxelize", Shape(2, 3, C=4, R=2), Cost(464, 48), Cost(84 + 96 + 48, 24)),
+        # Features 96, grids 2 x 8 voxels x 16, plan 2 x (16 x 3 + 4 x 8). Backward: 8 (1 - (7/8)^3) = 2.64 voxels.
+        ("avg_voxelize", Shape(2, 3, C=4, R=2), Cost(512, 48), Cost(84 + 96 + 96, 24)),
         # Two clouds of 8 points and 15 pairs, both directions.
         ("chamfer_distance", Shape(2, 3, 5), Cost(192 + 8, 480), Cost(2 * 192 + 8 + 64, 144)),
         ("group", Shape(2, 3, 5, 7, 4), Cost(96 + 70 * (16 + 4)), Cost(96 + 70 * (16 + 4), 280)),
@@ -420,3 +421,30 @@ def test_what_bounds_a_call() -> None:
     row["busy"] = 0.09
     assert models.bound(row) == "gemm_kernel 10.00 ms in 3 (arithmetic); copy_kernel 10.00 ms in 9 (memory)"
     assert models.bound({"seconds": 0.1}) == "-"
+
+
+# What a call costs the host
+
+HOST = """
+from unittest.mock import patch
+from bench import host
+
+with patch.object(host, "SERIES", 1), patch.object(host, "CALLS", 1):
+    row = host.measure(next(op for op in host.CALLED_OFTEN if op.name == "q_sample"))
+assert 0 < row["forward"] < row["both"]
+print(host.markdown([row]))
+"""
+
+
+def test_host_measures_without_compiling() -> None:
+    environment = {k: v for k, v in guards.environment().items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", HOST], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    names = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
+    assert names == ["op", "---", "PyTorch's x * 2", "q_sample", "goal"]
+
+
+def test_host_table() -> None:
+    table = host.markdown([{"op": "f", "forward": 1.25e-5, "both": None}])
+    assert "| f | 12.5 | - |" in table
+    assert table.endswith("| goal | 20 at most | 60 at most |\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ from lion_triton.devices import resolve_precision
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION, Posterior, posterior
-from lion_triton.runs import Run, load_model
+from lion_triton.runs import Run, load_model, weights_sha256
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 from lion_triton.training.report import reconstruct
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run with the weights of one of its checkpoints."""
+    """A run with the weights of one of its checkpoints; ``checkpoint`` is the folder that they are in."""
 
     run: Run
     lion: LION
@@ -42,11 +41,9 @@ class ScoredRun:
             ValueError: see ``runs.load_model``.
         """
         newest = run.checkpoint(checkpoint)
-        lion = load_model(run, newest.name if newest else None)
-        assert newest is not None  # or there was nothing to load
-        files = json.loads((newest / "state.json").read_text())["files"]
-        sha256 = {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
-        return cls(run, lion.to(device), newest, sha256)
+        name = None if newest is None else newest.name
+        lion = load_model(run, name)
+        return cls(run, lion.to(device), newest or run.folder, weights_sha256(run, name))
 
     @property
     def conditional(self) -> bool:

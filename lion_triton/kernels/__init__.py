@@ -7,12 +7,15 @@ Shapes, dtypes and devices are always checked; values are not, as that would wai
 from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.adagn_devoxelize import adagn_devoxelize
+from lion_triton.kernels.auction import auction_emd
 from lion_triton.kernels.diffusion import ancestral_step, posterior_q_sample, q_sample
 from lion_triton.kernels.dropout import dropout
 from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.gather import group, three_interpolate
+from lion_triton.kernels.knn import knn
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
+from lion_triton.kernels.neighborhood import group_offsets, max_neighbors
 from lion_triton.kernels.noise import normal_noise
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
 from lion_triton.kernels.query import ball_query, three_nn
@@ -25,6 +28,7 @@ __all__ = [
     "adagn_devoxelize",
     "ancestral_step",
     "approx_emd",
+    "auction_emd",
     "avg_voxelize",
     "ball_query",
     "chamfer_distance",
@@ -34,6 +38,9 @@ __all__ = [
     "furthest_point_sample",
     "gaussian_kl",
     "group",
+    "group_offsets",
+    "knn",
+    "max_neighbors",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",

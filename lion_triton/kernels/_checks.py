@@ -84,6 +84,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Where ``auto`` means Triton."""
+    return x.is_cuda
+
+
 def use_triton(impl: Impl, x: Tensor) -> bool:
     """Decide which implementation runs.
 
@@ -93,7 +98,7 @@ def use_triton(impl: Impl, x: Tensor) -> bool:
     if impl == "reference":
         return False
     if impl == "auto":
-        return x.is_cuda and _TRITON_INSTALLED
+        return on_gpu(x) and _TRITON_INSTALLED
     if impl != "triton":
         raise ValueError(f'impl: expected "auto", "triton" or "reference", got {impl!r}')
     if not _TRITON_INSTALLED:

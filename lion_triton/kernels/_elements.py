@@ -57,9 +57,9 @@ def launch_elements(kernel: Any, x: Tensor, *tensors: Tensor | None) -> None:
     launch(kernel, (x.shape[0] * chunks,), *dense, M, chunks, BLOCK=block, num_warps=warps)
 
 
-def empty_partials(x: Tensor, count: int) -> Tensor:
-    """Room for ``count`` sums of every program; ``.sum(1)`` adds a cloud's in a fixed order."""
-    return x.new_empty((x.shape[0], _config(x)[1], count), dtype=torch.float32)
+def empty_partials(x: Tensor, *count: int) -> Tensor:
+    """Room for a sum, or ``count`` of them, of every program; ``.sum(1)`` adds a cloud's in a fixed order."""
+    return x.new_empty((x.shape[0], _config(x)[1], *count), dtype=torch.float32)
 
 
 def empty_like(x: Tensor, *_: Any) -> Tensor:

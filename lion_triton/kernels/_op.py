@@ -77,7 +77,7 @@ def _traced(args: tuple[Any, ...]) -> bool:
 def gradient(
     op: Any, *, save: Callable[..., tuple[Any, ...]], results: int = 1, once: bool = True
 ) -> Callable[[_Function], _Function]:
-    """Make a function the backward of an op: of the first ``results`` tensors that it returns; others are constants.
+    """Make a function the backward of an op that returns a tensor, or a tuple: of its first ``results``, and no other.
 
     save: the op's arguments and its result to what the backward needs of them, tensors or not.
     The function gets which arguments need a gradient, the gradients of the results (None where there is none, but not

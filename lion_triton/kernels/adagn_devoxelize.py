@@ -467,13 +467,13 @@ def _grid_bwd_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_rows, in_channels = v < num_voxels, (c < C)[None, :]
-    mask = in_rows[:, None] & in_channels
+    mask = in_rows & in_channels
     scattered = scatter_corners(grad_ptr, coords_ptr, order_ptr, start_ptr, v, c, in_rows, in_channels, C, R)
-    grid_ptr += (v // (R * R * R))[:, None] * 4 * C + c[None, :]
-    at = v[:, None] * C + c[None, :]
+    grid_ptr += v // (R * R * R) * 4 * C + c[None, :]
+    at = v * C + c[None, :]
     x = load(x_ptr + at, mask) - load(grid_ptr + 3 * C, mask)
     dx = load(grid_ptr, mask) * scattered + load(grid_ptr + C, mask) * x + load(grid_ptr + 2 * C, mask)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -50,19 +50,16 @@ INTERPOLATED = (128, 192)
 _GRIDS = ((32**3, (32, 64)), (16**3, (32, 64, 128)), (8**3, (128,)))
 _POINTS = ((2048, (32, 64, 128)), (1024, (32, 64, 128)), (256, (128,)), (64, (128,)))
 _GROUPS = ((1024, (32, 64)), (256, (32, 64, 128)), (64, (128, 256)), (16, (128,)))  # each with its neighbours
-_LAYERS: dict[Activation, tuple[tuple[int, tuple[int, ...]], ...]] = {
-    "silu": (*_GRIDS, *_POINTS, *((m * NEIGHBORS, channels) for m, channels in _GROUPS)),
-    None: _GRIDS,
-}
-# (positions, channels, whether it has a style, activation); only the shape encoder's have no style
-NORMALIZED = {
-    (p, c, styled, act)
-    for act, layers in _LAYERS.items()
-    for p, channels in layers
+_LAYERS = (*_GRIDS, *_POINTS, *((m * NEIGHBORS, channels) for m, channels in _GROUPS))
+# (positions, channels, whether it drops out, activation): the grids do in training, and the head
+NORMALIZED: set[tuple[int, int, bool, Activation]] = {
+    (p, c, dropout, "silu")
+    for p, channels in _LAYERS
     for c in channels
-    for styled in ((True, False) if c <= 64 else (True,))
+    for dropout in ((True, False) if (p, channels) in _GRIDS or (p, c) == (2048, 128) else (False,))
 }
 LATENTS = ((2048 * 4,), (128,))  # of points and of shape
+NEAREST = ((3, 8), (3, 32), (64, 64))  # (dimensions, neighbours) of the drop-in modules
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,15 @@ def run_ops(device: torch.device) -> None:
             backward(kernels.avg_voxelize(features(n, c, dtype=dtype), plan.coords, r, plan=plan, impl="triton"))
             grid = features(r, r, r, c, dtype=dtype)
             backward(kernels.trilinear_devoxelize(grid, plan.coords, plan=plan, impl="triton"))
+            if c % 8 == 0:
+                style, squeeze, excite = (
+                    features(c),
+                    torch.zeros(c // 8, c, device=device),
+                    torch.zeros(c, c // 8, device=device),
+                )
+                args = (style, style, 8, squeeze.requires_grad_(), excite.requires_grad_())
+                extras: dict[str, Any] = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
+                backward(kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton"))
 
     for n, m in LEVELS:
         kernels.furthest_point_sample(cloud(n), m, impl="triton")
@@ -151,16 +157,21 @@ def run_ops(device: torch.device) -> None:
             weights = cloud(n).requires_grad_()
             backward(kernels.three_interpolate(features(m, c, dtype=dtype), weights, index(n, 3), impl="triton"))
 
-    for (p, c, styled, act), dtype in product(sorted(NORMALIZED, key=str), FEATURE_DTYPES):
-        x, style = features(p, c, dtype=dtype), features(c) if styled else None
-        affine = torch.ones(c, device=device, requires_grad=True)
-        backward(kernels.adagn(x, style, style, affine, affine, 8, act=act, impl="triton"))
+    for (p, c, dropout, act), dtype in product(sorted(NORMALIZED, key=str), FEATURE_DTYPES):
+        x, style = features(p, c, dtype=dtype), features(c)
+        drop: dict[str, Any] = {"dropout": 0.1, "key": key} if dropout else {}
+        backward(kernels.adagn(x, style, style, None, None, 8, act=act, offset=style, **drop, impl="triton"))
 
     kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")  # a whole cloud of ShapeNet
     x = features(2048, 3)
     backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
     backward(kernels.chamfer_distance(x, x, impl="triton"))
     backward(kernels.approx_emd(x, x, impl="triton"))
+    backward(kernels.auction_emd(x, x, 0.005, 2, impl="triton")[0])
+    lengths = torch.full((BATCH,), 2048, device=device)
+    for (d, k), ragged in product(NEAREST, (None, lengths)):
+        points = features(2048, d)
+        backward(kernels.knn(points, points, k, lengths=ragged, impl="triton")[0])
 
 
 class _NoGPU:

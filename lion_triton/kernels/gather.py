@@ -42,7 +42,7 @@ def group(
     summed in float32, or float64 in the reference); deterministic, backward too.
     ValueError: shapes, dtypes, devices or indices that do not fit.
     """
-    _check_gather(features, idx)
+    check_gather(features, idx)
     return _group(features, idx, impl)
 
 
@@ -61,7 +61,7 @@ def three_interpolate(
     deterministic, backward too.
     Source: Qi et al. 2017, eq. 2. ValueError: shapes, dtypes, devices or indices that do not fit.
     """
-    _check_gather(features, idx)
+    check_gather(features, idx)
     check_float("weights", weights)
     check_same(features=features, weights=weights)
     if weights.shape != idx.shape or idx.shape[-1] != 3:
@@ -71,17 +71,17 @@ def three_interpolate(
 
 
 def _group(features: Tensor, idx: Tensor, impl: Impl) -> Tensor:
-    rows = take_rows(features.flatten(0, 1), _row_index(idx, features.shape[1]).reshape(-1, 1), impl=impl)
+    rows = take_rows(features.flatten(0, 1), row_index(idx, features.shape[1]).reshape(-1, 1), impl=impl)
     return rows.view(*idx.shape, features.shape[2])
 
 
 def _three_interpolate(features: Tensor, weights: Tensor, idx: Tensor, impl: Impl) -> Tensor:
-    index = _row_index(idx, features.shape[1]).flatten(0, 1)
+    index = row_index(idx, features.shape[1]).flatten(0, 1)
     rows = take_rows(features.flatten(0, 1), index, weights.flatten(0, 1), impl=impl)
     return rows.view(*idx.shape[:2], features.shape[2])
 
 
-def _row_index(idx: Int[Tensor, "B ..."], num_points: int) -> Int[Tensor, "B ..."]:
+def row_index(idx: Int[Tensor, "B ..."], num_points: int) -> Int[Tensor, "B ..."]:
     """Indices into the rows of all clouds, (B N)."""
     num_rows = idx.shape[0] * num_points
     dtype = index_dtype(num_rows)
@@ -94,7 +94,8 @@ def index_dtype(num_rows: int) -> torch.dtype:
     return torch.int32 if num_rows < 2**31 else torch.int64
 
 
-def _check_gather(features: Tensor, idx: Tensor) -> None:
+def check_gather(features: Tensor, idx: Tensor) -> None:
+    """Raise ``ValueError`` unless ``idx`` (B, M, K) can index the rows of ``features`` (B, N, C)."""
     check_float("features", features)
     if features.ndim != 3 or 0 in features.shape[1:]:
         raise ValueError(f"features: expected shape (B, N, C) with N, C >= 1, got {tuple(features.shape)}")

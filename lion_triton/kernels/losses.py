@@ -67,9 +67,9 @@ def _noise_mse_bwd_kernel(grad_ptr, pred_ptr, key_ptr, dpred_ptr, M, chunks, BLO
 
 @op(fake=empty_sums)
 def _noise_mse_op(pred: Tensor, key: Tensor) -> Tensor:
-    partials = empty_partials(pred, 1)
+    partials = empty_partials(pred)
     launch_elements(_noise_mse_fwd_kernel, pred, pred, key, partials)
-    return partials.sum((1, 2)).to(sums_dtype(pred))
+    return partials.sum(1).to(sums_dtype(pred))
 
 
 @op(fake=lambda grad, pred, key: empty_like(pred))
@@ -152,9 +152,9 @@ def _gaussian_kl_bwd_kernel(  # type: ignore[no-untyped-def]
 
 @op(fake=empty_sums)
 def _gaussian_kl_op(mu: Tensor, log_sigma: Tensor) -> Tensor:
-    partials = empty_partials(mu, 1)
+    partials = empty_partials(mu)
     launch_elements(_gaussian_kl_fwd_kernel, mu, mu, log_sigma, partials)
-    return partials.sum((1, 2)).to(sums_dtype(mu))
+    return partials.sum(1).to(sums_dtype(mu))
 
 
 @op(fake=lambda grad, mu, log_sigma: (empty_like(mu), empty_like(log_sigma)))

@@ -231,7 +231,8 @@ def _empty_rows(grad: Tensor, x: Tensor, y: Tensor, idx: Tensor) -> Tensor:
 
 def _split(rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x_rows = x.shape[0] * x.shape[1]
-    return rows[:x_rows].view(x.shape), rows[x_rows:].view(y.shape)
+    dx, dy = rows.split((x_rows, rows.shape[0] - x_rows))
+    return dx.view(x.shape), dy.view(y.shape)
 
 
 # nearest_neighbor

@@ -196,3 +196,10 @@ def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl =
     if not use_triton(impl, key):
         return normal_noise_reference(sizes, key)
     return _normal_noise_op(sizes, key)
+
+
+def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int64[Tensor, " 2"]:
+    """A fresh noise key (seed, 0) on ``device``, drawn from ``generator`` (None: PyTorch's default one on the CPU)."""
+    source = None if generator is None else generator.device
+    seed = torch.randint(2**62, (1,), generator=generator, device=source)
+    return torch.cat([seed, torch.zeros_like(seed)]).to(device)

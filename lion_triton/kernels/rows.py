@@ -94,6 +94,13 @@ def take_rows(
     return _take_rows_op(x, index, weight)
 
 
+def take_rows_backward(
+    grad: Float[Tensor, "rows C"], index: Int[Tensor, "rows K"], weight: Float[Tensor, "rows K"] | None, num_rows: int
+) -> Float[Tensor, "n C"]:
+    """By Triton, the gradient of x in ``take_rows(x, index, weight)``, of ``num_rows`` rows."""
+    return _take_rows_bwd_op(grad, index, weight, num_rows)
+
+
 def sort_by_target(index: Int[Tensor, " E"], num_rows: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " rows_plus_1"]]:
     """The entries in order of the row they point at (stable), and where each row's run starts. No host sync."""
     # On a CPU counting is 10 to 20 times faster than a bisection per row.

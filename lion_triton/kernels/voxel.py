@@ -331,11 +331,11 @@ def _starts_kernel(cell_ptr, start_ptr, num_points, num_cells, bits, CELLS: tl.c
 
 
 @triton.jit
-def _run(start_ptr, v, in_rows, R, DX: tl.constexpr, DY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Begin and length of the run of points in cells (x - DX, y - DY, z - 1) and (x - DX, y - DY, z) of voxel v."""
+def _run(start_ptr, v, in_rows, R, dx, dy):  # type: ignore[no-untyped-def]
+    """Begin and length of the run of points in cells (x - dx, y - dy, z - 1) and (x - dx, y - dy, z) of voxel v."""
     z, y, x = v % R, v // R % R, v // (R * R) % R
-    inside = in_rows & (x >= DX) & (y >= DY)
-    row = v - (DX * R + DY) * R
+    inside = in_rows & (x >= dx) & (y >= dy)
+    row = v - (dx * R + dy) * R
     begin = tl.load(start_ptr + row - (z > 0).to(tl.int64), mask=inside, other=0)
     return begin, tl.where(inside, tl.load(start_ptr + row + 1, mask=inside, other=0) - begin, 0)
 
@@ -354,26 +354,29 @@ def _voxelize_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    v = (
+        tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    )  # a column: Triton fails to compile the like of a vector
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_rows, in_channels = v < num_voxels, (c < C)[None, :]
     vz, vy, vx = (v % R).to(tl.int32), (v // R % R).to(tl.int32), (v // (R * R) % R).to(tl.int32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    count = tl.zeros((ROWS,), tl.int32)
-    for run in tl.static_range(4):
+    count = tl.zeros((ROWS, 1), tl.int32)
+    for run in range(4):
         begin, length = _run(start_ptr, v, in_rows, R, run // 2, run % 2)
         for k in range(0, tl.max(length)):
-            p = tl.load(order_ptr + begin + k, mask=k < length, other=0).to(tl.int64)
-            _, _, x = _locate(coords_ptr, p, k < length, R)
-            _, _, y = _locate(coords_ptr + 1, p, k < length, R)
-            _, _, z = _locate(coords_ptr + 2, p, k < length, R)
-            here = (k < length) & (x == vx) & (y == vy) & (z == vz)
-            mask = here[:, None] & in_channels
-            total += tl.load(x_ptr + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            live = k < length
+            p = tl.load(order_ptr + begin + k, mask=live, other=0)
+            _, _, x = _locate(coords_ptr, p, live, R)
+            _, _, y = _locate(coords_ptr + 1, p, live, R)
+            _, _, z = _locate(coords_ptr + 2, p, live, R)
+            here = live & (x == vx) & (y == vy) & (z == vz)
+            value = tl.load(x_ptr + p.to(tl.int64) * C + c[None, :], mask=here & in_channels, other=0.0)
+            total += value.to(tl.float32)
             count += here.to(tl.int32)
-    mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
-    out = out_ptr + v[:, None] * C + c[None, :]
-    tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_channels)
+    mean = total / tl.maximum(count, 1).to(tl.float32)
+    out = out_ptr + v * C + c[None, :]
+    tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=in_rows & in_channels)
     tl.store(count_ptr + v, count, mask=in_rows & (tl.program_id(1) == 0))
 
 
@@ -422,18 +425,18 @@ def _corner(low, fraction, UPPER: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def scatter_corners(x_ptr, coords_ptr, order_ptr, start_ptr, v, c, in_rows, in_channels, C, R):  # type: ignore[no-untyped-def]
-    """The transpose of the trilinear gather: what voxels v receive in channels c, float32."""
+    """The transpose of the trilinear gather: what voxels v, a column, receive in channels c, float32."""
     vz, vy, vx = (v % R).to(tl.int32), (v // R % R).to(tl.int32), (v // (R * R) % R).to(tl.int32)
     total = tl.zeros((v.shape[0], c.shape[0]), tl.float32)
-    for run in tl.static_range(4):
+    for run in range(4):
         begin, length = _run(start_ptr, v, in_rows, R, run // 2, run % 2)
         for k in range(0, tl.max(length)):
-            p = tl.load(order_ptr + begin + k, mask=k < length, other=0).to(tl.int64)
-            weight = _hat(coords_ptr, p, k < length, R, vx) * _hat(coords_ptr + 1, p, k < length, R, vy)
-            weight *= _hat(coords_ptr + 2, p, k < length, R, vz)
-            mask = (k < length)[:, None] & in_channels
-            value = tl.load(x_ptr + p[:, None] * C + c[None, :], mask=mask, other=0.0)
-            total += weight[:, None] * value.to(tl.float32)
+            live = k < length
+            p = tl.load(order_ptr + begin + k, mask=live, other=0)
+            weight = _hat(coords_ptr, p, live, R, vx) * _hat(coords_ptr + 1, p, live, R, vy)
+            weight *= _hat(coords_ptr + 2, p, live, R, vz)
+            value = tl.load(x_ptr + p.to(tl.int64) * C + c[None, :], mask=live & in_channels, other=0.0)
+            total += weight * value.to(tl.float32)
     return total
 
 
@@ -461,13 +464,11 @@ def _devoxelize_kernel(  # type: ignore[no-untyped-def]
 def _devoxelize_bwd_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, coords_ptr, order_ptr, start_ptr, out_ptr, num_voxels, C, R, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_rows, in_channels = v < num_voxels, (c < C)[None, :]
     total = scatter_corners(grad_ptr, coords_ptr, order_ptr, start_ptr, v, c, in_rows, in_channels, C, R)
-    tl.store(
-        out_ptr + v[:, None] * C + c[None, :], total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_channels
-    )
+    tl.store(out_ptr + v * C + c[None, :], total.to(out_ptr.dtype.element_ty), mask=in_rows & in_channels)
 
 
 # Launching and registration

@@ -1,6 +1,10 @@
 """Building blocks of the point-voxel networks, channels last.
 
-Shapes: B clouds, N points, C channels, M centres, K neighbours, R voxels per side, S style channels.
+Every linear map and convolution in front of an adaptive group norm lacks a bias: the norm adds it (``modulation.py``).
+What is the same for all points of a cloud is not concatenated to them: ``W [x; t] = W_x x + W_t t``, and the norm adds
+``W_t t``, too.
+
+Shapes: B clouds, N points, C channels, M centres, K neighbours, R voxels per side, E channels shared by all points.
 """
 
 from __future__ import annotations
@@ -9,14 +13,21 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lion_triton.kernels import VoxelPlan, adagn, avg_voxelize, group, three_interpolate, trilinear_devoxelize
+from lion_triton.kernels import (
+    VoxelPlan,
+    adagn_devoxelize,
+    avg_voxelize,
+    group_offsets,
+    max_neighbors,
+    three_interpolate,
+)
 from lion_triton.models.attention import Attention
+from lion_triton.models.modulation import GROUPS, Norm, normalize
 from lion_triton.models.plan import LevelPlan
-
-GROUPS = 8  # of every group normalisation in LION
 
 
 def sinusoidal_embedding(t: Float[Tensor, " B"], dim: int) -> Float[Tensor, "B dim"]:
@@ -27,48 +38,28 @@ def sinusoidal_embedding(t: Float[Tensor, " B"], dim: int) -> Float[Tensor, "B d
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class AdaGN(nn.Module):
-    """Group normalisation over all positions of a cloud, scaled and shifted by its style.
-
-    ``y = GroupNorm(x) * scale + shift`` with ``[scale, shift] = Linear(style)``; plain group normalisation
-    where ``style_dim`` is 0. A SiLU may be fused behind it.
-    """
-
-    def __init__(self, channels: int, style_dim: int, *, silu: bool = False) -> None:
-        super().__init__()
-        self.silu = silu
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.style = nn.Linear(style_dim, 2 * channels) if style_dim else None
-        if self.style is not None:
-            bound = math.sqrt(3 * 0.1 / (2 * channels))  # uniform with variance 0.1 / fan_out
-            nn.init.uniform_(self.style.weight, -bound, bound)
-            with torch.no_grad():
-                self.style.bias.copy_(torch.cat([torch.ones(channels), torch.zeros(channels)]))
-
-    def forward(self, x: Float[Tensor, "B ... C"], style: Float[Tensor, "B S"] | None) -> Tensor:
-        scale = shift = None
-        if self.style is not None:
-            scale, shift = self.style(style).chunk(2, dim=-1)
-        return adagn(x, scale, shift, self.weight, self.bias, GROUPS, act="silu" if self.silu else None)
+def _shared(norm: Norm, weight: Float[Tensor, "C E"], shared: Float[Tensor, "B E"] | None) -> Norm:
+    """The norm with what the points share, multiplied, in its offset."""
+    return norm if shared is None else norm._replace(offset=norm.offset + F.linear(shared, weight))
 
 
 class MLP(nn.Module):
-    """(Linear, AdaGN, SiLU) for each width, shared by all positions: (B, ..., C_in) to (B, ..., widths[-1]).
+    """(Linear, norm, SiLU) for each width, shared by all positions: (B, ..., C_in) to (B, ..., widths[-1]).
 
-    ``residual`` adds its input to every layer that is as wide as it.
+    ``residual`` adds its input to every layer that is as wide as it; ``dropout`` follows the last.
     """
 
-    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int, *, residual: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], *, residual: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.residual = residual
+        self.residual, self.dropout, self.norm_channels = residual, dropout, tuple(widths)
         sizes = [in_channels, *widths]
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-        self.norms = nn.ModuleList(AdaGN(width, style_dim, silu=True) for width in widths)
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], widths, strict=True))
 
-    def forward(self, x: Tensor, style: Tensor | None) -> Tensor:
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            y = norm(linear(x), style)
+    def forward(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        for i, (linear, norm) in enumerate(zip(self.linears, norms, strict=True), 1):
+            y = normalize(linear(x), norm, dropout=self.dropout if i == len(self.linears) else 0.0)
             x = x + y if self.residual and y.shape == x.shape else y
         return x
 
@@ -90,7 +81,8 @@ class SqueezeExcite(nn.Module):
 class PVConv(nn.Module):
     """Point-voxel convolution: 3-D convolutions on a voxel grid plus a linear map on the points.
 
-    Attention, if any, follows the sum without a residual connection, as in the published networks.
+    Attention, if any, follows the sum without a residual connection, as in the published networks. The dropout is
+    between the convolutions.
     """
 
     def __init__(
@@ -98,60 +90,115 @@ class PVConv(nn.Module):
         in_channels: int,
         out_channels: int,
         resolution: int,
-        style_dim: int,
         *,
+        shared_channels: int = 0,
         dropout: float = 0.1,
         attention: Attention | None = None,
     ) -> None:
         super().__init__()
-        self.resolution = resolution
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
-        self.norm1 = AdaGN(out_channels, style_dim, silu=True)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
-        self.norm2 = AdaGN(out_channels, style_dim)
+        self.resolution, self.dropout = resolution, dropout
+        self.norm_channels = (out_channels,) * 3
+        whole = in_channels + shared_channels
+        self.conv1 = _convolution(whole, out_channels)
+        self.conv2 = _convolution(out_channels, out_channels)
         self.squeeze_excite = SqueezeExcite(out_channels)
-        self.point_linear = nn.Linear(in_channels, out_channels)
-        self.point_norm = AdaGN(out_channels, style_dim, silu=True)
+        for linear in self.squeeze_excite.children():
+            linear.full_precision = True  # type: ignore[assignment]  # works on statistics
+        self.point_linear = nn.Linear(whole, out_channels, bias=False)
         self.attention = attention
 
-    def forward(self, x: Float[Tensor, "B N C"], plan: VoxelPlan, style: Tensor | None) -> Float[Tensor, "B N C2"]:
-        voxels = avg_voxelize(x, plan.coords, self.resolution, plan=plan)
-        voxels = self.dropout(self.norm1(_conv(self.conv1, voxels), style))
-        voxels = self.squeeze_excite(self.norm2(_conv(self.conv2, voxels), style))
-        points = self.point_norm(self.point_linear(x), style)
-        out = trilinear_devoxelize(voxels, plan.coords, plan=plan) + points
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        plan: VoxelPlan,
+        norms: Sequence[Norm],
+        shared: Float[Tensor, "B E"] | None = None,
+    ) -> Float[Tensor, "B N C2"]:
+        first, second, branch = norms
+        # Into the grid it is concatenated: what the points share is not in empty voxels.
+        whole = x if shared is None else torch.cat([x, shared[:, None].expand(-1, x.shape[1], -1)], dim=-1)
+        voxels = _convolve(self.conv1, avg_voxelize(whole, plan.coords, self.resolution, plan=plan))
+        voxels = _convolve(self.conv2, normalize(voxels, first, dropout=self.dropout))
+
+        weight = self.point_linear.weight
+        if shared is not None:
+            weight, of_shared = weight.split([x.shape[2], shared.shape[1]], dim=1)
+            branch = _shared(branch, of_shared, shared)
+        points = normalize(F.linear(x, weight), branch)
+
+        offset, scale, shift, _ = second
+        squeeze, excite = self.squeeze_excite.squeeze.weight, self.squeeze_excite.excite.weight
+        out = adagn_devoxelize(
+            voxels, plan.coords, scale, shift, GROUPS, squeeze, excite, offset=offset, points=points, plan=plan
+        )
         return out if self.attention is None else self.attention(out)
 
 
-def _conv(conv: nn.Conv3d, voxels: Float[Tensor, "B R R R C"]) -> Float[Tensor, "B R R R C2"]:
+def _convolution(in_channels: int, out_channels: int) -> nn.Conv3d:
+    """In the memory format of channels-last grids, so that no call has to change it."""
+    conv = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+    return conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def _convolve(conv: nn.Conv3d, voxels: Float[Tensor, "B R R R C"]) -> Float[Tensor, "B R R R C2"]:
     """Convolve a channels-last grid; the permuted view already is torch.channels_last_3d."""
     return conv(voxels.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
 class SetAbstraction(nn.Module):
-    """PointNet++ down-sampling: MLP over (centre, neighbour) of [xyz - centre, features], max over neighbours."""
+    """PointNet++ down-sampling: MLP over (centre, neighbour) of [xyz - centre, features], max over neighbours.
 
-    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int) -> None:
+    The first layer multiplies the features before they are gathered, once per point.
+    """
+
+    def __init__(self, in_channels: int, shared_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.mlp = MLP(in_channels + 3, widths, style_dim)
+        self.norm_channels = tuple(widths)
+        self.parts = [3, in_channels, shared_channels]
+        self.linear = nn.Linear(sum(self.parts), widths[0], bias=False)
+        self.mlp = MLP(widths[0], widths[1:])
 
-    def forward(self, x: Float[Tensor, "B N C"], plan: LevelPlan, style: Tensor | None) -> Float[Tensor, "B M C2"]:
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        plan: LevelPlan,
+        norms: Sequence[Norm],
+        shared: Float[Tensor, "B E"] | None = None,
+    ) -> Float[Tensor, "B M C2"]:
         assert plan.neighbors is not None and plan.offsets is not None
-        grouped = group(x, plan.neighbors)
-        return self.mlp(torch.cat([plan.offsets.to(x.dtype), grouped], dim=-1), style).amax(dim=2)
+        of_offsets, of_features, of_shared = self.linear.weight.split(self.parts, dim=1)
+        y = group_offsets(F.linear(x, of_features), plan.neighbors, plan.offsets, of_offsets)
+        y = normalize(y, _shared(norms[0], of_shared, shared))
+        return max_neighbors(self.mlp(y, norms[1:]))
 
 
 class FeaturePropagation(nn.Module):
-    """PointNet++ up-sampling: interpolate the centres' features, append the skip, MLP."""
+    """PointNet++ up-sampling: interpolate the centres' features, append the skip, MLP.
 
-    def __init__(self, in_channels: int, widths: Sequence[int], style_dim: int, *, residual: bool = False) -> None:
+    The first layer multiplies the features before they are interpolated, once per centre; what all points share needs
+    no interpolation, as its weights sum to 1. ``residual`` is that of the layers behind the first.
+    """
+
+    def __init__(
+        self, in_channels: int, shared_channels: int, skip_channels: int, widths: Sequence[int], *, residual: bool
+    ) -> None:
         super().__init__()
-        self.mlp = MLP(in_channels, widths, style_dim, residual=residual)
+        self.norm_channels = tuple(widths)
+        self.parts = [in_channels, shared_channels, skip_channels]
+        self.linear = nn.Linear(sum(self.parts), widths[0], bias=False)
+        self.mlp = MLP(widths[0], widths[1:], residual=residual)
 
     def forward(
-        self, x: Float[Tensor, "B M C"], skip: Float[Tensor, "B N C2"], plan: LevelPlan, style: Tensor | None
+        self,
+        x: Float[Tensor, "B M C"],
+        skip: Float[Tensor, "B N C2"],
+        plan: LevelPlan,
+        norms: Sequence[Norm],
+        shared: Float[Tensor, "B E"] | None = None,
     ) -> Float[Tensor, "B N C3"]:
         assert plan.interpolation_weights is not None and plan.interpolation_index is not None
-        x = three_interpolate(x, plan.interpolation_weights, plan.interpolation_index)
-        return self.mlp(torch.cat([x, skip.to(x.dtype)], dim=-1), style)
+        of_features, of_shared, of_skip = self.linear.weight.split(self.parts, dim=1)
+        y = three_interpolate(F.linear(x, of_features), plan.interpolation_weights, plan.interpolation_index)
+        if skip.shape[2]:
+            y = torch.addmm(y.flatten(0, 1), skip.flatten(0, 1), of_skip.T).view(y.shape)
+        return self.mlp(normalize(y, _shared(norms[0], of_shared, shared)), norms[1:])

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lion_triton import diffusion
 from lion_triton.diffusion import Schedule
 from lion_triton.kernels import normal_noise
+from lion_triton.kernels.noise import new_key
+from lion_triton.models.hub import Pretrained
 from lion_triton.models.priors import (
     PointPrior,
     PointPriorConfig,
@@ -70,12 +72,14 @@ def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) 
     return Posterior(z, *vae.encode_points(points, z, plan))
 
 
-class LION(nn.Module):
+class LION(nn.Module, Pretrained):
     """VAE and priors with one forward process.
 
     The priors work on standardised latents, ``(latent - mean) / std``; the statistics are buffers, set once
     by :meth:`set_latent_statistics` before the priors are trained, and the identity in the published model.
     """
+
+    config_type = LIONConfig
 
     def __init__(self, config: LIONConfig | None = None) -> None:
         super().__init__()
@@ -204,10 +208,3 @@ class LION(nn.Module):
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:
     """Network evaluations per prior where nobody says how many."""
     return num_train_timesteps if sampler == "ddpm" else min(50, num_train_timesteps)
-
-
-def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int[Tensor, " 2"]:
-    """A fresh noise key (seed, 0) on ``device``, drawn from ``generator`` (None: PyTorch's default one on the CPU)."""
-    source = None if generator is None else generator.device
-    seed = torch.randint(2**62, (1,), generator=generator, device=source)
-    return torch.cat([seed, torch.zeros_like(seed)]).to(device)

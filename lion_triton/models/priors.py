@@ -6,14 +6,19 @@ Shapes: B clouds, N points, Z shape-latent channels, H latent-point channels. ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lion_triton.kernels import dropout
+from lion_triton.kernels.noise import new_key
 from lion_triton.models.attention import softmax_attention
 from lion_triton.models.layers import SqueezeExcite, sinusoidal_embedding
+from lion_triton.models.modulation import layer_keys
+from lion_triton.models.precision import compute_dtype
 from lion_triton.models.unet import UNet, UNetConfig, published_unet
 
 CLIP_DIM = 512  # of the image and text embeddings of CLIP ViT-B/32
@@ -36,17 +41,19 @@ class _ShapeBlock(nn.Module):
 
     def __init__(self, width: int, condition_dim: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.linear1 = nn.Linear(width + condition_dim, width)
-        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(width, width)
         self.squeeze_excite = SqueezeExcite(width)
 
-    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None, key: Tensor | None) -> Tensor:
         hidden = x + time
         if condition is not None:
             hidden = torch.cat([hidden, condition], dim=-1)
-        hidden = self.linear2(self.dropout(self.linear1(hidden).relu())).relu()
-        return x + self.squeeze_excite(hidden)
+        hidden = self.linear1(hidden).relu()
+        if key is not None:
+            hidden = dropout(hidden, self.dropout, key)
+        return x + self.squeeze_excite(self.linear2(hidden).relu())
 
 
 class ShapePrior(nn.Module):
@@ -67,6 +74,8 @@ class ShapePrior(nn.Module):
         condition_dim = width if config.clip else 0
         self.blocks = nn.ModuleList(_ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks))
         self.output = nn.Linear(width, shape_dim)
+        self.keys: Tensor
+        self.register_buffer("keys", layer_keys(config.blocks), persistent=False)
 
     def forward(
         self,
@@ -74,17 +83,26 @@ class ShapePrior(nn.Module):
         t: Float[Tensor, " B"],
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
+        *,
+        key: Int[Tensor, " 2"] | None = None,
     ) -> Float[Tensor, "B Z"]:
-        """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it."""
+        """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it.
+
+        ``key``: of the dropout in training, a fresh one if None.
+        """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
-        time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(z_t.dtype))
-        if self.class_embedding is not None:
-            time = time + self.class_embedding(label)
-        condition = None if self.clip_projection is None else self.clip_projection(clip)
-        x = self.input(z_t)
-        for block in self.blocks:
-            x = block(x, time, condition)
-        return self.output(x).float()
+        keys: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if self.training and self.config.dropout:
+            keys = ((new_key(z_t.device) if key is None else key) + self.keys).unbind()
+        with compute_dtype(self, z_t.device) as dtype:
+            time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
+            if self.class_embedding is not None:
+                time = time + self.class_embedding(label).to(dtype)
+            condition = None if self.clip_projection is None or clip is None else self.clip_projection(clip.to(dtype))
+            x = self.input(z_t.to(dtype))
+            for block, block_key in zip(self.blocks, keys, strict=True):
+                x = block(x, time, condition, block_key)
+            return self.output(x).float()
 
 
 @dataclass(frozen=True)
@@ -148,15 +166,20 @@ class PointPrior(nn.Module):
         z: Float[Tensor, "B Z"],
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
+        *,
+        key: Int[Tensor, " 2"] | None = None,
     ) -> Float[Tensor, "B N H"]:
-        """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it."""
+        """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it.
+
+        ``key``: of the dropout in training, a fresh one if None; the transformer has none.
+        """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         style = z
         if self.class_embedding is not None:
             style = torch.cat([style, self.class_embedding(label).to(style.dtype)], dim=-1)
         if self.clip_projection is not None:
             style = self.clip_style(torch.cat([style, self.clip_projection(clip)], dim=-1))
-        return self.network(h_t, style, t).float()
+        return self.network(h_t, style, t, key=key).float()
 
 
 def _check_conditions(clip: Tensor | None, takes_clip: bool, label: Tensor | None, takes_label: bool) -> None:
@@ -209,15 +232,21 @@ class PointTransformer(nn.Module):
         self.output = _zero(nn.Linear(width, point_dim))
 
     def forward(
-        self, h_t: Float[Tensor, "B N H"], style: Float[Tensor, "B S"], t: Float[Tensor, " B"]
+        self,
+        h_t: Float[Tensor, "B N H"],
+        style: Float[Tensor, "B S"],
+        t: Float[Tensor, " B"],
+        *,
+        key: Int[Tensor, " 2"] | None = None,
     ) -> Float[Tensor, "B N H"]:
-        time = sinusoidal_embedding(t, self.time_dim).to(style.dtype)
-        condition = nn.functional.silu(self.condition(torch.cat([time, style], dim=-1)))
-        x = self.input(h_t)
-        for block in self.blocks:
-            x = block(x, condition)
-        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self.output(self.norm(x) * (1 + scale) + shift)
+        with compute_dtype(self, h_t.device) as dtype:
+            time = sinusoidal_embedding(t, self.time_dim).to(dtype)
+            condition = nn.functional.silu(self.condition(torch.cat([time, style.to(dtype)], dim=-1)))
+            x = self.input(h_t.to(dtype))
+            for block in self.blocks:
+                x = block(x, condition)
+            shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+            return self.output(self.norm(x) * (1 + scale) + shift)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

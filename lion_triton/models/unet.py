@@ -6,17 +6,19 @@ E time-embedding channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from lion_triton.kernels.noise import new_key
 from lion_triton.models.attention import Attention, AttentionKind
 from lion_triton.models.layers import MLP, FeaturePropagation, PVConv, SetAbstraction, sinusoidal_embedding
+from lion_triton.models.modulation import Modulation, Norm
 from lion_triton.models.plan import LevelGeometry, PointPlan, SetAbstractionGeometry, plan_points
+from lion_triton.models.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class ConvolutionRun(nn.Module):
     """The PVConvs of one level, in sequence."""
 
     def __init__(
-        self, in_channels: int, config: Convolutions, style_dim: int, dropout: float, attention: AttentionKind
+        self, in_channels: int, shared_channels: int, config: Convolutions, dropout: float, attention: AttentionKind
     ) -> None:
         super().__init__()
         self.resolution = config.resolution
@@ -105,15 +107,21 @@ class ConvolutionRun(nn.Module):
                     in_channels if i == 0 else config.channels,
                     config.channels,
                     config.resolution,
-                    style_dim,
+                    shared_channels=shared_channels if i == 0 else 0,
                     dropout=dropout,
                     attention=attend,
                 )
             )
 
-    def forward(self, x: Tensor, plan: PointPlan, level: int, style: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, plan.levels[level].voxels[self.resolution], style)
+    def pvconvs(self) -> list[PVConv]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def forward(
+        self, x: Tensor, plan: PointPlan, level: int, norms: Iterator[list[Norm]], shared: Tensor | None = None
+    ) -> Tensor:
+        """Takes of ``norms`` those of its blocks."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, plan.levels[level].voxels[self.resolution], next(norms), shared if i == 0 else None)
         return x
 
 
@@ -137,17 +145,22 @@ class UNet(nn.Module):
             self.time_mlp = nn.Sequential(
                 nn.Linear(time_dim, time_dim), nn.LeakyReLU(0.1), nn.Linear(time_dim, time_dim)
             )
-        common = (style_dim, config.dropout, config.attention)
+        common = (config.dropout, config.attention)
 
         self.down_convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
         channels = in_channels
         skips = [in_channels - 3]
+        blocks: list[PVConv | SetAbstraction | FeaturePropagation] = []  # as they run
         for i, down in enumerate(config.down):
-            convolutions = ConvolutionRun(channels + time_dim * (i > 0), down.convolutions, *common)
+            shared = time_dim if i > 0 else 0  # the first block of a level takes the time
+            convolutions = ConvolutionRun(channels, shared, down.convolutions, *common)
+            channels = convolutions.out_channels
+            abstraction = SetAbstraction(channels, 0 if convolutions.blocks else shared, down.widths)
             self.down_convolutions.append(convolutions)
-            self.set_abstractions.append(SetAbstraction(convolutions.out_channels, down.widths, style_dim))
+            self.set_abstractions.append(abstraction)
+            blocks += [*convolutions.pvconvs(), abstraction]
             if config.skip == "convolved":
-                skips[-1] = convolutions.out_channels
+                skips[-1] = channels
             channels = down.widths[-1]
             skips.append(channels)
         skips.pop()  # the coarsest features go through the middle, not around it
@@ -156,16 +169,16 @@ class UNet(nn.Module):
 
         self.propagations, self.up_convolutions = nn.ModuleList(), nn.ModuleList()
         for up, skip in zip(config.up, reversed(skips), strict=True):
-            self.propagations.append(
-                FeaturePropagation(channels + time_dim + skip, up.widths, style_dim, residual=config.residual)
-            )
-            convolutions = ConvolutionRun(up.widths[-1], up.convolutions, *common)
+            propagation = FeaturePropagation(channels, time_dim, skip, up.widths, residual=config.residual)
+            convolutions = ConvolutionRun(up.widths[-1], 0, up.convolutions, *common)
+            self.propagations.append(propagation)
             self.up_convolutions.append(convolutions)
+            blocks += [propagation, *convolutions.pvconvs()]
             channels = convolutions.out_channels
 
-        self.head = MLP(channels, (config.head_width,), style_dim)
-        self.head_dropout = nn.Dropout(config.dropout)
+        self.head = MLP(channels, (config.head_width,), dropout=config.dropout)
         self.out = nn.Linear(config.head_width, out_channels)
+        self.modulation = Modulation([block.norm_channels for block in (*blocks, self.head)], style_dim)
 
     def forward(
         self,
@@ -173,38 +186,40 @@ class UNet(nn.Module):
         style: Float[Tensor, "B S"],
         t: Float[Tensor, " B"] | None = None,
         plan: PointPlan | None = None,
+        key: Int64[Tensor, " 2"] | None = None,
     ) -> Float[Tensor, "B N C"]:
-        """Run the network; ``plan`` defaults to the plan of x's first three channels."""
+        """Run the network; ``plan`` defaults to the plan of x's first three channels, ``key`` to a fresh one.
+
+        The key decides what is dropped out in training. Under autocast the result has autocast's dtype.
+        """
         if plan is None:
             plan = plan_points(x[..., :3], self.config.geometry)
-        time = None
-        if self.time_dim:
-            assert t is not None
-            time = self.time_mlp(sinusoidal_embedding(t, self.time_dim).to(self.out.weight.dtype))
+        if self.training and self.config.dropout and key is None:
+            key = new_key(x.device)
+        with compute_dtype(self, x.device) as dtype:
+            norms = self.modulation(style.to(dtype), len(x), key if self.training else None)
+            time = None
+            if self.time_dim:
+                assert t is not None
+                time = self.time_mlp(sinusoidal_embedding(t, self.time_dim).to(dtype))
+            return self._run(x.to(dtype), plan, norms, time)
 
+    def _run(self, x: Tensor, plan: PointPlan, norms: Iterator[list[Norm]], time: Tensor | None) -> Tensor:
         skips = []
         for level, (convolve, abstract) in enumerate(zip(self.down_convolutions, self.set_abstractions, strict=True)):
-            skip = x if level > 0 else x[..., 3:]
-            if level > 0:
-                x = _append(x, time)
-            x = convolve(x, plan, level, style)
+            skip, shared = (x, time) if level > 0 else (x[..., 3:], None)
+            x = convolve(x, plan, level, norms, shared)
             skips.append(x if self.config.skip == "convolved" else skip)
-            x = abstract(x, plan.levels[level], style)
+            x = abstract(x, plan.levels[level], next(norms), None if convolve.blocks else shared)
 
         x = self.middle(x)
 
         for propagate, convolve in zip(self.propagations, self.up_convolutions, strict=True):
             level = len(skips) - 1
-            x = propagate(_append(x, time), skips.pop(), plan.levels[level], style)
-            x = convolve(x, plan, level, style)
+            x = propagate(x, skips.pop(), plan.levels[level], next(norms), time)
+            x = convolve(x, plan, level, norms)
 
-        return self.out(self.head_dropout(self.head(x, style)))
-
-
-def _append(x: Float[Tensor, "B N C"], time: Float[Tensor, "B E"] | None) -> Tensor:
-    if time is None:
-        return x
-    return torch.cat([x, time.to(x.dtype).unsqueeze(1).expand(-1, x.shape[1], -1)], dim=-1)
+        return self.out(self.head(x, next(norms)))
 
 
 class PointEncoder(nn.Module):
@@ -214,20 +229,32 @@ class PointEncoder(nn.Module):
         super().__init__()
         self.geometry = tuple(LevelGeometry(_resolutions(level.convolutions), level.sample) for level in levels)
         self.convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
+        self.dropout = dropout
+        blocks: list[PVConv | SetAbstraction | FeaturePropagation] = []
         for level in levels:
-            run = ConvolutionRun(in_channels, level.convolutions, 0, dropout, attention)
+            run = ConvolutionRun(in_channels, 0, level.convolutions, dropout, attention)
+            abstraction = SetAbstraction(run.out_channels, 0, level.widths)
             self.convolutions.append(run)
-            self.set_abstractions.append(SetAbstraction(run.out_channels, level.widths, 0))
+            self.set_abstractions.append(abstraction)
+            blocks += [*run.pvconvs(), abstraction]
             in_channels = level.widths[-1]
         self.out_channels = in_channels
+        self.modulation = Modulation([block.norm_channels for block in blocks], 0)
 
-    def forward(self, x: Float[Tensor, "B N F"], plan: PointPlan | None = None) -> Float[Tensor, "B C"]:
-        """Features of the whole cloud; the maximum over the coarsest centres."""
+    def forward(
+        self, x: Float[Tensor, "B N F"], plan: PointPlan | None = None, key: Int64[Tensor, " 2"] | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Features of the whole cloud; the maximum over the coarsest centres. ``key`` as of :class:`UNet`."""
         if plan is None or not plan.serves(self.geometry):
             plan = plan_points(x[..., :3], self.geometry)
-        for level, (convolve, abstract) in enumerate(zip(self.convolutions, self.set_abstractions, strict=True)):
-            x = abstract(convolve(x, plan, level, None), plan.levels[level], None)
-        return x.amax(dim=1)
+        if self.training and self.dropout and key is None:
+            key = new_key(x.device)
+        with compute_dtype(self, x.device) as dtype:
+            norms = self.modulation(None, len(x), key if self.training else None)
+            x = x.to(dtype)
+            for level, (convolve, abstract) in enumerate(zip(self.convolutions, self.set_abstractions, strict=True)):
+                x = abstract(convolve(x, plan, level, norms), plan.levels[level], next(norms))
+            return x.amax(dim=1)
 
 
 def published_unet(deep_width: int = 256, attention: AttentionKind = "linear") -> UNetConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lion_triton.models.plan import PointPlan, SetAbstractionGeometry, plan_points
@@ -85,24 +85,34 @@ class VAE(nn.Module):
         return plan_points(points, self.config.point_encoder.geometry)
 
     def encode_shape(
-        self, points: Float[Tensor, "B N 3"], plan: PointPlan | None = None
+        self, points: Float[Tensor, "B N 3"], plan: PointPlan | None = None, *, key: Int64[Tensor, " 2"] | None = None
     ) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
-        """``(mu, log_sigma)`` of q(z0|x)."""
-        mu, log_sigma = self.shape_head(self.shape_encoder(points, plan)).float().chunk(2, dim=-1)
+        """``(mu, log_sigma)`` of q(z0|x). ``key``, here and below: of the dropout in training, a fresh one if None."""
+        mu, log_sigma = self.shape_head(self.shape_encoder(points, plan, key)).float().chunk(2, dim=-1)
         return mu, log_sigma
 
     def encode_points(
-        self, points: Float[Tensor, "B N 3"], z: Float[Tensor, "B Z"], plan: PointPlan | None = None
+        self,
+        points: Float[Tensor, "B N 3"],
+        z: Float[Tensor, "B Z"],
+        plan: PointPlan | None = None,
+        *,
+        key: Int64[Tensor, " 2"] | None = None,
     ) -> tuple[Float[Tensor, "B N H"], Float[Tensor, "B N H"]]:
         """``(mu, log_sigma)`` of q(h0|x,z0); xyz first, then the features."""
-        out = self.point_encoder(points, z, plan=plan).float()
+        out = self.point_encoder(points, z, plan=plan, key=key).float()
         features = self.config.feature_dim
         mu, log_sigma, feature_mu, feature_log_sigma = out.split([3, 3, features, features], dim=-1)
         mu = torch.cat([self.config.encoder_scale * mu + points, feature_mu], dim=-1)
         return mu, torch.cat([log_sigma, feature_log_sigma], dim=-1) - self.config.log_sigma_offset
 
     def decode(
-        self, h: Float[Tensor, "B N H"], z: Float[Tensor, "B Z"], plan: PointPlan | None = None
+        self,
+        h: Float[Tensor, "B N H"],
+        z: Float[Tensor, "B Z"],
+        plan: PointPlan | None = None,
+        *,
+        key: Int64[Tensor, " 2"] | None = None,
     ) -> Float[Tensor, "B N 3"]:
         """The mean of p(x|h0,z0); one output point for each latent point."""
-        return self.config.decoder_scale * self.decoder(h, z, plan=plan).float() + h[..., :3]
+        return self.config.decoder_scale * self.decoder(h, z, plan=plan, key=key).float() + h[..., :3]

@@ -29,7 +29,7 @@ def refuse(self, *args, **kwargs):
 for name in "item tolist numpy cpu nonzero unique __bool__ __int__ __float__ __index__ masked_select".split():
     setattr(torch.Tensor, name, refuse)
 
-gather._check_gather = lambda *args: None  # looks at indices on a CPU only
+gather.check_gather = lambda *args: None  # looks at indices on a CPU only
 launches = 0
 
 def skip(self, *args, **kwargs):

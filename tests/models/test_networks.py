@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_triton.config import PRESETS, quickstart, with_networks
+from lion_triton.kernels import group
 from lion_triton.models import LION, LIONConfig
 from lion_triton.models.attention import Attention, linear_attention, softmax_attention
-from lion_triton.models.layers import AdaGN, SqueezeExcite, sinusoidal_embedding
+from lion_triton.models.layers import FeaturePropagation, PVConv, SetAbstraction, SqueezeExcite, sinusoidal_embedding
+from lion_triton.models.modulation import Modulation, normalize
 from lion_triton.models.plan import LevelGeometry, SetAbstractionGeometry, plan_points
+from lion_triton.models.priors import PointPrior
 from lion_triton.models.unet import Convolutions, DownLevel, UNet, UNetConfig, UpLevel
 
 N = 160
@@ -209,13 +212,123 @@ def test_both_kinds_of_attention_have_the_same_parameters() -> None:
     assert not torch.allclose(linear(x), softmax(x))
 
 
-def test_adagn_starts_as_plain_group_normalisation() -> None:
-    norm = AdaGN(32, 8)
+def test_modulation_starts_as_plain_group_normalisation() -> None:
+    (norms,) = Modulation([(32,)], 8)(torch.zeros(2, 8), 2)
     x = torch.randn(2, 5, 32)
-    plain = torch.nn.functional.group_norm(x.transpose(1, 2), 8).transpose(1, 2)
-    torch.testing.assert_close(norm(x, torch.zeros(2, 8)), plain, rtol=1e-4, atol=1e-5)
-    weight = torch.cat([AdaGN(64, 16).style.weight.flatten() for _ in range(20)])  # type: ignore[union-attr]
-    assert weight.var().item() == pytest.approx(0.1 / 128, rel=0.05)
+    plain = torch.nn.functional.silu(torch.nn.functional.group_norm(x.transpose(1, 2), 8).transpose(1, 2))
+    torch.testing.assert_close(normalize(x, norms[0]), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_modulation_initialises_each_norm_for_itself() -> None:
+    modulation = Modulation([(64, 16)] * 20, 16)
+    for half in modulation.style.weight.chunk(2):  # type: ignore[union-attr]
+        rows = half.split(modulation.channels)
+        for width in (64, 16):
+            weight = torch.cat([r.flatten() for r in rows if len(r) == width])
+            assert weight.var().item() == pytest.approx(0.1 / (2 * width), rel=0.1)
+
+
+@pytest.mark.parametrize("style_dim", [0, 5])
+def test_modulation_gives_each_norm_its_part(style_dim: int) -> None:
+    modulation = Modulation([(8, 16), (24,)], style_dim)
+    with torch.no_grad():
+        for p in modulation.parameters():
+            p.copy_(torch.randn_like(p))
+    style = torch.randn(3, style_dim) if style_dim else None
+    blocks = list(modulation(style, 3, torch.tensor([7, 5])))
+    assert [len(block) for block in blocks] == [2, 1]
+    norms, first = [norm for block in blocks for norm in block], 0
+    for i, (norm, c) in enumerate(zip(norms, (8, 16, 24), strict=True)):
+        part = slice(first, first + c)
+        scale, shift = modulation.weight[part], modulation.bias[part]
+        if style is not None:
+            s, t = torch.nn.functional.linear(style, modulation.style.weight, modulation.style.bias).chunk(2, 1)
+            scale, shift = scale * s[:, part], shift * s[:, part] + t[:, part]
+        torch.testing.assert_close(norm.scale, scale.expand(3, c))
+        torch.testing.assert_close(norm.shift, shift.expand(3, c))
+        torch.testing.assert_close(norm.offset, modulation.offset[part].expand(3, c))
+        assert norm.key.tolist() == [7, 5 + (i + 1) * 2**40]
+        first += c
+
+
+def test_what_points_share_is_as_if_concatenated() -> None:
+    """A PVConv, a set abstraction and a propagation that are told what all points of a cloud share."""
+    torch.manual_seed(0)
+    x, shared, skip = torch.randn(2, 12, 5), torch.randn(2, 3), torch.randn(2, 12, 2)
+    points = torch.randn(2, 12, 3)
+    level = plan_points(points, [LevelGeometry((3,), SetAbstractionGeometry(4, 1.0, 3))]).levels[0]
+    apart: list[nn.Module] = [
+        PVConv(5, 16, 3, shared_channels=3),
+        SetAbstraction(5, 3, (16, 16)),
+        FeaturePropagation(5, 3, 2, (16, 16), residual=True),
+    ]
+    together: list[nn.Module] = [
+        PVConv(8, 16, 3),
+        SetAbstraction(8, 0, (16, 16)),
+        FeaturePropagation(8, 0, 2, (16, 16), residual=True),
+    ]
+    for a, b in zip(apart, together, strict=True):
+        b.load_state_dict(a.state_dict())
+        modulation = Modulation([a.norm_channels], 0)  # type: ignore[list-item]
+        nn.init.normal_(modulation.offset)
+        (norms,) = modulation(None, 2)
+        features = x[:, :4] if isinstance(a, FeaturePropagation) else x
+        both = torch.cat([features, shared[:, None].expand(-1, features.shape[1], -1)], -1)
+        where = level.voxels[3] if isinstance(a, PVConv) else level
+        more = (skip,) if isinstance(a, FeaturePropagation) else ()
+        torch.testing.assert_close(
+            a(features, *more, where, norms, shared), b(both, *more, where, norms), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_set_abstraction_is_an_mlp_of_offsets_and_features_and_a_maximum() -> None:
+    torch.manual_seed(0)
+    x, points = torch.randn(2, 12, 5), torch.randn(2, 12, 3)
+    level = plan_points(points, [LevelGeometry((), SetAbstractionGeometry(4, 1.0, 3))]).levels[0]
+    abstraction = SetAbstraction(5, 0, (16,))
+    (norms,) = Modulation([(16,)], 0)(None, 2)
+    whole = torch.cat([level.offsets, group(x, level.neighbors)], -1)
+    expected = normalize(whole @ abstraction.linear.weight.T, norms[0]).amax(2)
+    torch.testing.assert_close(abstraction(x, level, norms), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_depends_on_the_key_alone() -> None:
+    torch.manual_seed(0)
+    config = replace(quickstart().model.point_prior, num_classes=0)
+    config = replace(config, network=replace(config.network, dropout=0.3))  # type: ignore[type-var]
+    prior = PointPrior(config, 4, 32).train()
+    h, t, z = torch.randn(1, 64, 4), torch.tensor([5.0]), torch.randn(1, 32)
+    one, two = torch.tensor([1, 2]), torch.tensor([1, 3])
+    torch.manual_seed(1)
+    first = prior(h, t, z, key=one)
+    torch.manual_seed(2)
+    assert torch.equal(prior(h, t, z, key=one), first)
+    assert not torch.allclose(prior(h, t, z, key=two), first)
+    assert not torch.equal(prior(h, t, z), prior(h, t, z))  # a fresh one each
+    with torch.no_grad():
+        assert torch.equal(prior.eval()(h, t, z, key=one), prior(h, t, z))  # nothing is dropped out
+
+
+def test_autocast_casts_once_and_puts_the_weights_back() -> None:
+    torch.manual_seed(0)
+    config = replace(quickstart().model.point_prior, num_classes=0)
+    prior = PointPrior(config, 4, 32)
+    before = {name: p.data_ptr() for name, p in prior.named_parameters()}
+    h, t, z = torch.randn(1, 64, 4), torch.tensor([5.0]), torch.randn(1, 32)
+    exact = prior(h, t, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = prior(h, t, z)
+        with pytest.raises(RuntimeError):
+            prior(h[..., :3], t, z)
+    assert {name: p.data_ptr() for name, p in prior.named_parameters()} == before
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).norm() / exact.norm() < 0.05
+    half.square().mean().backward()
+    got = {name: p.grad for name, p in prior.named_parameters()}
+    assert all(g is not None and g.dtype == torch.float32 for g in got.values())
+    exact_gradients = torch.autograd.grad(exact.square().mean(), list(prior.parameters()))
+    error = sum((a - b).square().sum() for a, b in zip(got.values(), exact_gradients, strict=True))
+    assert error < 0.01 * sum(b.square().sum() for b in exact_gradients)
 
 
 def test_squeeze_excite_takes_vectors_and_grids() -> None:

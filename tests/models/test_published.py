@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,10 @@ def lion_clip() -> LION:
 
 
 def assert_close(output: Tensor, golden: Tensor) -> None:
-    """The contract: a relative L2 error of 1e-4 in float32; rounding alone gives some 2e-6."""
+    """A relative L2 error of 5e-6 in float32; 1e-7 of noise in the input moves the original by 2e-6."""
     assert output.shape == golden.shape
     assert output.dtype == torch.float32
-    assert (output - golden).norm() / golden.norm() < 1e-4
+    assert (output - golden).norm() / golden.norm() < 5e-6
 
 
 @torch.no_grad()
@@ -119,9 +120,9 @@ def test_parameter_counts(lion: LION) -> None:
 @pytest.mark.parametrize("priors", ["dae_state_dict", "dae_state_dict_clip"])
 def test_every_published_tensor_has_its_place(priors: str) -> None:
     lion = load_published(empty_checkpoint(priors))
-    published = len(KEYS["vae_state_dict"]) + len(KEYS[priors])
-    own = {"z_mean", "z_std", "h_mean", "h_std"}
-    assert len(lion.state_dict().keys() - own) == published
+    # Ours are fewer, as all norms of a network are in one place, of the same number of values.
+    published = sum(prod(shape) for part in ("vae_state_dict", priors) for shape in KEYS[part].values())
+    assert sum(p.numel() for p in lion.parameters()) == published
     assert lion.config.shape_prior.clip == priors.endswith("clip")
 
 

@@ -7,8 +7,16 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from lion_triton import kernels
+from lion_triton.kernels.compat._clouds import check_tensors
 
-__all__ = ["chamfer_3DDist", "chamfer_3DDist_nograd", "chamfer_3DFunction", "chamfer_3DFunction_noGrad", "fscore"]
+__all__ = [
+    "chamfer_3DDist",
+    "chamfer_3DDist_nograd",
+    "chamfer_3DFunction",
+    "chamfer_3DFunction_noGrad",
+    "fscore",
+    "fscore_1e4",
+]
 
 BothWays = tuple[Float[Tensor, "B N"], Float[Tensor, "B M"], Int32[Tensor, "B N"], Int32[Tensor, "B M"]]
 
@@ -18,6 +26,7 @@ class chamfer_3DFunction:
 
     @staticmethod
     def apply(xyz1: Float[Tensor, "B N 3"], xyz2: Float[Tensor, "B M 3"]) -> BothWays:
+        check_tensors(xyz1=xyz1, xyz2=xyz2)
         dist1, idx1 = kernels.nearest_neighbor(xyz1, xyz2)
         dist2, idx2 = kernels.nearest_neighbor(xyz2, xyz1)
         return dist1, dist2, idx1, idx2
@@ -60,8 +69,16 @@ def fscore(
     Returns (F, P1, P2), float32, each (B,): P the fraction of distances below the threshold, F the harmonic mean
     of both, 0 where both are 0. Not differentiable.
     """
+    check_tensors(dist1=dist1, dist2=dist2)
     precision1 = (dist1 < threshold).float().mean(1)
     precision2 = (dist2 < threshold).float().mean(1)
     total = precision1 + precision2
     score = 2 * precision1 * precision2 / torch.where(total > 0, total, 1)
     return score, precision1, precision2
+
+
+def fscore_1e4(
+    dist1: Float[Tensor, "B N"], dist2: Float[Tensor, "B M"], threshold: float = 0.0001
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """:func:`fscore` with the default threshold of the copies in VRCNet, MVP_Benchmark, SVDFormer and others."""
+    return fscore(dist1, dist2, threshold)

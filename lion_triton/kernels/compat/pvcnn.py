@@ -7,12 +7,15 @@ coordinates, except through ``furthest_point_sample``, which selects points. Val
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from lion_triton import kernels
+from lion_triton.kernels.compat._clouds import as_int, check_tensors
 
 __all__ = [
     "avg_voxelize",
@@ -35,8 +38,13 @@ def avg_voxelize(
 
     coords: (B, 3, N) in [0, R - 1]; truncated if they are not integers; outside, they act as if clamped.
     """
-    points = _points("coords", coords.int()).float()
-    return kernels.avg_voxelize(_rows("features", features), points, resolution).permute(0, 4, 1, 2, 3).contiguous()
+    resolution = as_int("resolution", resolution)
+    check_tensors(coords=coords)
+    points, rows = _points("coords", coords.int()).float(), _rows("features", features)
+    if 0 in rows.shape or resolution == 1:  # one voxel: the mean of all
+        mean = rows.mean(1, dtype=torch.promote_types(rows.dtype, torch.float32)) if rows.shape[1] else rows.sum(1)
+        return mean.to(rows.dtype)[..., None, None, None].expand(-1, -1, *[resolution] * 3).contiguous()
+    return kernels.avg_voxelize(rows, points, resolution).permute(0, 4, 1, 2, 3).contiguous()
 
 
 def trilinear_devoxelize(
@@ -46,11 +54,16 @@ def trilinear_devoxelize(
 
     coords: (B, 3, N) in [0, R - 1], unrounded. The backward works whatever ``is_training`` says.
     """
+    resolution = as_int("resolution", resolution)
+    check_tensors(features=features)
     B, C = features.shape[:2]
+    points = _points("coords", coords)
     if features.shape[2:].numel() != resolution**3:
         raise ValueError(f"features: expected (B, C, R, R, R) with R = {resolution}, got {tuple(features.shape)}")
+    if C == 0 or resolution == 1:
+        return features.reshape(B, C, resolution**3)[..., :1].expand(-1, -1, points.shape[1]).contiguous()
     voxels = features.reshape(B, C, resolution, resolution, resolution).permute(0, 2, 3, 4, 1)
-    return kernels.trilinear_devoxelize(voxels, _points("coords", coords)).mT.contiguous()
+    return kernels.trilinear_devoxelize(voxels, points).mT.contiguous()
 
 
 def ball_query(
@@ -61,34 +74,48 @@ def ball_query(
     Missing ones repeat the first; a centre without any has index 0. Not differentiable.
     """
     centers = _points("centers_coords", centers_coords)
-    return kernels.ball_query(centers, _points("points_coords", points_coords), radius, num_neighbors)
+    num_neighbors = as_int("num_neighbors", num_neighbors)
+    return kernels.ball_query(centers, _points("points_coords", points_coords), float(radius), num_neighbors)
 
 
 def grouping(features: Float[Tensor, "B C N"], indices: Int[Tensor, "B M U"]) -> Float[Tensor, "B C M U"]:
     """Features (B, C, N) at indices (B, M, U): (B, C, M, U)."""
-    return kernels.group(_rows("features", features), indices.int()).permute(0, 3, 1, 2).contiguous()
+    check_tensors(indices=indices)
+    rows = _rows("features", features)
+    if rows.shape[2] == 0:
+        return features.new_empty(len(features), 0, *indices.shape[1:])
+    return kernels.group(rows, indices.int()).permute(0, 3, 1, 2).contiguous()
 
 
 def gather(features: Float[Tensor, "B C N"], indices: Int[Tensor, "B M"]) -> Float[Tensor, "B C M"]:
     """Features (B, C, N) at indices (B, M): (B, C, M)."""
+    check_tensors(indices=indices)
     return grouping(features, indices[..., None])[..., 0]
 
 
 def furthest_point_sample(
-    coords: Float[Tensor, "B 3 N"], num_samples: int, normals: Float[Tensor, "B C N"] | None = None
-) -> Float[Tensor, "B 3 M"] | tuple[Float[Tensor, "B 3 M"], Float[Tensor, "B C M"]]:
+    coords: Float[Tensor, "B 3 N"],
+    num_samples: int,
+    normals: Float[Tensor, "B C N"] | None = None,
+    return_indices: bool = False,
+) -> Any:
     """Coordinates (B, 3, M) of points, each the furthest from those chosen before it, starting at point 0.
 
     Ties go to the lowest index; beyond N samples, point 0 repeats. Differentiable in coords as a selection.
     normals: further channels of the points, an argument of LION's copy: then returns (coordinates, normals).
+    return_indices: an argument of SeaLion's copy: the indices, int32 (B, M), come last in what is returned.
     """
-    points = _points("coords", coords)
+    points, num_samples = _points("coords", coords), as_int("num_samples", num_samples)
     if normals is not None and normals.shape[-1] != points.shape[1]:
         raise ValueError(f"normals: expected the N of coords ({points.shape[1]}), got {normals.shape[-1]}")
     idx = kernels.furthest_point_sample(points, min(num_samples, points.shape[1]))
     idx = F.pad(idx, (0, num_samples - idx.shape[1]))
-    centers = gather(points.mT, idx)
-    return centers if normals is None else (centers, gather(normals, idx))
+    results = [gather(points.mT, idx)]
+    if normals is not None:
+        results.append(gather(normals, idx))
+    if return_indices:
+        results.append(idx)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def nearest_neighbor_interpolate(
@@ -103,6 +130,8 @@ def nearest_neighbor_interpolate(
         raise ValueError(
             f"centers_features: expected the M of centers_coords ({centers.shape[1]}), got {features.shape[1]}"
         )
+    if features.shape[2] == 0:
+        return features.new_empty(len(features), 0, points.shape[1])
     weights, idx = kernels.three_nn(points, centers)
     return kernels.three_interpolate(features, weights, idx).mT.contiguous()
 
@@ -115,7 +144,8 @@ def logits_mask(
     Returns the sample (B, 3, M), the mean (B, 3) and the mask (B, N). Without replacement where a cloud has M such
     points, else as evenly as possible; zeros where it has none. Draws from PyTorch's generator of the device.
     """
-    B, N, M = len(coords), coords.shape[-1], num_points_per_object
+    check_tensors(coords=coords, logits=logits)
+    B, N, M = len(coords), coords.shape[-1], as_int("num_points_per_object", num_points_per_object)
     mask = logits[:, 0] < logits[:, 1]
     count = mask.sum(1, keepdim=True)
     masked = torch.where(mask[:, None], coords, 0)
@@ -140,6 +170,7 @@ def huber_loss(error: Float[Tensor, "..."], delta: float) -> Float[Tensor, ""]:
 
 def _points(name: str, coords: Tensor) -> Tensor:
     """(B, 3 or more, N) to (B, N, 3)."""
+    check_tensors(**{name: coords})
     if coords.ndim != 3 or coords.shape[1] < 3:
         raise ValueError(f"{name}: expected shape (B, 3, N), got {tuple(coords.shape)}")
     return coords[:, :3].mT
@@ -147,6 +178,7 @@ def _points(name: str, coords: Tensor) -> Tensor:
 
 def _rows(name: str, features: Tensor) -> Tensor:
     """(B, C, N) to (B, N, C)."""
+    check_tensors(**{name: features})
     if features.ndim != 3:
         raise ValueError(f"{name}: expected shape (B, C, N), got {tuple(features.shape)}")
     return features.mT

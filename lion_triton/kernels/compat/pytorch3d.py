@@ -1,16 +1,16 @@
 """PyTorch3D's point-cloud ops of version 0.7.9, with their complete signatures.
 
-    chamfer_distance          pytorch3d.loss
+    chamfer_distance                                              pytorch3d.loss
     knn_points, knn_gather, ball_query, sample_farthest_points    pytorch3d.ops
-    masked_gather             pytorch3d.ops.utils
+    estimate_pointcloud_normals, estimate_pointcloud_local_coord_frames, corresponding_points_alignment    pytorch3d.ops
+    masked_gather                                                 pytorch3d.ops.utils
 
 Clouds are (N, P, D) with any D >= 1; ``lengths`` (N,) says how many points of each cloud count, the rest is padding
-and never read into a result or a gradient. Whole clouds in three dimensions go to this package's kernels: nearest
-neighbour by squared distance (K = 1) and furthest points from point 0. Everything else is plain PyTorch in blocks:
-never a whole (P1, P2) matrix of large clouds.
+and never read into a result or a gradient. Nearest neighbours by squared distance and furthest points in up to three
+dimensions go to this package's ops. Everything else is plain PyTorch in blocks: never a whole (P1, P2) matrix of large
+clouds.
 
-Neighbours are searched first and their distances computed again from the chosen pairs, by the same operations in the
-same order: the gradient is that of the chosen pairs, and the values are those that were compared, bit for bit.
+The gradient of distances is that of the chosen pairs, and their values are those that were compared, bit for bit.
 Ties go to the lowest index. Deterministic, backward too. float32 and float64; half precision is computed and returned
 in float32. ValueError: arguments that do not fit.
 
@@ -29,11 +29,17 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lion_triton import kernels
+from lion_triton.kernels.compat._clouds import as_int, check_tensors, furthest_points
+from lion_triton.kernels.knn import smallest
 
 __all__ = [
-    "KNN",
+    "_KNN",
+    "SimilarityTransform",
     "ball_query",
     "chamfer_distance",
+    "corresponding_points_alignment",
+    "estimate_pointcloud_local_coord_frames",
+    "estimate_pointcloud_normals",
     "knn_gather",
     "knn_points",
     "masked_gather",
@@ -43,7 +49,7 @@ __all__ = [
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class KNN(NamedTuple):
+class _KNN(NamedTuple):
     """Neighbours in p2 of each point of p1; ``knn`` is None unless it was asked for."""
 
     dists: Float[Tensor, "N P1 K"]
@@ -135,7 +141,7 @@ def knn_points(
     version: int = -1,
     return_nn: bool = False,
     return_sorted: bool = True,
-) -> KNN:
+) -> _KNN:
     """The K points of p2 nearest to each point of p1: squared distances (norm 1: sums of magnitudes) and indices.
 
     Nearest first; in order of the index without ``return_sorted``. K: >= 1, may exceed P2. Slots beyond the points
@@ -143,31 +149,41 @@ def knn_points(
     return_nn: also ``knn_gather(p2, idx, lengths2)``. Distances are differentiable in p1 and p2, knn in p2.
     """
     _check_norm(norm)
-    _check_count("K", K)
+    K = _count("K", K)
     p1, p2 = _check_pair("p1", p1, "p2", p2)
     lengths1, lengths2 = _check_lengths("lengths1", lengths1, p1), _check_lengths("lengths2", lengths2, p2)
     whole = lengths1 is None and lengths2 is None and p1.numel() > 0 and p2.numel() > 0
-    if whole and norm == 2 and K == 1 and p1.shape[2] == 3:
+    if whole and norm == 2 and K == 1 and p1.shape[2] == 3 and p1.is_cuda:
         sqdist, nearest = kernels.nearest_neighbor(p1, p2)
         dists, idx = sqdist[..., None], nearest[..., None].long()
     else:
-        k = min(K, p2.shape[1])
-        idx = _search(p1, p2, lengths2, norm, k, lambda dists: _smallest(dists, k))
-        if lengths2 is not None:
-            idx = idx.masked_fill(_padding(lengths2, k)[:, None], -1)
-        if not return_sorted:  # -1 last
-            idx = torch.where(idx < 0, p2.shape[1], idx).sort(-1).values
-            idx = torch.where(idx < p2.shape[1], idx, -1)
-        idx = _pad(idx, K, lengths1)
-        dists = _distances(p1, p2, idx, norm)
-        idx = idx.clamp(min=0)
-    return KNN(dists, idx, knn_gather(p2, idx, lengths2) if return_nn else None)
+        if lengths1 is not None:  # padding may hold anything, and enters no gradient
+            p1 = p1.masked_fill(_padding(lengths1, p1.shape[1])[..., None], 0)
+        if norm == 2:
+            dists, nearest = kernels.knn(p1, p2, K, lengths=lengths2)
+            idx = nearest.long()
+        else:
+            k = min(K, p2.shape[1])
+            idx = _search(p1, p2, lengths2, norm, k, lambda dists: smallest(dists, k))
+            if lengths2 is not None:
+                idx = idx.masked_fill(_padding(lengths2, k)[:, None], -1)
+            idx = _pad(idx, K)
+            dists = _distances(p1, p2, idx, norm)
+        if not return_sorted:  # in order of the index, what is missing last
+            order = torch.where(idx < 0, p2.shape[1], idx).argsort(-1)
+            dists, idx = dists.gather(-1, order), idx.gather(-1, order)
+        missing = idx < 0
+        if lengths1 is not None:
+            missing |= _padding(lengths1, idx.shape[1])[..., None]
+        dists, idx = dists.masked_fill(missing, 0), idx.masked_fill(missing, 0)
+    return _KNN(dists, idx, knn_gather(p2, idx, lengths2) if return_nn else None)
 
 
 def knn_gather(
     x: Float[Tensor, "N M U"], idx: Int64[Tensor, "N L K"], lengths: Int[Tensor, " N"] | None = None
 ) -> Float[Tensor, "N L K U"]:
     """``out[n, l, k] = x[n, idx[n, l, k]]`` for k < lengths[n], 0 beyond. Differentiable in x; any dtype."""
+    check_tensors(x=x, idx=idx)
     if len(x) != len(idx):
         raise ValueError(f"idx: expected the batch size of x ({len(x)}), got {len(idx)}")
     lengths = _check_lengths("lengths", lengths, x)
@@ -186,13 +202,13 @@ def ball_query(
     radius: float = 0.2,
     return_nn: bool = True,
     skip_points_outside_cube: bool = False,
-) -> KNN:
+) -> _KNN:
     """The first K points of p2, in index order, closer to each point of p1 than the radius: squared distances, indices.
 
     Missing ones have distance 0, index -1 and, with return_nn, neighbour 0. ``skip_points_outside_cube`` is a way to
     the same result, and ignored. Distances are differentiable in p1 and p2, knn in p2.
     """
-    _check_count("K", K)
+    K = _count("K", K)
     p1, p2 = _check_pair("p1", p1, "p2", p2)
     lengths1, lengths2 = _check_lengths("lengths1", lengths1, p1), _check_lengths("lengths2", lengths2, p2)
     P2 = p2.shape[1]
@@ -205,8 +221,10 @@ def ball_query(
         hits = keys.topk(k, largest=False, sorted=True).values
         return torch.where(hits < P2, hits, -1)
 
-    idx = _pad(_search(p1, p2, lengths2, 2, k, first_hits), K, lengths1)
-    return KNN(_distances(p1, p2, idx, 2), idx, masked_gather(p2, idx) if return_nn else None)
+    idx = _pad(_search(p1, p2, lengths2, 2, k, first_hits), K)
+    if lengths1 is not None:
+        idx = idx.masked_fill(_padding(lengths1, idx.shape[1])[..., None], -1)
+    return _KNN(_distances(p1, p2, idx, 2), idx, masked_gather(p2, idx) if return_nn else None)
 
 
 def sample_farthest_points(
@@ -221,35 +239,136 @@ def sample_farthest_points(
     indices; beyond a cloud's K or its length, points are 0 and indices -1 (the first sample is always there).
     Points are differentiable as a selection. The random start is drawn by PyTorch's generator of the device.
     """
+    check_tensors(points=points)
     if points.ndim != 3 or 0 in points.shape[1:]:
         raise ValueError(f"points: expected shape (N, P, D) with P, D >= 1, got {tuple(points.shape)}")
     points = points.float()
     lengths = _check_lengths("lengths", lengths, points)
-    N, P, D = points.shape
-    if isinstance(K, int):
-        most, counts = K, points.new_full((N,), K, dtype=torch.int64)
-    else:
-        counts = torch.as_tensor(K, dtype=torch.int64, device=points.device)
-        if counts.shape != (N,):
-            raise ValueError(f"K: expected one number for each of {N} clouds, got {tuple(counts.shape)}")
-        most = int(counts.max()) if N else 1
-    _check_count("K", most)
+    N = len(points)
+    counts = torch.as_tensor(K, dtype=torch.int64, device=points.device)
+    if counts.ndim and counts.shape != (N,):
+        raise ValueError(f"K: expected one number for each of {N} clouds, got {tuple(counts.shape)}")
+    most = _count("K", counts.max() if counts.numel() else 1)
 
-    if lengths is None and not random_start_point and D == 3 and N:
-        idx = kernels.furthest_point_sample(points.detach(), min(most, P)).long()
-        idx = F.pad(idx, (0, most - idx.shape[1]), value=-1)
-    else:
-        start = torch.zeros(N, dtype=torch.int64, device=points.device)
-        if random_start_point:
-            start = (torch.rand(N, device=points.device) * _full(lengths, points)).long()
-        idx = _furthest(points.detach(), lengths, most, start)
+    start = None
+    if random_start_point:
+        start = (torch.rand(N, device=points.device) * _full(lengths, points)).long()
+    idx = furthest_points(points.detach(), most, lengths, start)
     counts = torch.minimum(counts, _full(lengths, points)).clamp(min=1)
     idx = idx.masked_fill(_padding(counts, most), -1)
     return masked_gather(points, idx), idx
 
 
+class SimilarityTransform(NamedTuple):
+    """``Y = s X R + T``, the points being rows."""
+
+    R: Float[Tensor, "N D D"]
+    T: Float[Tensor, "N D"]
+    s: Float[Tensor, " N"]
+
+
+def corresponding_points_alignment(
+    X: Any,
+    Y: Any,
+    weights: Float[Tensor, "N P"] | list[Float[Tensor, " P"]] | None = None,
+    estimate_scale: bool = False,
+    allow_reflection: bool = False,
+    eps: float = 1e-9,
+) -> SimilarityTransform:
+    """The rotation, shift and scale that bring points X nearest to points Y of the same index, by least squares.
+
+    X, Y: (N, P, D), or objects with ``points_padded()`` and ``num_points_per_cloud()`` of equal lengths. weights:
+    (N, P), or a list of one (P,) each, of the pairs. estimate_scale: else s = 1. allow_reflection: R may mirror. eps:
+    the least sum of weights and the least variance of X that are divided by. Differentiable.
+    Source: Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
+    """
+    X, lengths, _ = _unpack("X", X, None, None)
+    Y, lengths_y, _ = _unpack("Y", Y, None, None)
+    X, Y = _check_pair("X", X, "Y", Y)
+    if X.shape != Y.shape or not torch.equal(_full(lengths, X), _full(lengths_y, Y)):
+        raise ValueError(f"Y: expected as many points as X {tuple(X.shape)}, got {tuple(Y.shape)}")
+    N, P, _ = X.shape
+    if weights is None:
+        weights = X.new_ones(N, P)
+    pair_weights = torch.nn.utils.rnn.pad_sequence(list(weights), batch_first=True)
+    if pair_weights.shape != (N, P):
+        raise ValueError(f"weights: expected shape ({N}, {P}), got {tuple(pair_weights.shape)}")
+    weight = pair_weights.to(X.dtype).masked_fill(_padding(_full(lengths, X), P), 0)[..., None]
+    total = weight.sum(1, keepdim=True).clamp(min=eps)
+    mean_x, mean_y = ((weight * cloud).sum(1, keepdim=True) / total for cloud in (X, Y))
+    x, y = X - mean_x, Y - mean_y
+    covariance = (weight * x).mT @ y / total
+    U, S, Vh = torch.linalg.svd(covariance)
+    signs = torch.ones_like(S)
+    if not allow_reflection:
+        signs = torch.cat([signs[:, :-1], torch.det(U @ Vh).detach().sign()[:, None]], 1)
+    R = (U * signs[:, None]) @ Vh
+    s = X.new_ones(N)
+    if estimate_scale:
+        variance = (weight * x.square()).sum((1, 2)) / total[:, 0, 0]
+        s = (S * signs).sum(1) / variance.clamp(min=eps)
+    return SimilarityTransform(R, mean_y[:, 0] - s[:, None] * (mean_x @ R)[:, 0], s)
+
+
+def estimate_pointcloud_normals(
+    pointclouds: Any,
+    neighborhood_size: int = 50,
+    disambiguate_directions: bool = True,
+    *,
+    use_symeig_workaround: bool = True,
+) -> Float[Tensor, "N P 3"]:
+    """Unit normals (N, P, 3): the first axes of :func:`estimate_pointcloud_local_coord_frames`."""
+    frames = estimate_pointcloud_local_coord_frames(pointclouds, neighborhood_size, disambiguate_directions)[1]
+    return frames[..., 0]
+
+
+def estimate_pointcloud_local_coord_frames(
+    pointclouds: Any,
+    neighborhood_size: int = 50,
+    disambiguate_directions: bool = True,
+    *,
+    use_symeig_workaround: bool = True,
+) -> tuple[Float[Tensor, "N P 3"], Float[Tensor, "N P 3 3"]]:
+    """Principal axes of each point's neighbours, and how far these spread along them.
+
+    pointclouds: (N, P, 3), or an object with ``points_padded()`` and ``num_points_per_cloud()``. neighborhood_size: how
+    many points, itself included, and fewer than every cloud has. disambiguate_directions: the first and the last axis
+    point to where most neighbours are (SHOT), the one between is the first x the last; else signs are any.
+    Returns variances (N, P, 3), rising, and axes (N, P, 3, 3), the columns, of which the first is the normal; padding
+    holds anything. Differentiable. ``use_symeig_workaround`` is ignored.
+    Source: Tombari et al., "Unique signatures of histograms for local surface description", ECCV 2010.
+    """
+    points, lengths, _ = _unpack("pointclouds", pointclouds, None, None)
+    if points.shape[2] != 3:
+        raise ValueError(f"pointclouds: expected shape (N, P, 3), got {tuple(points.shape)}")
+    K = _count("neighborhood_size", neighborhood_size)
+    fewest = int(_full(lengths, points).min()) if len(points) else K + 1
+    if fewest <= K:
+        raise ValueError(f"neighborhood_size: expected less than the points of every cloud ({fewest}), got {K}")
+    points = points if points.dtype == torch.float64 else points.float()
+    if lengths is not None:  # padding may hold anything
+        points = points.masked_fill(_padding(lengths, points.shape[1])[..., None], 0)
+    centered = points - points.sum(1, keepdim=True) / _full(lengths, points)[:, None, None]
+    near = knn_points(centered, centered, lengths, lengths, K=K, return_nn=True).knn
+    assert near is not None
+    difference = near - near.mean(2, keepdim=True)
+    variances, axes = torch.linalg.eigh(difference.mT @ difference / K)
+    if disambiguate_directions:
+        offsets = near - centered[:, :, None]
+        normal, tangent = (_to_the_most(axes[..., i], offsets) for i in (0, 2))
+        axes = torch.stack([normal, torch.linalg.cross(normal, tangent), tangent], -1)
+    return variances, axes
+
+
+def _to_the_most(axis: Float[Tensor, "N P 3"], offsets: Float[Tensor, "N P K 3"]) -> Float[Tensor, "N P 3"]:
+    """The axis or its opposite, so that half of the offsets at least have a part along it."""
+    ahead = ((offsets * axis[:, :, None]).sum(-1) > 0).sum(-1, keepdim=True)
+    return torch.where(2 * ahead >= offsets.shape[2], axis, -axis)
+
+
 def masked_gather(points: Float[Tensor, "N P D"], idx: Int64[Tensor, "N ..."]) -> Float[Tensor, "N ... D"]:
     """``points[n, idx[n, ...]]``, 0 where idx is -1; idx (N, K) or (N, P1, K). Differentiable in points."""
+    check_tensors(points=points, idx=idx)
     if len(points) != len(idx):
         raise ValueError(f"idx: expected the batch size of points ({len(points)}), got {len(idx)}")
     if idx.ndim not in (2, 3):
@@ -327,28 +446,6 @@ def _distances(p1: Tensor, p2: Tensor, idx: Tensor, norm: int) -> Float[Tensor, 
     return _distance(difference.unbind(-1), norm)
 
 
-def _smallest(dists: Tensor, k: int) -> Int64[Tensor, "... k"]:
-    """Indices of the k least of each row, in order, equal ones by index."""
-    if dists.dtype != torch.float32:
-        return dists.sort(dim=-1, stable=True).indices[..., :k]
-    # topk breaks ties as it likes. Floats >= 0 order as their bits do: bits and index in one number know no ties.
-    keys = dists.view(torch.int32).long() << 32 | torch.arange(dists.shape[-1], device=dists.device)
-    return keys.topk(k, largest=False, sorted=True).values & 0xFFFFFFFF
-
-
-def _furthest(points: Tensor, lengths: Tensor | None, count: int, start: Tensor) -> Int64[Tensor, "N K"]:
-    nearest = points.new_full(points.shape[:2], torch.inf)  # squared distance to the nearest sample
-    if lengths is not None:
-        padding = _padding(lengths, points.shape[1])
-        points, nearest = points.masked_fill(padding[..., None], 0), nearest.masked_fill(padding, -1)
-    idx = start[:, None].repeat(1, count)
-    for k in range(1, count if len(points) else 0):
-        last = points.take_along_dim(idx[:, k - 1, None, None], 1)
-        torch.minimum(nearest, _distance((points - last).unbind(-1), 2), out=nearest)
-        idx[:, k] = nearest.argmax(1)
-    return idx
-
-
 def _rows(x: Tensor, idx: Int64[Tensor, "N L K"]) -> Tensor:
     """``x[n, idx[n, l, k]]`` (N, L, K, U), by the op whose backward adds in a fixed order; 0 if x has no points."""
     shape = *idx.shape, x.shape[2]
@@ -370,10 +467,9 @@ def _full(lengths: Tensor | None, points: Tensor) -> Int64[Tensor, " N"]:
     return torch.full(points.shape[:1], points.shape[1], dtype=torch.int64, device=points.device)
 
 
-def _pad(idx: Tensor, K: int, lengths1: Tensor | None) -> Tensor:
-    """Indices (N, P1, k) with -1 up to K and in rows of padding."""
-    idx = F.pad(idx, (0, K - idx.shape[2]), value=-1)
-    return idx if lengths1 is None else idx.masked_fill(_padding(lengths1, idx.shape[1])[..., None], -1)
+def _pad(idx: Tensor, K: int) -> Tensor:
+    """Indices (N, P1, k) with -1 up to K."""
+    return F.pad(idx, (0, K - idx.shape[2]), value=-1)
 
 
 def _unpack(
@@ -393,6 +489,7 @@ def _unpack(
 
 def _check_pair(name1: str, p1: Tensor, name2: str, p2: Tensor) -> tuple[Tensor, Tensor]:
     """Two cloud batches that fit each other, float32 or float64."""
+    check_tensors(**{name1: p1, name2: p2})
     for name, p in ((name1, p1), (name2, p2)):
         if p.ndim != 3 or p.shape[2] == 0:
             raise ValueError(f"{name}: expected shape (N, P, D) with D >= 1, got {tuple(p.shape)}")
@@ -413,6 +510,7 @@ def _check_lengths(name: str, lengths: Tensor | None, points: Tensor) -> Int64[T
     """The lengths, or None where every cloud is full."""
     if lengths is None or not len(points):
         return None
+    lengths = torch.as_tensor(lengths)
     if lengths.shape != points.shape[:1]:
         raise ValueError(f"{name}: Expected lengths to be of shape ({len(points)},), got {tuple(lengths.shape)}")
     low, high = (int(v) for v in lengths.aminmax())
@@ -426,6 +524,8 @@ def _check_norm(norm: int) -> None:
         raise ValueError(f"norm: Support for 1 or 2 norm., got {norm!r}")
 
 
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+def _count(name: str, value: Any) -> int:
+    count = as_int(name, value)
+    if count < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {count}")
+    return count

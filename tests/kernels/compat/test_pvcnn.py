@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -210,3 +212,49 @@ def test_features_of_other_clouds_are_refused() -> None:
         pvcnn.nearest_neighbor_interpolate(points, centers, torch.rand(2, 7, 5))
     with pytest.raises(ValueError, match=r"^normals: expected the N of coords \(6\), got 5$"):
         pvcnn.furthest_point_sample(points, 3, torch.rand(2, 3, 5))
+
+
+def test_one_voxel_holds_the_mean_of_all() -> None:
+    features, coords = leaf(rand(2, 4, 7, seed=20)), torch.zeros(2, 3, 7, device=DEVICE)
+    a = double(features)
+    voxels = pvcnn.avg_voxelize(features, coords.int(), 1)
+    assert voxels.shape == (2, 4, 1, 1, 1) and voxels.is_contiguous()
+    back = pvcnn.trilinear_devoxelize(voxels, coords, 1)
+    mean = a.mean(2, keepdim=True)
+    assert_same_gradients([voxels, back], [mean[..., None, None], mean.expand(-1, -1, 7)], [features], [a])
+
+
+def test_features_without_channels() -> None:
+    none, coords = rand(2, 0, 7, seed=0), rand(2, 3, 7, seed=1)
+    centers = coords[:, :, :4]
+    assert pvcnn.avg_voxelize(none, torch.zeros(2, 3, 7, device=DEVICE).int(), 3).shape == (2, 0, 3, 3, 3)
+    assert pvcnn.trilinear_devoxelize(rand(2, 0, 3, 3, 3, seed=0), coords.clamp(0, 2), 3).shape == (2, 0, 7)
+    assert pvcnn.grouping(none, randint(0, 7, 2, 4, 5, seed=2)).shape == (2, 0, 4, 5)
+    assert pvcnn.gather(none, randint(0, 7, 2, 4, seed=2)).shape == (2, 0, 4)
+    assert pvcnn.nearest_neighbor_interpolate(coords, centers, rand(2, 0, 4, seed=3)).shape == (2, 0, 7)
+
+
+def test_indices_of_samples() -> None:
+    coords, normals = rand(2, 3, 9, seed=21), rand(2, 2, 9, seed=22)
+    centers, idx = pvcnn.furthest_point_sample(coords, 4, return_indices=True)
+    assert idx.dtype == torch.int32
+    assert_equal(centers, coords.take_along_dim(idx.long()[:, None], 2).cpu())
+    both = pvcnn.furthest_point_sample(coords, 4, normals, True)
+    assert_equal(both[1], normals.take_along_dim(idx.long()[:, None], 2).cpu())
+    assert_equal(both[2], idx.cpu())
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor], ids=["int64", "int32", "tensor"])
+def test_integers_of_other_kinds(integer: Callable[[int], Any]) -> None:
+    coords, features = rand(1, 3, 9, seed=23).abs().clamp(max=2), rand(1, 2, 9, seed=24)
+    for op, arguments, number in (
+        (pvcnn.furthest_point_sample, (coords,), 4),
+        (pvcnn.ball_query, (coords, coords, 1.0), 3),
+        (pvcnn.avg_voxelize, (features, coords.int()), 3),
+        (pvcnn.trilinear_devoxelize, (rand(1, 2, 3, 3, 3, seed=25), coords), 3),
+    ):
+        assert torch.equal(op(*arguments, integer(number)), op(*arguments, number))
+    with pytest.raises(ValueError, match="^num_samples: expected an integer, got 2.5$"):
+        pvcnn.furthest_point_sample(coords, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^features: expected a tensor, got list$"):
+        pvcnn.grouping([[[1.0]]], randint(0, 1, 1, 1, 1, seed=0))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -150,15 +151,13 @@ class TestKnnPoints:
             blocks.append(dists.numel())
             return dists.argsort(-1)[..., :k]
 
-        expected = knn_points(p1, p2, K=3)
-        monkeypatch.setattr(pytorch3d, "_smallest", spy)
-        assert_equal(knn_points(p1, p2, K=3).idx, expected.idx.cpu())
+        expected = knn_points(p1, p2, K=3, norm=1)
+        monkeypatch.setattr(pytorch3d, "smallest", spy)
+        assert_equal(knn_points(p1, p2, K=3, norm=1).idx, expected.idx.cpu())
         if DEVICE == "cpu":
             assert len(blocks) == 6 and max(blocks) <= 2**17
         assert sum(blocks) == 3 * 310 * 500
-        small = knn_points(p1[:, :5], p2, K=3)
-        assert_equal(small.idx, expected.idx[:, :5].cpu())
-        full = distances(p1[2].double(), p2[2].double(), 2).argsort(1)[:, :3]
+        full = distances(p1[2].double(), p2[2].double(), 1).argsort(1)[:, :3]
         assert_equal(expected.idx[2], full.cpu())
 
     def test_values_are_those_that_were_compared(self) -> None:
@@ -183,6 +182,15 @@ class TestKnnPoints:
             single = knn_points(p1.detach().to(dtype).float(), p2.detach().to(dtype).float(), K=2)
             assert_equal(half.dists, single.dists.cpu())
 
+    def test_integers_and_lengths_of_other_kinds(self) -> None:
+        p1, p2, lengths = rand(2, 4, 3, seed=0), rand(2, 6, 3, seed=1), torch.tensor([6, 2], device=DEVICE)
+        expected = knn_points(p1, p2, lengths2=lengths, K=2)
+        for K in (np.int64(2), torch.tensor(2)):
+            other = knn_points(p1, p2, lengths2=[6, 2], K=K)  # type: ignore[arg-type]
+            assert torch.equal(other.idx, expected.idx) and torch.equal(other.dists, expected.dists)
+        samples = sample_farthest_points(p2, K=np.int32(3))[1]  # type: ignore[arg-type]
+        assert torch.equal(samples, sample_farthest_points(p2, K=3)[1])
+
     def test_no_points(self) -> None:
         p1, p2 = rand(2, 4, 3, seed=0), rand(2, 0, 3, seed=1)
         for K in (1, 2):
@@ -192,22 +200,21 @@ class TestKnnPoints:
             assert knn_points(p2, p1, K=K).idx.shape == (2, 0, K)
             assert knn_points(p1[:0], p1[:0], K=K).idx.shape == (0, 4, K)
 
-    def test_kernels_take_whole_clouds(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-        real = kernels.nearest_neighbor
-        monkeypatch.setattr(kernels, "nearest_neighbor", lambda *a: (calls.append(1), real(*a))[1])
-        for *case, norm, K, expected in (
-            *[("whole", 2, 1, 1), ("full-lengths", 2, 1, 1), ("whole", 1, 1, 0), ("whole", 2, 2, 0)],
-            *[("ragged", 2, 1, 0), ("five-dimensions", 2, 1, 0)],
+    def test_ops_behind_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        for name in ("nearest_neighbor", "knn"):
+            real = getattr(kernels, name)
+            watched = lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(kernels, name, watched)
+        nearest = "nearest_neighbor" if DEVICE == "cuda" else "knn"
+        for case, norm, K, expected in (
+            *[("whole", 2, 1, nearest), ("full-lengths", 2, 1, nearest), ("whole", 1, 1, None), ("whole", 2, 2, "knn")],
+            *[("ragged", 2, 1, "knn"), ("five-dimensions", 2, 1, "knn")],
         ):
             calls.clear()
-            points = make(*CASES[case[0]])
+            points = make(*CASES[case])
             knn_points(points.p1, points.p2, **points.lengths(), norm=norm, K=K)
-            assert len(calls) == expected
-        calls.clear()
-        points = make(*CASES["whole"])
-        chamfer_distance(points.p1, points.p2)
-        assert len(calls) == 2
+            assert calls == [expected] * (expected is not None)
 
 
 class TestGather:
@@ -261,6 +268,15 @@ class TestBallQuery:
     def test_the_radius_itself_is_outside(self) -> None:
         p2 = torch.tensor([[[0.1, 0, 0], [0, 0, 0.0999], [0, 0.1, 0]]], device=DEVICE)
         assert ball_query(torch.zeros_like(p2[:, :1]), p2, K=2, radius=0.1).idx.tolist() == [[[1, -1]]]
+
+    def test_integers_and_lengths_of_other_kinds(self) -> None:
+        p1, p2, lengths = rand(2, 4, 3, seed=0), rand(2, 6, 3, seed=1), torch.tensor([6, 2], device=DEVICE)
+        expected = knn_points(p1, p2, lengths2=lengths, K=2)
+        for K in (np.int64(2), torch.tensor(2)):
+            other = knn_points(p1, p2, lengths2=[6, 2], K=K)  # type: ignore[arg-type]
+            assert torch.equal(other.idx, expected.idx) and torch.equal(other.dists, expected.dists)
+        samples = sample_farthest_points(p2, K=np.int32(3))[1]  # type: ignore[arg-type]
+        assert torch.equal(samples, sample_farthest_points(p2, K=3)[1])
 
     def test_no_points(self) -> None:
         p1, p2 = rand(2, 4, 3, seed=0), rand(2, 0, 3, seed=1)
@@ -335,7 +351,9 @@ class TestSampleFarthestPoints:
         sample_farthest_points(points, torch.tensor([9, 8], device=DEVICE), 3)
         sample_farthest_points(points, None, 3, random_start_point=True)
         sample_farthest_points(points[..., :2], None, 3)
-        assert len(calls) == 1
+        assert len(calls) == 4
+        sample_farthest_points(torch.cat([points, points], -1), None, 3)
+        assert len(calls) == 4
 
     def test_no_clouds(self) -> None:
         for D in (2, 3):
@@ -555,6 +573,12 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "farthest-lengths": (lambda: sample_farthest_points(X, LONG, 2), "lengths: expected values"),
     "farthest-lengths-shape": (lambda: sample_farthest_points(X, LONG[:1], 2), "Expected lengths"),
     "farthest-shape": (lambda: sample_farthest_points(X[:, :0], K=1), "points: expected shape"),
+    "knn-list": (lambda: knn_points([[0.0]], Y), "p1: expected a tensor, got list"),
+    "gather-list": (lambda: knn_gather(X, [[0]]), "idx: expected a tensor, got list"),
+    "masked-list": (lambda: masked_gather([[0.0]], LONG), "points: expected a tensor, got list"),
+    "farthest-list": (lambda: sample_farthest_points([[0.0]]), "points: expected a tensor, got list"),
+    "normals-size": (lambda: pytorch3d.estimate_pointcloud_normals(X, 50), "neighborhood_size: expected less than"),
+    "align-size": (lambda: pytorch3d.corresponding_points_alignment(X, X[:, :1]), "Y: expected as many points as X"),
     "chamfer-norm": (lambda: chamfer_distance(X, Y, norm=0), "1 or 2 norm"),
     "chamfer-batch-reduction": (
         lambda: chamfer_distance(X, Y, batch_reduction="max"),
@@ -574,6 +598,84 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "chamfer-weights": (lambda: chamfer_distance(X, Y, weights=LONG[:1].float()), "weights: expected shape"),
     "chamfer-negative": (lambda: chamfer_distance(X, Y, weights=-LONG.float()), "weights: expected values >= 0"),
 }
+
+
+class TestNormals:
+    @pytest.mark.parametrize("lengths", [None, [40, 25]])
+    def test_against_each_neighbourhood(self, lengths: list[int] | None) -> None:
+        points = leaf(rand(2, 40, 3, seed=0) * torch.tensor([1.0, 0.7, 0.1], device=DEVICE))
+        cloud: Any = points
+        if lengths is not None:
+            cloud = Pointclouds(points, torch.tensor(lengths, device=DEVICE), None)
+        variances, axes = pytorch3d.estimate_pointcloud_local_coord_frames(cloud, 9)
+        normals = pytorch3d.estimate_pointcloud_normals(cloud, 9)
+        assert torch.equal(normals, axes[..., 0])
+        for b in range(2):
+            size = lengths[b] if lengths else 40
+            a = points[b, :size].detach().cpu().double()
+            near = a[torch.cdist(a, a).argsort(1)[:, :9]]
+            difference = near - near.mean(1, keepdim=True)
+            expected, vectors = torch.linalg.eigh(difference.mT @ difference / 9)
+            assert_close(variances[b, :size], expected, 1e-4)
+            frames = axes[b, :size].detach().cpu().double()
+            assert_close(frames.mT @ frames, torch.eye(3).double().expand(size, 3, 3), 1e-4)
+            assert_close((frames * vectors).sum(1).abs(), torch.ones(size, 3), 1e-3)  # the same axes but for the sign
+            assert_close(torch.linalg.cross(frames[..., 0], frames[..., 2]), frames[..., 1], 1e-4)
+            for axis in (0, 2):
+                ahead = ((near - a[:, None]) * frames[:, None, :, axis]).sum(-1) > 0
+                assert (ahead.sum(1) >= 4).all()  # of eight others
+        normals.square().sum().backward()
+
+    def test_signs_are_left_alone(self) -> None:
+        points = rand(1, 30, 3, seed=1)
+        plain = pytorch3d.estimate_pointcloud_normals(points, 8, disambiguate_directions=False)
+        assert_close((plain * pytorch3d.estimate_pointcloud_normals(points, 8)).sum(-1).abs(), torch.ones(1, 30), 1e-4)
+
+
+class TestAlignment:
+    def make(self, D: int, scale: float, mirror: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        X = rand(2, 12, D, seed=D)
+        R = torch.linalg.qr(rand(2, D, D, seed=1).cpu().double())[0]
+        R[:, :, 0] *= torch.det(R).sign()[:, None] * (-1 if mirror else 1)
+        T = rand(2, D, seed=2)
+        return X, scale * X @ R.float().to(DEVICE) + T[:, None], R, T.cpu().double()
+
+    @pytest.mark.parametrize(("D", "scale", "mirror"), [(3, 1.0, False), (2, 2.5, False), (3, 0.5, True)])
+    def test_recovers_a_similarity(self, D: int, scale: float, mirror: bool) -> None:
+        X, Y, R, T = self.make(D, scale, mirror)
+        found = pytorch3d.corresponding_points_alignment(X, Y, estimate_scale=scale != 1, allow_reflection=mirror)
+        assert_close(found.R, R, 1e-4)
+        assert_close(found.T, T, 1e-4)
+        assert_close(found.s, torch.full((2,), scale), 1e-4)
+        if mirror:
+            assert (torch.det(pytorch3d.corresponding_points_alignment(X, Y).R) > 0).all()
+
+    def test_weights_and_padding(self) -> None:
+        X, Y, R, T = self.make(3, 1.0, False)
+        Y[:, 8:] = 100  # outliers
+        weights = torch.ones(2, 12, device=DEVICE)
+        weights[:, 8:] = 0
+        lengths = torch.tensor([8, 8], device=DEVICE)
+        for found in (
+            pytorch3d.corresponding_points_alignment(X, Y, weights),
+            pytorch3d.corresponding_points_alignment(X, Y, list(weights)),
+            pytorch3d.corresponding_points_alignment(Pointclouds(X, lengths, None), Pointclouds(Y, lengths, None)),
+        ):
+            assert_close(found.R, R, 1e-4)
+            assert_close(found.T, T, 1e-4)
+
+    def test_is_the_best_of_all_rotations(self) -> None:
+        X, Y = rand(1, 10, 3, seed=5).cpu().double(), rand(1, 10, 3, seed=6).cpu().double()
+        found = pytorch3d.corresponding_points_alignment(X, Y, estimate_scale=True)
+
+        def cost(R: Tensor, T: Tensor, s: Tensor) -> float:
+            return (s[:, None, None] * X @ R + T[:, None] - Y).square().sum().item()
+
+        best = cost(*found)
+        for i in range(20):
+            turn = torch.linalg.matrix_exp(0.05 * (lambda a: a - a.mT)(rand(1, 3, 3, seed=i).cpu().double()))
+            moved = found.T + 0.05 * rand(1, 3, seed=50 + i).cpu().double()
+            assert cost(found.R @ turn, moved, found.s * (1 + 0.01 * (i % 3 - 1))) >= best
 
 
 @pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)

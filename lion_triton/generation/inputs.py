@@ -1,0 +1,207 @@
+"""What a command is given: a trained model by any of its names, and shapes as files, out of sets, or as seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from lion_triton.config import fewest_points
+from lion_triton.data.containers import Container
+from lion_triton.data.find import one_line
+from lion_triton.data.meshes import read_shape
+from lion_triton.devices import autocast, best_device
+from lion_triton.evaluation.sets import open_clouds
+from lion_triton.generation.latents import decode, encode, likeliest_class
+from lion_triton.kernels import chamfer_distance
+from lion_triton.models.lion import LION, Latents
+from lion_triton.runs import Run, load_model, open_run
+
+UNLIKE = 3.0  # times as large or small as the shapes trained on: taken for other units
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained LION in evaluation mode on the best device, and what its run says of it: ``run.classes``,
+    ``run.normalization``, ``run.config.sampling``. ``checkpoint``: its name; None of a folder of ``save_pretrained``.
+    """
+
+    run: Run
+    lion: LION
+    checkpoint: str | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lion.z_mean.device
+
+    @property
+    def conditional(self) -> bool:
+        """Whether its priors know classes."""
+        return self.run.config.model.shape_prior.num_classes > 0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision that the run computes in."""
+        return autocast(self.run.config.mixed_precision, self.device)
+
+    def labels(self, label: int | None, count: int = 1) -> Tensor | None:
+        """``count`` times the label, as the priors take it; None where they know no classes."""
+        return None if label is None else torch.full((count,), label, device=self.device)
+
+    def class_name(self, label: int | None) -> str:
+        return "no class" if label is None else self.run.classes[label]
+
+
+def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model:
+    """The model of a run folder, of a folder of ``LION.save_pretrained``, or a shipped one by its name.
+
+    checkpoint: one of a run's, as step-00001000; default the newest.
+
+    Raises:
+        ValueError: there is none, it is damaged, or has no trained priors yet.
+    """
+    run = open_run(Path(name_or_path))
+    newest = run.checkpoint(checkpoint)
+    # By its name: a run that goes on may have another newest one by now.
+    name = None if newest is None else newest.name
+    return Model(run, load_model(run, name).to(best_device()), name)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A shape as given: its points in the model's units, and its class where that is known. ``seed`` decided which of
+    its points these are, and decides which of its latents are drawn."""
+
+    name: str
+    points: Float32[np.ndarray, "N 3"]
+    label: int | None
+    seed: int = 0
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What a command's record says of it."""
+        sha256 = hashlib.sha256(self.points.astype("<f4").tobytes()).hexdigest()
+        return {"shape": self.name, "points": len(self.points), "sha256": sha256}
+
+    def encode(self, model: Model) -> Latents:
+        """Its (standardised) latents; the same each time."""
+        return encode(model.lion, torch.from_numpy(self.points)[None].to(model.device), self.seed)
+
+
+def read_given_or_seed(option: str, text: str, run: Run, num_points: int, seed: int) -> Given | int:
+    """The seed that a whole number is, or the shape that anything else stands for; see :func:`read_given`."""
+    return int(text) if re.fullmatch(r"\d+", text) else read_given(option, text, run, num_points, seed)
+
+
+def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> Given:
+    """The shape that ``text`` stands for, with ``num_points`` of its points.
+
+    A file of any format that ``lion_triton.prepare`` reads (a mesh, or one cloud); FILE:3, cloud 3 of a file or folder
+    of clouds; procedural:3, of the embedded shapes that are held out. A mesh's points are drawn from its surface, a
+    cloud's from its own; those of a cloud that has just so many stay in their order.
+
+    Raises:
+        ValueError: naming ``option``: nothing there, nothing that can be read, no such cloud.
+    """
+    found = re.fullmatch(r"(.+):(\d+)", text)
+    if found is not None and not Path(text).exists():
+        cloud, name = _of_set(option, found[1], int(found[2]))
+        label = run.classes.index(name) if name in run.classes else None
+    else:
+        cloud, label = _of_file(option, Path(text), num_points, seed), None
+    if len(cloud) < num_points:
+        print(f"{option}: {text} has only {len(cloud)} points: some are taken twice")
+    rng = np.random.default_rng(seed)
+    points = cloud
+    if len(cloud) != num_points:
+        points = cloud[rng.choice(len(cloud), num_points, replace=len(cloud) < num_points)]
+    center, scale = run.normalization.center_and_scale(cloud)
+    points = ((points - center) / scale).astype(np.float32)
+    size = float(np.sqrt(np.square(points, dtype=np.float64).mean()))
+    if run.normalization.kind == "global" and not 1 / UNLIKE < size < UNLIKE:
+        print(f"{option}: {text} is {size:.2g} times as large as the shapes that the model knows: in other units?")
+    return Given(text, points, label if run.config.model.shape_prior.num_classes else None, seed)
+
+
+def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 3"], str]:
+    """Cloud ``index`` of a set, and the name of its class, "" if unknown."""
+    clouds = open_clouds(option, path, "test", count=index + 1)
+    if index >= len(clouds):
+        raise ValueError(f"{option}: expected a cloud 0 to {len(clouds) - 1} of {path}, got {index}")
+    name = clouds.clouds.classes[clouds.clouds.labels[index]]
+    file = Path(path) / "clouds.npz" if Path(path).is_dir() else Path(path)
+    if not name and file.suffix == ".npz" and file.is_file():
+        with np.load(file, allow_pickle=False) as arrays:
+            if {"labels", "classes"} <= set(arrays.files) and 0 <= arrays["labels"][index] < len(arrays["classes"]):
+                name = str(arrays["classes"][arrays["labels"][index]])
+    return clouds[index], name
+
+
+def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarray, "P 3"]:
+    """A mesh's surface, drawn from ``count`` times; a whole cloud."""
+    if not path.is_file():
+        what = "a file of a shape, FILE:3 for one of several clouds, procedural:3"
+        raise ValueError(f"{option}: expected {what}, got {path}")
+    try:
+        shape = read_shape(Container(path.parent), path.name)
+        return shape.sample(count, seed) if shape.is_mesh else shape.coordinates.astype(np.float32)
+    except Exception as error:  # whatever a parser makes of a bad file
+        several = f"; of several clouds give {path}:0" if path.suffix in (".npy", ".npz") else ""
+        raise ValueError(f"{option}: {path}: {one_line(error)}{several}") from None
+
+
+def with_class(model: Model, given: Given, label: int | None) -> Given:
+    """The shape as one of class ``label``, or else of its own, or the likeliest, which is said."""
+    if not model.conditional or label is not None or given.label is not None:
+        return replace(given, label=given.label if label is None else label)
+    with model.autocast():
+        label = int(likeliest_class(model.lion, given.encode(model).z))
+    print(f"{given.name}: taken for class {model.class_name(label)}, the likeliest; --class gives another")
+    return replace(given, label=label)
+
+
+def reconstruct(model: Model, given: Given) -> Float32[np.ndarray, "N 3"]:
+    """What comes back of the shape through the VAE, in data units where the normalisation can be inverted."""
+    with model.autocast():
+        rebuilt = decode(model.lion, given.encode(model))
+    return model.run.normalization.invert(rebuilt[0].cpu().numpy())
+
+
+def distances(model: Model, given: Given, clouds: Float32[np.ndarray, "S N 3"]) -> list[float]:
+    """Chamfer distances of clouds to the shape, in data units where the normalisation can be inverted, as they are."""
+    target = torch.from_numpy(model.run.normalization.invert(given.points))
+    x = torch.from_numpy(clouds)
+    return chamfer_distance(x, target.expand(len(x), -1, -1)).tolist()
+
+
+def known_label(run: Run, name: str | None) -> int | None:
+    """The number of the class called ``name``; None for None.
+
+    Raises:
+        ValueError: the run has no classes, or none of this name.
+    """
+    if name is None:
+        return None
+    if not run.config.model.shape_prior.num_classes:
+        raise ValueError(f"class: this run was trained without classes, got {name}")
+    if name not in run.classes:
+        raise ValueError(f"class: expected one of {', '.join(run.classes)}, got {name}")
+    return run.classes.index(name)
+
+
+def check_points(run: Run, num_points: int | None) -> int:
+    """``num_points``, or what the run was trained on.
+
+    Raises:
+        ValueError: fewer than the networks need.
+    """
+    count, least = run.config.data.num_points if num_points is None else num_points, fewest_points(run.config.model)
+    if count < least:
+        raise ValueError(f"num-points: this model needs at least {least}, got {count}")
+    return count

@@ -1,0 +1,225 @@
+"""A LION's latents as editing needs them: taken to noise and back, between two noises, varied, classified.
+
+Shapes: B clouds, N points. All latents here are standardised (``LION.standardize``), as the priors take them; a noise
+is a pair of latents at time T. Interpolation in the priors' Gaussian space and diffuse-denoise: Zeng et al. 2022,
+section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+from lion_triton import diffusion
+from lion_triton.config import SamplingConfig
+from lion_triton.generation.progress import Progress
+from lion_triton.kernels import normal_noise
+from lion_triton.kernels.noise import new_key
+from lion_triton.models.lion import LION, Latents
+
+Keep = Literal["nothing", "shape", "points"]
+Labels: TypeAlias = Int[Tensor, " B"] | None
+
+CLASSIFYING_TIMES = 64  # of the schedule, at which a latent's denoising errors are compared
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The class of each cloud: ``labels``, or on the way from ``labels`` to ``others`` at ``weight`` (B,) in [0, 1],
+    where the predictions for both are blended. None without classes."""
+
+    labels: Labels = None
+    others: Labels = None
+    weight: Float[Tensor, " B"] | None = None
+
+    def shape(self, lion: LION) -> diffusion.Model:
+        return self._blend(lion.shape_denoiser)
+
+    def points(self, lion: LION, z: Float[Tensor, "B Z"]) -> diffusion.Model:
+        return self._blend(lambda labels: lion.point_denoiser(z, labels))
+
+    def _blend(self, denoiser: Callable[[Labels], diffusion.Model]) -> diffusion.Model:
+        one, weight = denoiser(self.labels), self.weight
+        if self.others is None or weight is None:
+            return one
+        other = denoiser(self.others)
+
+        def blended(x: Tensor, t: Tensor) -> Tensor:
+            return torch.lerp(one(x, t), other(x, t), weight.reshape(-1, *[1] * (x.ndim - 1)))
+
+        return blended
+
+
+def encode(lion: LION, points: Float[Tensor, "B N 3"], seed: int = 0) -> Latents:
+    """Latents of clouds in the model's units, drawn from the posteriors: the priors have seen no means of these."""
+    return lion.standardize(lion.encode(points, generator=torch.Generator().manual_seed(seed)))
+
+
+def decode(lion: LION, latents: Latents) -> Float32[Tensor, "B N 3"]:
+    """The clouds of latents, in the model's units."""
+    return lion.decode(*lion.unstandardize(latents)).float()
+
+
+def seed_noise(lion: LION, seed: int, num_points: int, sampler: Literal["ddim", "ode"]) -> Latents:
+    """The noise from which ``LION.sample`` makes its cloud when it makes one, by this sampler, with a generator of this
+    seed."""
+    generator, device = torch.Generator().manual_seed(seed), lion.z_mean.device
+    z = normal_noise((1, lion.config.vae.shape_dim), new_key(device, generator))
+    if sampler == "ddim":
+        new_key(device, generator)  # of the steps, which make no noise
+    return Latents(normal_noise((1, num_points, lion.config.vae.point_dim), new_key(device, generator)), z)
+
+
+def to_noise(
+    lion: LION, latents: Latents, settings: SamplingConfig, labels: Labels = None, progress: Progress | None = None
+) -> Latents:
+    """The noise from which :func:`from_noise` makes these latents: the deterministic sampler run backwards.
+
+    h is taken to noise given the z that comes back, not the z that was, so that its error is not added to.
+    """
+    condition, advance = Condition(labels), _parts(progress, 3, settings.steps)
+    z = _solve(condition.shape(lion), latents.z, lion, settings, advance(0), inverse=True)
+    z_again = _solve(condition.shape(lion), z, lion, settings, advance(1))
+    h = _solve(condition.points(lion, z_again), latents.h, lion, settings, advance(2), inverse=True)
+    return Latents(h, z)
+
+
+def from_noise(
+    lion: LION,
+    noise: Latents,
+    settings: SamplingConfig,
+    condition: Condition,
+    progress: Progress | None = None,
+    watch: Callable[[Float[Tensor, "B N H"]], None] | None = None,
+) -> Latents:
+    """The latents that the deterministic sampler ("ddim" with eta 0, or "ode") makes of a noise.
+
+    watch: called with h after every step of DDIM.
+    """
+    advance = _parts(progress, 2, settings.steps)
+    z = _solve(condition.shape(lion), noise.z, lion, settings, advance(0))
+
+    def advance_and_watch(step: int, t: int, h: Tensor) -> None:
+        advance(1)(step, t, h)
+        if watch is not None:
+            watch(h)
+
+    return Latents(_solve(condition.points(lion, z), noise.h, lion, settings, advance_and_watch), z)
+
+
+def between(a: Latents, b: Latents, weight: Float[Tensor, " B"]) -> Latents:
+    """On the arc from noise a to noise b (one cloud each) at ``weight`` (B,) in [0, 1], z and h each on its own."""
+    return Latents(diffusion.slerp(a.h, b.h, weight), diffusion.slerp(a.z, b.z, weight))
+
+
+def diffuse_denoise(
+    lion: LION,
+    latents: Latents,
+    settings: SamplingConfig,
+    labels: Labels,
+    strength: float,
+    keep: Keep,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Latents:
+    """Both latents noised to the share ``strength`` of the schedule and denoised again by DDIM, h given the new z;
+    ``keep`` names the one that stays as it is."""
+    steps = _ddim_steps(settings)
+    advance = _parts(progress, 2, max(1, round(strength * steps)))
+
+    def renew(eps_model: diffusion.Model, x: Tensor, part: int) -> Tensor:
+        return diffusion.diffuse_denoise(
+            eps_model,
+            x,
+            lion.schedule,
+            new_key(x.device, generator),
+            strength=strength,
+            steps=steps,
+            eta=settings.eta,
+            clip=settings.clip_x0,
+            callback=advance(part),
+        )
+
+    condition = Condition(labels)
+    z = latents.z if keep == "shape" else renew(condition.shape(lion), latents.z, 0)
+    h = latents.h if keep == "points" else renew(condition.points(lion, z), latents.h, 1)
+    return Latents(h, z)
+
+
+@torch.no_grad()
+def likeliest_class(lion: LION, z: Float[Tensor, "B Z"]) -> Int[Tensor, " B"]:
+    """The class under which the shape prior denoises z best (Li et al. 2023, arXiv 2303.16203), its own training loss
+    compared at the same times and noises for every class."""
+    d, device = lion.config.diffusion, z.device
+    T, count = d.num_train_timesteps, CLASSIFYING_TIMES
+    t = ((torch.arange(count, device=device) + 0.5) / count * T).long() + 1
+    key = torch.zeros(2, dtype=torch.int64, device=device)
+    chosen = []
+    for one in z:
+        errors = []
+        for label in range(lion.config.shape_prior.num_classes):
+            labels = torch.full_like(t, label)
+            loss = diffusion.diffusion_loss(
+                partial(lion.shape_prior, label=labels),
+                one.expand(count, -1),
+                t,
+                lion.schedule,
+                key,
+                d.prediction,
+                d.weight,
+                d.variance,
+            )
+            errors.append(loss.mean())
+        chosen.append(torch.stack(errors).argmin())
+    return torch.stack(chosen)
+
+
+def match(a: Float[np.ndarray, "N 3"], b: Float[np.ndarray, "N 3"]) -> Int[np.ndarray, " N"]:
+    """The order of b's points in which the sum of squared distances to a's is least: a[i] goes with b[order[i]]."""
+    return np.asarray(linear_sum_assignment(cdist(a, b, "sqeuclidean"))[1])
+
+
+def _solve(
+    eps_model: diffusion.Model,
+    x: Tensor,
+    lion: LION,
+    settings: SamplingConfig,
+    callback: diffusion.Callback,
+    inverse: bool = False,
+) -> Tensor:
+    """One deterministic sampler over the whole schedule, from noise or (``inverse``) to it."""
+    if settings.sampler == "ode":
+        return diffusion.probability_flow(eps_model, x, lion.schedule, inverse=inverse)
+    steps, clip = _ddim_steps(settings), settings.clip_x0
+    if inverse:
+        return diffusion.ddim_inverse(eps_model, x, lion.schedule, steps=steps, clip=clip, callback=callback)
+    key = torch.zeros(2, dtype=torch.int64, device=x.device)  # of noise that eta 0 multiplies by 0
+    return diffusion.ddim(eps_model, x, lion.schedule, key, steps=steps, clip=clip, callback=callback)
+
+
+def _ddim_steps(settings: SamplingConfig) -> int:
+    if settings.sampler == "ddpm" or settings.steps is None:
+        raise ValueError(f"sampler: expected ddim and a number of steps, got {settings.sampler}, {settings.steps}")
+    return settings.steps
+
+
+def _parts(progress: Progress | None, parts: int, steps: int | None) -> Callable[[int], diffusion.Callback]:
+    """Callbacks for samplers of so many steps each that follow one another: together they report to ``progress``."""
+
+    def callback(part: int) -> diffusion.Callback:
+        def report(step: int, *_: object) -> None:
+            if progress is not None and steps is not None:
+                progress(part * steps + step, parts * steps)
+
+        return report
+
+    return callback

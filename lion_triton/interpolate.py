@@ -1,0 +1,218 @@
+"""Generate what lies between two shapes: ``python -m lion_triton.interpolate RUN A B [--frames 9]``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float32
+from torch import Tensor
+
+from lion_triton.cli import run_cli
+from lion_triton.config import SamplingConfig
+from lion_triton.generation.inputs import (
+    Given,
+    Model,
+    check_points,
+    distances,
+    known_label,
+    open_model,
+    read_given_or_seed,
+    reconstruct,
+    with_class,
+)
+from lion_triton.generation.latents import Condition, between, decode, from_noise, match, seed_noise, to_noise
+from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
+from lion_triton.generation.progress import Begin, progress_bar
+from lion_triton.models.lion import Latents
+from lion_triton.pictures import grid
+from lion_triton.runs import Run, open_run
+from lion_triton.sample import SampleArguments, resolved
+
+BATCH = 16  # frames at a time
+COLUMNS = 9  # of the picture
+
+
+@dataclass(frozen=True)
+class InterpolateArguments:
+    """Generate what lies between two shapes: both are taken to the noise that the model makes them of, and the shapes
+    of the noises between are generated, each point on its way from one to the other.
+
+    A and B are each a file (obj, ply, off, stl, glb, gltf, npy, npz, xyz, txt), FILE:3 for one of several clouds,
+    procedural:3 for one of the embedded shapes, or a number: the seed of a shape that the model generates, as
+    lion_triton.sample does with --num-samples 1.
+    Writes OUT/clouds.npz, OUT/ply/*.ply, OUT/grid.png, OUT/animation.gif and OUT/samples.json.
+
+    Attributes:
+        run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
+        frames: clouds to generate, A and B included.
+        label: class of both; default: that of a file that knows it, otherwise the likeliest; of a seed, the first.
+        sampler: which deterministic sampler; default the run's, or ddim.
+        steps: network evaluations per prior; default as the run's configuration.
+        num_points: points per cloud; default as in training.
+        seed: decides which points of A and B are taken, and which latents of them.
+        checkpoint: one of the run's, as step-00001000; default the newest.
+        out: folder for the results; default RUN/samples/<the options>.
+    """
+
+    run: tyro.conf.Positional[Path]
+    a: tyro.conf.Positional[str]
+    b: tyro.conf.Positional[str]
+    frames: int = 9
+    label: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    sampler: Literal["ddim", "ode"] | None = None
+    steps: int | None = None
+    num_points: int | None = None
+    seed: int = 0
+    checkpoint: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of the way: a noise, the class that it is denoised as, and the shape that it was made of, if any."""
+
+    noise: Latents  # of one cloud
+    label: int | None
+    given: Given | None = None
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """The frames in data units, and where they were written."""
+
+    points: Float32[np.ndarray, "F P 3"]
+    folder: Path
+
+
+def interpolate(args: InterpolateArguments) -> Interpolation:
+    """Run the command; see :class:`InterpolateArguments`.
+
+    Raises:
+        ValueError: no trained run, no such shape, options out of range.
+    """
+    if args.frames < 2:
+        raise ValueError(f"frames: expected at least 2, got {args.frames}")
+    run = open_run(args.run)
+    num_points, label = check_points(run, args.num_points), known_label(run, args.label)
+    words = [args.a, "to", args.b, args.label, args.sampler, args.checkpoint]
+    numbers = {"frames": args.frames, "steps": args.steps, "points": args.num_points, "seed": args.seed}
+    out = args.out or default_out(run, words, numbers)
+    check_out(out)
+    a, b = (read_given_or_seed(o, text, run, num_points, args.seed) for o, text in (("a", args.a), ("b", args.b)))
+    shapes = sum(isinstance(x, Given) for x in (a, b))
+    settings = deterministic(run, args.sampler, args.steps, clipped=shapes == 0)
+
+    model = open_model(args.run, args.checkpoint)
+    with progress_bar("interpolating", shapes + num_batches(args.frames)) as begin:
+        start, end = ends_of(model, a, b, num_points, label, settings, begin)
+        clouds = frames(model, start, end, args.frames, settings, begin)
+    points = model.run.normalization.invert(clouds.numpy())
+    check_finite(points)
+    given = []
+    for shape, cloud in ((start.given, points[0]), (end.given, points[-1])):
+        if shape is not None:
+            ours, rebuilt = distances(model, shape, np.stack((cloud, reconstruct(model, shape))))
+            name = model.class_name(shape.label)
+            given.append(shape.record | {"class": name, "chamfer": ours, "reconstruction_chamfer": rebuilt})
+            print(f"{shape.name} ({name}): Chamfer distance {ours:.2g} as it comes back, {rebuilt:.2g} rebuilt")
+    args = replace(args, checkpoint=model.checkpoint)
+    record = record_of("interpolate", args, args.checkpoint, settings) | {"given": given}
+    nearest = [start.label if i < args.frames / 2 else end.label for i in range(args.frames)]
+    labels = np.array([-1 if label is None else label for label in nearest])
+    columns = -(-args.frames // -(-args.frames // COLUMNS))  # rows of equal length, or nearly
+    write_results(out, points, labels, run.classes, record, draw=lambda path: grid(points, path, columns), moving=True)
+    return Interpolation(points, out)
+
+
+def deterministic(
+    run: Run, sampler: Literal["ddim", "ode"] | None, steps: int | None, *, clipped: bool = True
+) -> SamplingConfig:
+    """How to sample without randomness: as asked for, or as the run does, by DDIM where that is not deterministic.
+
+    clipped: clamp predictions as the run does. A latent beyond that has no noise that leads to it.
+
+    Raises:
+        ValueError: options that this run cannot be sampled with.
+    """
+    own = run.config.sampling.sampler
+    chosen = sampler or ("ddim" if own == "ddpm" else own)
+    eta = 0.0 if chosen == "ddim" else None
+    found = resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
+    return found if clipped else replace(found, clip_x0=None)
+
+
+def ends_of(
+    model: Model,
+    a: Given | int,
+    b: Given | int,
+    num_points: int,
+    label: int | None,
+    settings: SamplingConfig,
+    begin: Begin,
+) -> tuple[End, End]:
+    """The ends at two shapes or at what two seeds generate, of class ``label`` where one is given.
+
+    Shapes are otherwise of their own or the likeliest class, seeds of the first, as in ``lion_triton.sample``. Two
+    shapes' points are put in the order in which they move least.
+    """
+    a, b = (with_class(model, shape, label) if isinstance(shape, Given) else shape for shape in (a, b))
+    if isinstance(a, Given) and isinstance(b, Given):
+        b = replace(b, points=b.points[match(a.points, b.points)])
+    return end_of(model, a, num_points, label, settings, begin), end_of(model, b, num_points, label, settings, begin)
+
+
+def end_of(
+    model: Model, shape: Given | int, num_points: int, label: int | None, settings: SamplingConfig, begin: Begin
+) -> End:
+    """One end; ``num_points`` and ``label`` are a seed's. Only a shape is a part of the bar."""
+    if isinstance(shape, int):
+        first = 0 if model.conditional else None
+        assert settings.sampler != "ddpm"
+        noise = seed_noise(model.lion, shape, num_points, settings.sampler)
+        return End(noise, first if label is None else label)
+    with model.autocast():
+        noise = to_noise(model.lion, shape.encode(model), settings, model.labels(shape.label), begin())
+        return End(noise, shape.label, shape)
+
+
+def frames(
+    model: Model, a: End, b: End, count: int, settings: SamplingConfig, begin: Begin
+) -> Float32[Tensor, "F P 3"]:
+    """``count`` clouds in the model's units from a to b, on the CPU.
+
+    The first and the last are made alone, as ``lion_triton.sample`` makes one: other batches may round otherwise.
+    """
+    inner = torch.linspace(0, 1, count, device=model.device)[1:-1]
+    batches = [(a.noise, Condition(model.labels(a.label)))]
+    for weight in inner.split(BATCH) if len(inner) else ():
+        ours, theirs = (model.labels(end.label, len(weight)) for end in (a, b))
+        condition = Condition(ours) if a.label == b.label else Condition(ours, theirs, weight)
+        batches.append((between(a.noise, b.noise, weight), condition))
+    batches.append((b.noise, Condition(model.labels(b.label))))
+    clouds = []
+    with model.autocast():
+        for noise, condition in batches:
+            latents = from_noise(model.lion, noise, settings, condition, begin())
+            clouds.append(decode(model.lion, latents).cpu())
+    return torch.cat(clouds)
+
+
+def num_batches(count: int) -> int:
+    """Of :func:`frames`."""
+    return 2 + -(-(count - 2) // BATCH)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    args = sys.argv[1:] if args is None else args
+    run_cli(lambda: interpolate(tyro.cli(InterpolateArguments, args=args, prog="python -m lion_triton.interpolate")))
+
+
+if __name__ == "__main__":
+    main()

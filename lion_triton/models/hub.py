@@ -1,0 +1,193 @@
+"""A LION in a folder or on a hub: ``from_pretrained``, ``save_pretrained``, ``push_to_hub``.
+
+    FOLDER/config.json         as that of a run: configuration, classes, normalisation; also figures and licences
+    FOLDER/model.safetensors   the weights, those of the priors averaged
+    FOLDER/picture.png         what it generates, where its run drew that
+    FOLDER/README.md           the model card, written from the above
+
+Reading takes JSON and tensors and runs no code. Of a run folder (``lion_triton.runs``) the newest checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import dacite
+import safetensors.torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lion_triton import __version__
+from lion_triton.models.card import model_card
+
+CONFIG, WEIGHTS, PICTURE = "config.json", "model.safetensors", "picture.png"
+UNKNOWN = "unknown"  # in place of the data, of a model without a run
+P = TypeVar("P", bound="Pretrained")
+
+
+class Pretrained(PyTorchModelHubMixin):
+    """The part of ``LION`` that is about folders and hubs.
+
+    ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates; both of the folder that
+    it was read from.
+    """
+
+    config_type: ClassVar[type]  # a dataclass, the only argument of ``__init__``
+    about: dict[str, Any] | None = None
+    picture: bytes | None = None
+
+    @classmethod
+    def from_pretrained(cls: type[P], folder_or_id: str | Path, **download: Any) -> P:  # type: ignore[override]
+        """Read a model, in evaluation mode, on the CPU.
+
+        Args:
+            folder_or_id: a folder written by ``save_pretrained``, a run folder, or else the id of a model on a hub, as
+                "name/model". Only for an id a network is used.
+            download: options of ``huggingface_hub.snapshot_download`` for an id, as ``revision`` and ``token``.
+
+        Raises:
+            ValueError: neither folder nor id, no trained priors yet, damaged or foreign files.
+        """
+        folder = Path(folder_or_id)
+        if not folder.is_dir():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
+                what = "a run folder, a folder written by save_pretrained, or an id as name/model"
+                raise ValueError(f"folder_or_id: expected {what}, got {folder_or_id}")
+            files = [CONFIG, WEIGHTS, PICTURE]
+            folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
+        about = read_about(folder)
+        try:
+            options = dacite.Config(cast=[tuple], strict=True)
+            model: Any = cls(dacite.from_dict(cls.config_type, about["config"]["model"], options))
+            model.load_state_dict(read_weights(folder))
+        except (KeyError, TypeError, RuntimeError, dacite.DaciteError) as error:
+            raise _unfit(folder, error) from None
+        model.remember(folder)
+        return model.eval()
+
+    def remember(self, folder: Path) -> None:
+        """Keep what the folder of a model or of a run says of it, for ``save_pretrained``."""
+        self.about = read_about(folder)
+        drawn = next((p for p in (folder / PICTURE, folder / "samples" / "overview.png") if p.is_file()), None)
+        self.picture = None if drawn is None else drawn.read_bytes()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the model to a folder; options as those of ``huggingface_hub.PyTorchModelHubMixin``.
+
+        Raises:
+            ValueError: the folder is a run's, whose ``config.json`` would be replaced.
+        """
+        if (Path(save_directory) / "checkpoints").exists():
+            raise ValueError(f"save_directory: {save_directory} is a run folder: give another")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model: Any = self
+        about = self.about or _unknown(model.config)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
+        _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
+        _write(save_directory / CONFIG, lambda path: path.write_text(text))
+        if self.picture is not None:
+            picture = self.picture
+            _write(save_directory / PICTURE, lambda path: path.write_bytes(picture))
+        (save_directory / "README.md").unlink(missing_ok=True)  # the mixin writes one where there is none
+
+    def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
+        """The card; ``data_licence`` overrides what the index of the run's data says. To give it, pass
+        ``model_card_kwargs={"data_licence": ...}`` to ``save_pretrained`` or ``push_to_hub``."""
+        model: Any = self
+        return model_card(self.about or _unknown(model.config), self.picture is not None, data_licence)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says, and what a run folder holds beside it: figures, and the licences of its data.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    about = _read_json(folder / CONFIG)
+    if about is None:
+        raise ValueError(f"folder_or_id: {folder} holds no {CONFIG} of a model or a run")
+    further = {"figures": folder / "figures.json", "evaluation": folder / "evaluation" / "evaluation.json"}
+    for name, path in further.items():
+        found = _read_json(path)
+        if found is not None:
+            about[name] = found if name == "figures" else _essence(found)
+    source = about.get("config", {}).get("data", {}).get("source")
+    index = _read_json(Path(source) / "index.json") if source else None
+    if index is not None:
+        about["data_licences"] = sorted({row["licence"] for row in index.get("objects", []) if row.get("licence")})
+    return about
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder of ``save_pretrained``, or those of a run's newest checkpoint, its priors' averaged.
+
+    Raises:
+        ValueError: there are none, or none of trained priors yet; a damaged file.
+    """
+    paths = [folder / WEIGHTS]
+    if not paths[0].is_file():
+        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+        if not checkpoints or not (checkpoints[-1] / "ema.safetensors").is_file():
+            raise ValueError(f"folder_or_id: {folder} has no trained priors yet")
+        paths = [checkpoints[-1] / WEIGHTS, checkpoints[-1] / "ema.safetensors"]
+    weights: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            weights |= safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"folder_or_id: {path} is damaged ({' '.join(str(error).split())})") from None
+    return weights
+
+
+def _essence(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Of an evaluation's record its figures and their protocol, not every sample."""
+    kept = ("command", "figures", "normalization", "split", "emd", "samples", "references")
+    return {name: evaluation[name] for name in kept if name in evaluation}
+
+
+def _unknown(config: Any) -> dict[str, Any]:
+    """``about`` of a model of which nothing but its own configuration is known; in its own units."""
+    classes = [str(i) for i in range(config.shape_prior.num_classes)] or [""]
+    return {
+        "config": {"preset": "", "data": {"source": UNKNOWN}, "model": asdict(config), "vae": {}, "priors": {}},
+        "classes": classes,
+        "normalization": {"kind": "global", "mean": [0.0, 0.0, 0.0], "scale": 1.0},
+    }
+
+
+def _unfit(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"folder_or_id: {folder} is damaged or of another architecture or version ({reason})")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"folder_or_id: {path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"folder_or_id: {path} is damaged (no JSON object)")
+    return content
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

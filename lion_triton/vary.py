@@ -1,0 +1,161 @@
+"""Generate variations of a shape: ``python -m lion_triton.vary RUN SHAPE [--strength 0.2] [--num-samples 8]``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float32
+
+from lion_triton.cli import run_cli
+from lion_triton.config import SamplingConfig
+from lion_triton.generation.inputs import (
+    Given,
+    Model,
+    check_points,
+    distances,
+    known_label,
+    open_model,
+    read_given,
+    reconstruct,
+    with_class,
+)
+from lion_triton.generation.latents import Keep, decode, diffuse_denoise
+from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
+from lion_triton.generation.progress import progress_bar
+from lion_triton.models.lion import Latents
+from lion_triton.pictures import draw_grid
+from lion_triton.runs import open_run
+from lion_triton.sample import SampleArguments, resolved
+
+BATCH = 16  # clouds at a time
+COLUMNS, ROWS = 8, 4  # of variations in the picture
+
+
+@dataclass(frozen=True)
+class VaryArguments:
+    """Generate variations of a shape by diffuse-denoise: its latents are noised to a share of the schedule and denoised
+    again.
+
+    SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, xyz, txt), FILE:3 for one of several clouds, or
+    procedural:3 for one of the embedded shapes.
+    Writes OUT/clouds.npz (with the shape and its reconstruction), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
+
+    Attributes:
+        run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
+        strength: share of the schedule, 0 (the reconstruction) to 1 (a new shape).
+        num_samples: variations to generate.
+        keep: the latent that stays as it is: the shape's (other points of the same shape) or the points' (of another).
+        label: class of the shape; default: as the file says, otherwise the likeliest.
+        steps: network evaluations per prior for the whole schedule; default as the run's configuration.
+        eta: DDIM's stochasticity, 0 to 1; default as the run's configuration.
+        num_points: points per cloud; default as in training.
+        seed: decides the noise, which points of the shape are taken, and which latents of it.
+        checkpoint: one of the run's, as step-00001000; default the newest.
+        out: folder for the results; default RUN/samples/<the options>.
+    """
+
+    run: tyro.conf.Positional[Path]
+    shape: tyro.conf.Positional[str]
+    strength: float = 0.2
+    num_samples: int = 8
+    keep: Keep = "nothing"
+    label: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    steps: int | None = None
+    eta: float | None = None
+    num_points: int | None = None
+    seed: int = 0
+    checkpoint: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Variations:
+    """The clouds in data units, and where they were written."""
+
+    points: Float32[np.ndarray, "S P 3"]
+    folder: Path
+
+
+def vary(args: VaryArguments) -> Variations:
+    """Run the command; see :class:`VaryArguments`.
+
+    Raises:
+        ValueError: no trained run, no such shape, options out of range.
+    """
+    if not 0 <= args.strength <= 1:
+        raise ValueError(f"strength: expected a number in [0, 1], got {args.strength:g}")
+    if args.num_samples < 1:
+        raise ValueError(f"num-samples: expected at least 1, got {args.num_samples}")
+    run = open_run(args.run)
+    label = known_label(run, args.label)
+    settings = resolved(run, SampleArguments(run.folder, sampler="ddim", steps=args.steps, eta=args.eta))
+    kept = f"keep-{args.keep}" if args.keep != "nothing" else None
+    words = [args.shape, "varied", args.label, kept, args.checkpoint]
+    numbers = {"strength": args.strength, "n": args.num_samples, "steps": args.steps, "eta": args.eta}
+    out = args.out or default_out(run, words, numbers | {"points": args.num_points, "seed": args.seed})
+    check_out(out)
+    given = read_given("shape", args.shape, run, check_points(run, args.num_points), args.seed)
+
+    model = open_model(args.run, args.checkpoint)
+    given = with_class(model, given, label)
+    points = run.normalization.invert(variations(model, given, settings, args))
+    check_finite(points)
+    rebuilt, shape = reconstruct(model, given), run.normalization.invert(given.points)
+    of_reconstruction, *others = distances(model, given, np.stack((rebuilt, *points)))
+    name, mean = model.class_name(given.label), float(np.mean(others))
+    print(f"{given.name} ({name}): Chamfer distance {of_reconstruction:.2g} rebuilt, {mean:.2g} varied")
+    args = replace(args, checkpoint=model.checkpoint)
+    record = record_of("vary", args, args.checkpoint, settings) | {
+        "given": given.record | {"class": name, "reconstruction_chamfer": of_reconstruction},
+        "chamfer": others,
+    }
+
+    def draw(path: Path) -> None:
+        rows = [("given, rebuilt", np.stack((shape, rebuilt)))]
+        shown = points[: COLUMNS * ROWS]
+        rows += [(f"strength {args.strength:g}", shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
+        draw_grid(rows, path)
+
+    labels = np.full(len(points), -1 if given.label is None else given.label)
+    more = {"given": shape, "reconstruction": rebuilt}
+    write_results(out, points, labels, run.classes, record, more=more, draw=draw)
+    return Variations(points, out)
+
+
+def variations(
+    model: Model, given: Given, settings: SamplingConfig, args: VaryArguments
+) -> Float32[np.ndarray, "S P 3"]:
+    """Clouds in the model's units."""
+    generator, clouds = torch.Generator().manual_seed(args.seed), []
+    with progress_bar("varying", -(-args.num_samples // BATCH)) as begin, model.autocast():
+        h, z = given.encode(model)
+        for start in range(0, args.num_samples, BATCH):
+            count = min(BATCH, args.num_samples - start)
+            found = diffuse_denoise(
+                model.lion,
+                Latents(h.expand(count, -1, -1), z.expand(count, -1)),
+                settings,
+                model.labels(given.label, count),
+                args.strength,
+                args.keep,
+                generator,
+                begin(),
+            )
+            clouds.append(decode(model.lion, found).cpu().numpy())
+    return np.concatenate(clouds)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    args = sys.argv[1:] if args is None else args
+    run_cli(lambda: vary(tyro.cli(VaryArguments, args=args, prog="python -m lion_triton.vary")))
+
+
+if __name__ == "__main__":
+    main()
