@@ -27,13 +27,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bench import clock, driver, guards, machine
 from lion_triton import config as presets
 from lion_triton.capture import WARM_UPS, Captured
 from lion_triton.data.clouds import Normalization
-from lion_triton.devices import autocast
+from lion_triton.devices import autocast, resolve_precision
 from lion_triton.models import LION, sampling
 from lion_triton.models.lion import posterior
 from lion_triton.models.plan import plan_points
@@ -59,7 +60,7 @@ class Bench:
         config = presets.lion() if self.gpu else presets.quickstart()
         self.config = config if self.gpu else replace(config, data=replace(config.data, num_points=64))
         self.points = self.config.data.num_points
-        self.precision = "bf16" if self.gpu else "no"
+        self.precision = resolve_precision("auto", device)
         self.batches = (1, 32, 128) if self.gpu else (1,)
         torch.manual_seed(0)
         self.lion = LION(self.config.model).to(device)
@@ -130,11 +131,27 @@ class Bench:
             torch.cuda.synchronize()
 
 
+class Operations(TorchDispatchMode):
+    """Counts those of matrix products and convolutions by PyTorch's own formulas. Its FlopCounterMode also follows
+    modules, which fails where these run without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def profiled(call: Call, gpu: bool) -> Row:
     """Launches, the GPU's time, its three largest costs, and operations of one call."""
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as operations:
         call()
-    row: Row = {"operations": counter.get_total_flops()}
+    row: Row = {"operations": operations.total}
     if not gpu:
         return row
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

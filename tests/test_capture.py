@@ -131,7 +131,6 @@ def run_config(cached_draws: int) -> TrainConfig:
         vae=replace(config.vae, steps=5, batch_size=3),
         priors=replace(config.priors, steps=5, batch_size=3, cached_draws=cached_draws),
         sampling=replace(config.sampling, steps=4),
-        mixed_precision="no",
         log_every=1,
         checkpoint_every=4,
         evaluate_shapes=4,
