@@ -25,6 +25,7 @@ from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
+from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.training import report
@@ -157,7 +158,7 @@ def finish(context: Context) -> None:
         compile_blocks(lion)  # as they are compiled already
     held_out = context.held_out(count)
     samples = sample(SampleArguments(run.folder, num_samples=len(held_out), out=run.samples / "final"), lion)
-    rebuilt = report.reconstruct(lion, held_out, run.normalization, config.mixed_precision)
+    rebuilt = reconstruct(lion, held_out, run.normalization, config.mixed_precision)
     references = run.normalization.invert(held_out.numpy())
     shown = report.SHOWN
     rows = [("held out", references[:shown]), ("reconstruction", rebuilt.points[:shown])]

@@ -27,8 +27,8 @@ from lion_triton.evaluation import galleries, model, page, phases
 from lion_triton.evaluation.sets import REFERENCES, SAMPLES, CloudSet, Preparation
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig
+from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import open_run
-from lion_triton.training.report import Reconstruction
 from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import files, layout, npy, samples_folder
 from tests.test_train import TINY, fails

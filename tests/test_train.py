@@ -174,10 +174,10 @@ def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "none", "--dry-run")
+    run(tmp_path / "none", "--dry-run", "--attention", "softmax")
     assert not (tmp_path / "none").exists()
     out = capsys.readouterr().out
-    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all"):
+    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all", "softmax attention by "):
         assert word in out
 
 

@@ -18,9 +18,9 @@ from lion_triton.devices import resolve_precision
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION, Posterior, posterior
+from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
-from lion_triton.training.report import reconstruct
 
 
 @dataclass(frozen=True)

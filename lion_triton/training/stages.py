@@ -14,6 +14,7 @@ from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.models.lion import Posterior, posterior
 from lion_triton.pictures import draw_grid
+from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Checkpoint
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.training import report
@@ -39,7 +40,7 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
     held_out = context.held_out(report.SHOWN)
 
     def picture(total_step: int) -> None:
-        rebuilt = report.reconstruct(context.lion, held_out, context.run.normalization, config.mixed_precision)
+        rebuilt = reconstruct(context.lion, held_out, context.run.normalization, config.mixed_precision)
         rows = [
             ("held out", context.run.normalization.invert(held_out.numpy())),
             ("reconstruction", rebuilt.points),
