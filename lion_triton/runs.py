@@ -36,7 +36,7 @@ from lion_triton.data.clouds import Normalization
 from lion_triton.models.hub import CONFIG, WEIGHTS
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors"]
+Stage = Literal["vae", "priors", "surface"]
 KEPT_CHECKPOINTS = 2
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 

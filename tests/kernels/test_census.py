@@ -13,7 +13,7 @@ import torch
 
 from lion_triton import kernels
 from lion_triton.kernels import census
-from lion_triton.models import layers, plan
+from lion_triton.models import layers, modulation, plan
 from lion_triton.models.lion import LION, LIONConfig
 
 
@@ -111,27 +111,31 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(layers, "adagn", lambda x, scale, *_, act: (x[0, ..., 0].numel(), x.shape[-1], scale is not None, act))
+    watch(modulation, "adagn", lambda x, *_, dropout, **__: (x[0, ..., 0].numel(), x.shape[-1], dropout > 0))
     watch(layers, "avg_voxelize", lambda x, coords, r, plan: (x.shape[1], r, x.shape[2]))
-    watch(layers, "trilinear_devoxelize", lambda v, coords, plan: (coords.shape[1], v.shape[1], v.shape[-1]))
+    watch(layers, "adagn_devoxelize", lambda v, coords, *_, **__: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
+    watch(layers, "group_offsets", lambda x, idx, *_: (x.shape[1], *idx.shape[1:], x.shape[2]))
+    watch(layers, "max_neighbors", lambda x: tuple(x.shape[1:]))
     watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
     watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
     watch(plan, "ball_query", lambda centers, x, radius, k: (x.shape[1], centers.shape[1], k))
-    for module in (layers, plan):
-        watch(module, "group", lambda x, idx: (x.shape[1], *idx.shape[1:], x.shape[2]))
+    watch(plan, "group", lambda x, idx: (x.shape[1], *idx.shape[1:], x.shape[2]))
     with torch.no_grad():
         lion = LION(LIONConfig()).eval()
         h, z = lion.encode(torch.randn(1, 2048, 3, generator=torch.Generator().manual_seed(0)))
         lion.decode(h, z)
         lion.point_prior(h, torch.tensor([5]), z)
 
-    voxels = {(n, r, c) for (n, r), channels in census.VOXELS.items() for c in channels}
-    covered = {("adagn", shape) for shape in census.NORMALIZED}
-    covered |= {(name, shape) for name in ("avg_voxelize", "trilinear_devoxelize") for shape in voxels}
+    covered: set[tuple[str, Any]] = {("adagn", shape) for shape in census.NORMALIZED}
+    for name, table in (("avg_voxelize", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
+        covered |= {(name, (n, r, c)) for (n, r), channels in table.items() for c in channels}
+    K = census.NEIGHBORS
     for n, m in census.LEVELS:
-        covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, census.NEIGHBORS))}
-        covered |= {("three_interpolate", (n, m, c)) for c in census.INTERPOLATED}
-        covered |= {("group", (n, m, k, c)) for k in (1, census.NEIGHBORS) for c in census.GROUPED[n]}
+        covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, K))}
+        covered |= {("three_interpolate", (n, m, census.INTERPOLATED))}
+        covered |= {("group", (n, m, k, 3)) for k in (1, K)}
+        covered |= {("group_offsets", (n, m, K, c)) for c in census.NEIGHBORHOODS[n]}
+        covered |= {("max_neighbors", (m, K, c)) for c in census.MAXIMA[m]}
     assert len(seen) > 50
     assert seen - covered == set()
