@@ -8,6 +8,7 @@ noise and times depend on the seed and the step alone, so a continued run equals
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,14 +83,17 @@ def train(args: Arguments) -> None:
         load_state(lion, checkpoint.model, run)
         accelerator.print(f"continuing {run.folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
     lion.to(accelerator.device)
+    compiling: AbstractContextManager[None] = nullcontext()
     if run.config.compile == "on":
+        check_compiler(accelerator.device)  # of a run that may have begun on another machine
         compile_blocks(lion)
+        compiling = compile_bar(lion)
     reason = why_uncaptured(accelerator.device, accelerator.num_processes)
     if reason:
         accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
 
     context = Context(run, sources, accelerator, lion)
-    with compile_bar(lion):
+    with compiling:
         if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
             fit_vae(context, checkpoint)
         if args.stage != "vae":
