@@ -2,6 +2,7 @@
 # `make gpu`, on a machine with a GPU, uses the Python it is given (PYTHON=...) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS := constraints-$(if $(shell nvidia-smi -L 2>/dev/null),nvidia,cpu).txt
 
 .PHONY: train test soak check census gpu clean
 
@@ -22,7 +23,7 @@ check: .venv/.installed-test
 census: .venv/.installed  ## registers, spills and shared memory of every kernel on four GPUs, without one
 	$(BIN)/python -m lion_triton.kernels.census --check
 
-gpu:  ## the test suite, the census and the benchmark on this machine's GPU
+gpu:  ## all tests, the benchmarks, a real run and the census on this machine's GPU, in eight minutes
 	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
@@ -31,12 +32,12 @@ gpu:  ## the test suite, the census and the benchmark on this machine's GPU
 	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
 	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+.venv/.installed: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.venv/.installed-test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+.venv/.installed-test: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch .venv/.installed $@
 
 clean:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lion_triton import metrics
 from lion_triton.cli import run_cli
-from lion_triton.config import DataConfig, fewest_points
-from lion_triton.data.sources import load_sources
+from lion_triton.config import fewest_points
+from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import folder, page, record, table
 from lion_triton.evaluation.memorising import Training, nearest_training, summary

@@ -27,7 +27,7 @@ from lion_triton.evaluation import galleries, model, page, phases
 from lion_triton.evaluation.sets import REFERENCES, SAMPLES, CloudSet, Preparation
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig
-from lion_triton.report import Reconstruction
+from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import open_run
 from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import files, layout, npy, samples_folder

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from lion_triton import runs, sample, train
 from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
 from lion_triton.models.priors import TransformerConfig
+from lion_triton.training import loop
 
 TINY = (
     "--data.num-shapes 10 --data.num-points 130 --evaluate-shapes 6 --log-every 1 --picture-every 100 "
@@ -84,7 +85,7 @@ def test_a_stopped_run_continues_as_if_unbroken(
 ) -> None:
     """Stop right after a checkpoint; the same command then gives the very same weights."""
     out = tmp_path / "broken"
-    save = train.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_and_stop(run: runs.Run, total_step: int, checkpoint: runs.Checkpoint) -> Path:
         path = save(run, total_step, checkpoint)
@@ -92,7 +93,7 @@ def test_a_stopped_run_continues_as_if_unbroken(
             os.kill(os.getpid(), signal.SIGTERM)
         return path
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     with pytest.raises(SystemExit) as stop:
         run(out)
     assert stop.value.code == 130
@@ -173,10 +174,10 @@ def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "none", "--dry-run")
+    run(tmp_path / "none", "--dry-run", "--attention", "softmax")
     assert not (tmp_path / "none").exists()
     out = capsys.readouterr().out
-    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all"):
+    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all", "softmax attention by "):
         assert word in out
 
 
@@ -378,7 +379,7 @@ def test_short_clouds_are_said_once_or_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_signals_are_handed_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with train.stop_requests() as stop:
+    with loop.stop_requests() as stop:
         assert not stop(Accelerator(cpu=True))
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(0.05)

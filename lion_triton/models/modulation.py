@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lion_triton.kernels import adagn
+from lion_triton.kernels.noise import new_key
 
 GROUPS = 8  # of every group normalisation in LION
 
@@ -49,6 +50,15 @@ def normalize(x: Float[Tensor, "B ... C"], norm: Norm, *, dropout: float = 0.0) 
 def layer_keys(count: int) -> Int64[Tensor, "count 2"]:
     """What to add to a step's key for the dropout of each layer: far from all keys that count up from the step's."""
     return torch.arange(1, count + 1)[:, None] * torch.tensor([0, 2**40])
+
+
+def dropout_key(
+    network: nn.Module, dropout: float, key: Int64[Tensor, " 2"] | None, device: torch.device
+) -> Int64[Tensor, " 2"] | None:
+    """The key that a network drops out by, a fresh one if it was given none; None where it drops nothing out."""
+    if not network.training or not dropout:
+        return None
+    return new_key(device) if key is None else key
 
 
 class Modulation(nn.Module):

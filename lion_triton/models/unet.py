@@ -13,10 +13,9 @@ from typing import Literal
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lion_triton.kernels.noise import new_key
 from lion_triton.models.attention import Attention, AttentionKind
 from lion_triton.models.layers import MLP, FeaturePropagation, PVConv, SetAbstraction, sinusoidal_embedding
-from lion_triton.models.modulation import Modulation, Norm, NormPlace, keep_apart
+from lion_triton.models.modulation import Modulation, Norm, NormPlace, dropout_key, keep_apart
 from lion_triton.models.plan import LevelGeometry, PointPlan, SetAbstractionGeometry, plan_points
 from lion_triton.models.precision import compute_dtype
 
@@ -202,10 +201,9 @@ class UNet(nn.Module):
         """
         if plan is None:
             plan = plan_points(x[..., :3], self.config.geometry)
-        if self.training and self.config.dropout and key is None:
-            key = new_key(x.device)
+        key = dropout_key(self, self.config.dropout, key, x.device)
         with compute_dtype(self, x.device) as dtype:
-            norms = self.modulation(style.to(dtype), len(x), key if self.training else None)
+            norms = self.modulation(style.to(dtype), len(x), key)
             time = None
             if self.time_dim:
                 assert t is not None
@@ -255,10 +253,9 @@ class PointEncoder(nn.Module):
         """Features of the whole cloud; the maximum over the coarsest centres. ``key`` as of :class:`UNet`."""
         if plan is None or not plan.serves(self.geometry):
             plan = plan_points(x[..., :3], self.geometry)
-        if self.training and self.dropout and key is None:
-            key = new_key(x.device)
+        key = dropout_key(self, self.dropout, key, x.device)
         with compute_dtype(self, x.device) as dtype:
-            norms = self.modulation(None, len(x), key if self.training else None)
+            norms = self.modulation(None, len(x), key)
             x = x.to(dtype)
             for level, (convolve, abstract) in enumerate(zip(self.convolutions, self.set_abstractions, strict=True)):
                 x = abstract(convolve(x, plan, level, norms), plan.levels[level], next(norms))

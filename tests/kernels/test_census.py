@@ -18,8 +18,10 @@ from lion_triton.models.lion import LION, LIONConfig
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python without the interpreter of kernels, which compiles nothing."""
+    """Python without the interpreter of kernels, which compiles nothing; scripts, too, import this checkout."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = path
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 

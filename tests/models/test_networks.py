@@ -40,7 +40,9 @@ def clouds() -> Tensor:
 
 def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
     """A parameter without a gradient is dead weight, or cut off by a mistake."""
-    from lion_triton.objectives import ReconstructionWeights, posterior, prior_loss, vae_loss
+    from lion_triton.config import ReconstructionWeights
+    from lion_triton.models.lion import posterior
+    from lion_triton.training.objectives import prior_loss, vae_loss
 
     lion.zero_grad()
     key = torch.tensor([3, 0])
@@ -65,7 +67,8 @@ def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
 
 def test_published_ratio_of_the_elbo(lion: LION, clouds: Tensor) -> None:
     """Published: L1 over the batch, KLs per cloud, times 0.5. Here: all per cloud, lambda = 1 / batch."""
-    from lion_triton.objectives import ReconstructionWeights, vae_loss
+    from lion_triton.config import ReconstructionWeights
+    from lion_triton.training.objectives import vae_loss
 
     batch = len(clouds)
     with torch.no_grad():
@@ -416,7 +419,7 @@ def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor
 
 def test_occupancy_loss_is_that_of_the_occupied_voxels(clouds: Tensor) -> None:
     from lion_triton.kernels import voxel_coords
-    from lion_triton.objectives import occupancy_loss
+    from lion_triton.training.objectives import occupancy_loss
 
     occupied = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
     for b, cloud in enumerate(voxel_coords(clouds, 4).round().long()):
