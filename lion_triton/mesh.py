@@ -37,7 +37,7 @@ class MeshArguments:
 
     Writes OUT/ply/*.ply and OUT/glb/*.glb in the clouds' units, OUT/clouds.npz, OUT/grid.png and OUT/meshes.json.
 
-    A run generates the clouds, and its surface network (``train RUN --stage surface``) denoises them and tells their
+    A run generates the clouds, and its surface network (``train PRESET --stage surface``) denoises them and tells their
     normals. Clouds from elsewhere need normals that are estimated, which takes dense clouds of solid shapes; or a run
     whose surface network knows clouds like these.
 

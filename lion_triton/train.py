@@ -29,6 +29,7 @@ from lion_triton.pictures import draw_grid
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
 from lion_triton.sample import SampleArguments, sample
+from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
@@ -41,7 +42,7 @@ class Arguments:
 
     Attributes:
         out: run folder; default runs/PRESET.
-        stage: both stages, or one of them.
+        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes.
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
@@ -50,7 +51,7 @@ class Arguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
-    stage: Literal["all", "vae", "priors"] = "all"
+    stage: Literal["all", "vae", "priors", "surface"] = "all"
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
     strict: bool = False
@@ -63,6 +64,9 @@ def train(args: Arguments) -> None:
     Raises:
         ValueError: bad data, a run folder of another configuration, a damaged checkpoint, a loss that is not finite.
     """
+    if args.stage == "surface":
+        train_surface(open_run(run_folder(args)), device=best_device())
+        return
     config = with_networks(args.config, args.attention, args.denoiser)
     check(config)
     sources = load_sources(config.data, config.evaluate_shapes)
@@ -102,6 +106,10 @@ def train(args: Arguments) -> None:
                 finish(context)
 
 
+def run_folder(args: Arguments) -> Path:
+    return args.out or Path("runs") / args.config.preset
+
+
 def start_processes(config: TrainConfig) -> Accelerator:
     """This process's device and precision, and the others it trains with.
 
@@ -126,7 +134,7 @@ def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accel
     Raises:
         ValueError: bad clouds, or a folder that holds another run.
     """
-    folder = args.out or Path("runs") / config.preset
+    folder = run_folder(args)
     continued = (folder / "config.json").exists()
     points = config.data.num_points
     for clouds in (sources.train, sources.held_out):
