@@ -68,6 +68,15 @@ def test_the_published_one_gives_the_same_output() -> None:
         assert largest([plain.PlainPointPrior(prior)(*args)], [prior(*args)]) < 1e-5
 
 
+def test_every_tensor_is_made_where_the_inputs_are() -> None:
+    """As on a GPU: one on a CPU among those on the meta device is an error."""
+    theirs = plain.PlainPointPrior(tiny()).to("meta")
+    h_t, t, z = (x.to("meta").requires_grad_() for x in plain.inputs(2, 40, CPU))
+    out = theirs(h_t, t, z)
+    assert out.shape == h_t.shape and out.is_meta
+    torch.autograd.grad(out, list(theirs.parameters()), torch.empty_like(out))
+
+
 def test_options_that_were_not_published_are_refused() -> None:
     for prior in (tiny(residual=True), tiny(skip="convolved"), tiny(attention="softmax")):
         with pytest.raises(ValueError, match="prior: expected the published kind"):
