@@ -98,8 +98,8 @@ def voxelize(features: Tensor, coords: Tensor, resolution: int) -> Tensor:
     index = (voxel_index(coords.round(), resolution) + cloud).flatten()
     total = features.new_zeros(B * resolution**3, C).index_add(0, index, features.transpose(1, 2).flatten(0, 1))
     count = features.new_zeros(B * resolution**3).index_add_(0, index, features.new_ones(B * N))
-    mean = total / count.clamp_min(1)[:, None]
-    return mean.view(B, resolution**3, C).transpose(1, 2).reshape(B, C, *[resolution] * 3)
+    mean = (total / count.clamp_min(1)[:, None]).view(B, resolution**3, C)
+    return mean.transpose(1, 2).contiguous().view(B, C, *[resolution] * 3)
 
 
 def devoxelize(voxels: Tensor, coords: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_a_tiny_one_is_the_same_function_and_has_the_same_gradients() -> None:
 
 
 def test_the_published_one_gives_the_same_output() -> None:
-    prior, args = plain.published(), plain.inputs(1, plain.POINTS, CPU)
+    prior, args = plain.published(), plain.inputs(2, plain.POINTS, CPU)  # one may take other paths through PyTorch
     with torch.no_grad():
         assert largest([plain.PlainPointPrior(prior)(*args)], [prior(*args)]) < 1e-5
 
