@@ -413,10 +413,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = driver.device()
     about = machine.describe(device)
-    print(f"{about['device']}, {options.threads} threads, commit {about['commit']}, torch {torch.__version__}")
+    print(
+        f"{about['device']}, {options.threads} threads, commit {about['commit']}, torch {torch.__version__}\n",
+        flush=True,
+    )
     prior = published().to(device)
     args = inputs(options.batch, POINTS, device)
-    print(markdown([row for which in PASSES for row in compare(which, prior, args, options.rounds)]))
+    for which in PASSES:  # each takes a while
+        print(markdown(compare(which, prior, args, options.rounds)), flush=True)
 
 
 if __name__ == "__main__":
