@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from bench import driver, guards, host, machine, report
+from bench import driver, guards, host, machine, plain, report
 
 ROWS = pytest.StashKey[list[driver.Row]]()
 HOST_ROWS = pytest.StashKey[list[host.Row]]()
+NETWORK_ROWS = pytest.StashKey[list[plain.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[HOST_ROWS] = []
+    config.stash[NETWORK_ROWS] = []
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +47,18 @@ def host_rows(request: pytest.FixtureRequest) -> list[host.Row]:
     return request.config.stash[HOST_ROWS]
 
 
+@pytest.fixture(scope="session")
+def network_rows(request: pytest.FixtureRequest) -> list[plain.Row]:
+    return request.config.stash[NETWORK_ROWS]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if host_rows := config.stash[HOST_ROWS]:
         terminalreporter.section("bench, host")
         terminalreporter.write(host.markdown(host_rows))
+    if network_rows := config.stash[NETWORK_ROWS]:
+        terminalreporter.section("bench, the point prior")
+        terminalreporter.write(plain.markdown(network_rows))
     rows = config.stash[ROWS]
     if not rows:
         return

@@ -1,5 +1,7 @@
 """How many kernels a function launches on a GPU, and how many bytes they read and write: counted, without one.
 
+``python -m bench.launches`` prints both for the networks of the published sizes.
+
 PyTorch's operators are counted by a dispatch mode, Triton's kernels where they would be launched; tensors have shapes
 and no data (``device="meta"``), so that a network of the published size takes a second. Views and allocations launch
 nothing. An operator counts as the kernels that it takes at least: a backward of a convolution one per gradient, a sort
@@ -9,8 +11,9 @@ that an operator or a kernel is given and returns, each once: a lower bound, too
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
@@ -18,11 +21,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lion_triton.kernels import _checks, _op
+from lion_triton.models import LION, LIONConfig
 
 _NOTHING = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view"),
@@ -97,3 +101,51 @@ def counting(dtype: torch.dtype | None = None) -> Iterator[Launches]:
         _Operators(found),
     ):
         yield found
+
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def networks(batch: int) -> dict[str, tuple[nn.Module, Call]]:
+    """The published ones, and calls of each on so many clouds, on the meta device."""
+    with torch.device("meta"):
+        lion = LION(LIONConfig())
+        points, h, z, t = (torch.empty(batch, *size) for size in ((2048, 3), (2048, 4), (128,), ()))
+    vae = lion.vae
+    return {
+        "shape encoder": (vae, lambda: vae.encode_shape(points)),
+        "point encoder": (vae, lambda: vae.encode_points(points, z)),
+        "decoder": (vae, lambda: (vae.decode(h, z),)),
+        "shape prior": (lion.shape_prior, lambda: (lion.shape_prior(z, t),)),
+        "point prior": (lion.point_prior, lambda: (lion.point_prior(h, t, z),)),
+    }
+
+
+def count(network: nn.Module, call: Call, dtype: torch.dtype | None) -> tuple[Launches, Launches]:
+    """Of a forward without gradients, and of one in training mode with the gradients of the weights."""
+    network.eval()
+    with counting(dtype) as forward, torch.no_grad():
+        call()
+    network.train()
+    with counting(dtype) as both:
+        outputs = call()
+        weights, grads = list(network.parameters()), [torch.empty_like(out) for out in outputs]
+        torch.autograd.grad(outputs, weights, grads, allow_unused=True)
+    return forward, both
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Launches and bytes of the published networks, counted without a GPU.")
+    parser.add_argument("--batch", type=int, default=32, help="clouds of 2048 points")
+    batch = parser.parse_args().batch
+    print(f"B = {batch}\n\n| | launches, forward | forward and backward | GB, forward | forward and backward |")
+    print("|---|---|---|---|---|")
+    for name, (network, call) in networks(batch).items():
+        for dtype, precision in ((torch.bfloat16, "bf16"), (None, "float32")):
+            forward, both = count(network, call, dtype)
+            cells = f"{forward.count} | {both.count} | {forward.bytes / 1e9:.1f} | {both.bytes / 1e9:.1f}"
+            print(f"| {name}, {precision} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import clock, driver, host
+from bench import clock, driver, host, plain
 from bench.registry import OPS, Op, Shape
 
 DEVICE = driver.device()
@@ -56,3 +56,11 @@ def test_host(failed_guards: dict[str, str], host_rows: list[host.Row], op: Op) 
     if reason := next((failed_guards[file] for file in op.tests if failed_guards[file]), ""):
         pytest.fail(reason)
     host_rows.append(host.measure(op))
+
+
+def test_point_prior(network_rows: list[plain.Row]) -> None:
+    """The whole network beside its plain form: the independent writing vouches for it."""
+    prior, args = plain.published().to(DEVICE), plain.inputs(plain.BATCH[DEVICE.type], plain.POINTS, DEVICE)
+    for which in plain.PASSES:
+        network_rows += plain.compare(which, prior, args, plain.ROUNDS)
+    assert not [row for row in network_rows if row["reason"]]
