@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -88,10 +89,10 @@ class Schedule(nn.Module):
     ) -> None:
         super().__init__()
         _check_choice("kind", kind, ScheduleKind)
-        if num_train_timesteps < 1:
+        if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
         for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if not 0 < value < 1:
+            if not isinstance(value, Real) or not 0 < value < 1:
                 raise ValueError(f"{name}: expected a number in (0, 1), got {value}")
         self.kind, self.beta_start, self.beta_end = kind, beta_start, beta_end
         self.num_train_timesteps = T = num_train_timesteps
@@ -216,7 +217,9 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
     """
     _check_choice("spacing", spacing, Spacing)
-    if not 1 <= steps <= num_train_timesteps:
+    if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
+    if not isinstance(steps, Integral) or not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps: expected 1 to {num_train_timesteps} (the training steps), got {steps}")
     if steps == 1:
         return torch.tensor([num_train_timesteps])
@@ -384,7 +387,7 @@ def variational_bound(
     if timesteps is not None and not (chosen and min(chosen) >= 2 and max(chosen) <= T):
         raise ValueError(f"timesteps: expected one or more times in 2..{T}, got {chosen}")
     x_0, keys, log_abar = _at_least_float32(x_0), _step_keys(key, T), schedule.log_abar
-    dims = x_0[0].numel()
+    dims = math.prod(x_0.shape[1:])
 
     def mean_term(t: int) -> Tensor:
         # Both Gaussians' means are affine in eps, which leaves w(t) ||eps - eps_theta||^2, at t = 1 too.
