@@ -26,6 +26,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from lion_triton.kernels import ancestral_step, noise_mse, posterior_q_sample, q_sample
+from lion_triton.kernels._checks import check_integer
 
 ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
@@ -89,13 +90,11 @@ class Schedule(nn.Module):
     ) -> None:
         super().__init__()
         _check_choice("kind", kind, ScheduleKind)
-        if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
+        self.num_train_timesteps = T = check_integer("num_train_timesteps", num_train_timesteps, least=1)
         for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
             if not isinstance(value, Real) or not 0 < value < 1:
                 raise ValueError(f"{name}: expected a number in (0, 1), got {value}")
         self.kind, self.beta_start, self.beta_end = kind, beta_start, beta_end
-        self.num_train_timesteps = T = num_train_timesteps
 
         if kind == "cosine":
             f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -217,8 +216,7 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
     """
     _check_choice("spacing", spacing, Spacing)
-    if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, least=1)
     if not isinstance(steps, Integral) or not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps: expected 1 to {num_train_timesteps} (the training steps), got {steps}")
     if steps == 1:
