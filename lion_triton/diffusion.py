@@ -67,7 +67,8 @@ class Schedule(nn.Module):
 
     ``linear``: ``beta_start`` to ``beta_end`` (DDPM section 4). ``warmup_constant``: linear over the first
     tenth of the steps, then ``beta_end`` (PVD's airplane recipe). ``cosine``: IDDPM eq. 17, betas clipped at
-    0.999, ``beta_start`` and ``beta_end`` unused. Raises ``ValueError`` for T < 1 or betas outside (0, 1).
+    0.999, ``beta_start`` and ``beta_end`` unused. Raises ``ValueError`` for T < 1, betas outside (0, 1) or an
+    ``abar_T`` that is 0 in float32.
 
     Buffers, rounded once from float64 to float32 and not saved: ``betas``, ``alphas_cumprod``,
     ``posterior_variance`` (0 at t = 1), each (T,) with t at index t - 1. Never cast them to half precision.
@@ -107,6 +108,8 @@ class Schedule(nn.Module):
         # 1 - abar and ratios of neighbouring abar in float32 would lose most digits of beta.
         self.log_abar = torch.from_numpy(np.concatenate([[0.0], np.cumsum(np.log1p(-betas))]))
         log_t, log_s = self.log_abar[1:], self.log_abar[:-1]
+        if log_t[-1].exp() < torch.finfo(torch.float32).tiny:  # x_0 would be 0 / 0, a weight of v infinite
+            raise ValueError(f"beta_end: expected betas that leave some of x_0 at T = {T} in float32, got {beta_end}")
         beta, beta_tilde = _transitions(log_t, log_s)
         # No model can have variance 0: t = 1 takes that of t = 2, as DDPM's own code does.
         small = beta_tilde.clone()

@@ -18,7 +18,7 @@ MODEST = ("normal", "grid", "coincident", "tiny")
 
 def schedule_of(draw: Draw) -> diffusion.Schedule:
     kind, T = one_of(draw, "linear", "warmup_constant", "cosine"), one_of(draw, 1, 2, 10, 50, 1000)
-    return diffusion.Schedule(kind, T, one_of(draw, 1e-6, 1e-4), one_of(draw, 0.02, 0.5))
+    return diffusion.Schedule(kind, T, one_of(draw, 1e-6, 1e-4), one_of(draw, 0.02, 0.5) if T < 100 else 0.02)
 
 
 def data_of(draw: Draw, *, clouds: int | None = None, dtype: torch.dtype | None = None, kinds: Any = MODEST) -> Tensor:
@@ -50,6 +50,8 @@ def test_schedule(draw: Draw) -> str:
             raise ValueError("refused")
         betas = torch.linspace(start, end, T, dtype=torch.float64)
         abar = (1 - betas).cumprod(0)
+        if abar[-1] < torch.finfo(torch.float32).tiny:
+            raise ValueError("nothing is left")
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         return betas.float(), abar.float(), (betas * (1 - before) / (1 - abar)).float()
 
