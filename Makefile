@@ -3,13 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check census gpu clean
+.PHONY: train test test-oldest soak check census gpu clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
 
 test: .venv/.installed-test check  ## lint, types, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-oldest: .venv-oldest/.installed-test  ## the suite with the oldest PyTorch, Triton and NumPy that are supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.installed-test  ## 10,000 random arguments of the public functions: answered as specified, or refused
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.properties --cases 10000
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -23,10 +29,10 @@ gpu:  ## the test suite, the census and the benchmark on this machine's GPU
 	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
-.venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; \
+%/bin/python:
+	$(PYTHON) -m venv $* || { rm -rf $*; \
 	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
-	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
+	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet $*; }
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
@@ -36,5 +42,9 @@ gpu:  ## the test suite, the census and the benchmark on this machine's GPU
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/.installed $@
 
+.venv-oldest/.installed-test: pyproject.toml constraints-oldest.txt | .venv-oldest/bin/python
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache
