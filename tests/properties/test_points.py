@@ -196,7 +196,7 @@ def test_check_finite(draw: Draw) -> str:
     """Refuses just what is not finite."""
     (x,) = spoiled(draw, clouds(draw)[:1])
     if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and one_of(draw, False, True):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         x.view(-1)[size(draw, 0, x.numel() - 1)] = one_of(draw, torch.nan, torch.inf, -torch.inf)
 
     def plain(x: Any) -> None:
