@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tests.properties.strategies import (
     KINDS,
     Draw,
     agree,
+    both,
     dtype_of,
     index,
     noise_key,
@@ -22,11 +22,6 @@ from tests.properties.strategies import (
     spoiled,
     tensor,
 )
-
-
-def both(draw: Draw, op: Any, arguments: list[Any], **options: Any) -> str:
-    arguments = spoiled(draw, arguments)
-    return agree(partial(op, impl="triton"), partial(op, impl="reference"), arguments, **options)
 
 
 def sizes(draw: Draw) -> tuple[int, int, int, int]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lion_triton import kernels
-from tests.properties.strategies import Draw, agree, dtype_of, noise_key, one_of, property_of, size, spoiled, tensor
+from tests.properties.strategies import (
+    Draw,
+    both,
+    dtype_of,
+    noise_key,
+    one_of,
+    property_of,
+    size,
+    tensor,
+)
 
 # Exponentials of larger numbers than these are infinite in float32, and so they are in both.
 LOG = ("normal", "grid", "coincident", "tiny")
@@ -21,11 +27,6 @@ def batch_shape(draw: Draw) -> tuple[int, ...]:
 
 def scalars(draw: Draw, count: int, batch: int) -> list[Tensor]:
     return [tensor(draw, batch, dtype=one_of(draw, torch.float32, torch.float64), kinds=LOG) for _ in range(count)]
-
-
-def both(draw: Draw, op: Any, arguments: list[Any], **options: Any) -> str:
-    arguments = spoiled(draw, arguments)
-    return agree(partial(op, impl="triton"), partial(op, impl="reference"), arguments, **options)
 
 
 @property_of(8)

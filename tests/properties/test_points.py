@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from lion_triton import kernels
-from tests.properties.strategies import KINDS, Draw, agree, dtype_of, index, one_of, property_of, size, spoiled, tensor
-
-
-def both(draw: Draw, op: Any, arguments: list[Any], **options: Any) -> str:
-    """Triton against the reference."""
-    arguments = spoiled(draw, arguments)
-    return agree(partial(op, impl="triton"), partial(op, impl="reference"), arguments, **options)
+from tests.properties.strategies import (
+    KINDS,
+    Draw,
+    agree,
+    both,
+    dtype_of,
+    index,
+    one_of,
+    property_of,
+    size,
+    spoiled,
+    tensor,
+)
 
 
 def clouds(
