@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints-$(if $(shell nvidia-smi -L 2>/dev/null),nvidia,cpu).txt
 
-.PHONY: train test soak check census gpu clean
+.PHONY: train test test-oldest soak check census gpu clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
@@ -12,8 +12,12 @@ train: .venv/.installed  ## train the quickstart, sample from it and draw what i
 test: .venv/.installed-test check  ## lint, types, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: .venv/.installed-test  ## 1000 damaged files of every format: each is read or refused, and nothing else happens
+test-oldest: .venv-oldest/.installed-test  ## the suite with the oldest PyTorch, Triton and NumPy that are supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.installed-test  ## damaged files of every format, and random arguments of the public functions: counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.hostile_files --count 1000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.properties --cases 10000
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -27,10 +31,10 @@ gpu:  ## all tests, the benchmarks, a real run and the census on this machine's 
 	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
-.venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; \
+%/bin/python:
+	$(PYTHON) -m venv $* || { rm -rf $*; \
 	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
-	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
+	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet $*; }
 
 .venv/.installed: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
@@ -40,5 +44,9 @@ gpu:  ## all tests, the benchmarks, a real run and the census on this machine's 
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch .venv/.installed $@
 
+.venv-oldest/.installed-test: pyproject.toml constraints-oldest.txt | .venv-oldest/bin/python
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache

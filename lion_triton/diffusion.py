@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,6 +26,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from lion_triton.kernels import ancestral_step, noise_mse, posterior_q_sample, q_sample
+from lion_triton.kernels._checks import check_integer
 
 ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
@@ -65,7 +67,8 @@ class Schedule(nn.Module):
 
     ``linear``: ``beta_start`` to ``beta_end`` (DDPM section 4). ``warmup_constant``: linear over the first
     tenth of the steps, then ``beta_end`` (PVD's airplane recipe). ``cosine``: IDDPM eq. 17, betas clipped at
-    0.999, ``beta_start`` and ``beta_end`` unused. Raises ``ValueError`` for T < 1 or betas outside (0, 1).
+    0.999, ``beta_start`` and ``beta_end`` unused. Raises ``ValueError`` for T < 1, betas outside (0, 1) or an
+    ``abar_T`` that is 0 in float32.
 
     Buffers, rounded once from float64 to float32 and not saved: ``betas``, ``alphas_cumprod``,
     ``posterior_variance`` (0 at t = 1), each (T,) with t at index t - 1. Never cast them to half precision.
@@ -88,13 +91,11 @@ class Schedule(nn.Module):
     ) -> None:
         super().__init__()
         _check_choice("kind", kind, ScheduleKind)
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: expected at least 1, got {num_train_timesteps}")
+        self.num_train_timesteps = T = check_integer("num_train_timesteps", num_train_timesteps, least=1)
         for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if not 0 < value < 1:
+            if not isinstance(value, Real) or not 0 < value < 1:
                 raise ValueError(f"{name}: expected a number in (0, 1), got {value}")
         self.kind, self.beta_start, self.beta_end = kind, beta_start, beta_end
-        self.num_train_timesteps = T = num_train_timesteps
 
         if kind == "cosine":
             f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -107,6 +108,8 @@ class Schedule(nn.Module):
         # 1 - abar and ratios of neighbouring abar in float32 would lose most digits of beta.
         self.log_abar = torch.from_numpy(np.concatenate([[0.0], np.cumsum(np.log1p(-betas))]))
         log_t, log_s = self.log_abar[1:], self.log_abar[:-1]
+        if log_t[-1].exp() < torch.finfo(torch.float32).tiny:  # x_0 would be 0 / 0, a weight of v infinite
+            raise ValueError(f"beta_end: expected betas that leave some of x_0 at T = {T} in float32, got {beta_end}")
         beta, beta_tilde = _transitions(log_t, log_s)
         # No model can have variance 0: t = 1 takes that of t = 2, as DDPM's own code does.
         small = beta_tilde.clone()
@@ -216,7 +219,8 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
     """
     _check_choice("spacing", spacing, Spacing)
-    if not 1 <= steps <= num_train_timesteps:
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, least=1)
+    if not isinstance(steps, Integral) or not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"steps: expected 1 to {num_train_timesteps} (the training steps), got {steps}")
     if steps == 1:
         return torch.tensor([num_train_timesteps])
@@ -442,7 +446,7 @@ def variational_bound(
     if timesteps is not None and not (chosen and min(chosen) >= 2 and max(chosen) <= T):
         raise ValueError(f"timesteps: expected one or more times in 2..{T}, got {chosen}")
     x_0, keys, log_abar = _at_least_float32(x_0), _step_keys(key, T), schedule.log_abar
-    dims = x_0[0].numel()
+    dims = math.prod(x_0.shape[1:])
 
     def mean_term(t: int) -> Tensor:
         # Both Gaussians' means are affine in eps, which leaves w(t) ||eps - eps_theta||^2, at t = 1 too.

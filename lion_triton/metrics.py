@@ -29,6 +29,7 @@ from lion_triton.kernels import (
     pairwise_chamfer,
     pairwise_emd,
 )
+from lion_triton.kernels._checks import check_float
 from lion_triton.models.lion import LION, Posterior
 
 Progress = Callable[[int], Any]
@@ -91,6 +92,7 @@ def check_sets(samples: Tensor, references: Tensor, emd: EMD | None) -> None:
 
 def _check_pair(sets: dict[str, Tensor], emd: EMD | None) -> None:
     for name, clouds in sets.items():
+        check_float(name, clouds)
         if clouds.ndim != 3 or clouds.shape[2] != 3 or 0 in clouds.shape:
             raise ValueError(f"{name}: expected shape (S, N, 3) with S, N >= 1, got {tuple(clouds.shape)}")
     check_finite(**sets)

@@ -137,7 +137,11 @@ def test_zero_based_times_give_nan() -> None:
     ("call", "message"),
     [
         (lambda: Schedule("cubic"), "kind: expected one of linear, warmup_constant, cosine, got 'cubic'"),
-        (lambda: Schedule(num_train_timesteps=0), "num_train_timesteps: expected at least 1, got 0"),
+        (lambda: Schedule(num_train_timesteps=0), "num_train_timesteps: expected an integer >= 1, got 0"),
+        (
+            lambda: Schedule(beta_end=0.9),
+            "beta_end: expected betas that leave some of x_0 at T = 1000",
+        ),
         (lambda: Schedule(beta_start=0.0), r"beta_start: expected a number in \(0, 1\), got 0.0"),
         (lambda: Schedule(beta_end=1.0), r"beta_end: expected a number in \(0, 1\), got 1.0"),
         (

@@ -349,7 +349,7 @@ def _knn_op(x: Tensor, y: Tensor, k: int, lengths: Tensor | None) -> tuple[Tenso
         (B * blocks,),
         x.float().mT.contiguous(),
         y.float().contiguous(),
-        lengths,
+        None if lengths is None else lengths.contiguous(),
         x.new_empty((points, 4 * most), dtype=torch.int64),
         x.new_empty(points, dtype=torch.int32),
         x.new_empty(points, dtype=torch.float32),
@@ -430,11 +430,13 @@ def knn(
             raise ValueError(f"y: expected the {what} of x ({a}), got {b}")
     k = check_integer("k", k, least=1)
     if lengths is not None:
-        check_same(x=x, lengths=lengths)
+        if not isinstance(lengths, Tensor):
+            raise ValueError(f"lengths: expected a tensor, got {type(lengths).__name__}")
         if lengths.ndim != 1 or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"lengths: expected shape (B,) of int32 or int64, got {tuple(lengths.shape)} of {lengths.dtype}"
             )
+        check_same(x=x, lengths=lengths)
     fits = k <= _MOST_NEIGHBORS and x.shape[2] <= _MOST_DIMENSIONS
     if use_triton(impl, x) and (fits or impl == "triton"):
         if not fits:

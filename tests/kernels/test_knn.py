@@ -214,3 +214,13 @@ def test_beyond_the_kernel() -> None:
     with pytest.raises(ValueError, match="got k = 65 and D = 3"):
         knn(x[..., :3], x[..., :3], 65, impl="triton")
     assert knn(x, x, 1)[1].tolist() == [[[0], [1]]]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_lengths_of_any_strides(impl: Impl) -> None:
+    x, y, lengths = rand(3, 5, 3, seed=0), rand(3, 9, 3, seed=1), torch.tensor([4, 0, 9], device=DEVICE)
+    spread = torch.stack([lengths, torch.full_like(lengths, 7)], 1)[:, 0]
+    for got, expected in zip(
+        knn(x, y, 2, lengths=spread, impl=impl), knn(x, y, 2, lengths=lengths, impl=impl), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

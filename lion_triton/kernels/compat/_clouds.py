@@ -82,11 +82,11 @@ def _furthest_points(points: Float[Tensor, "B N D"], count: int) -> Int64[Tensor
 
 def pad_clouds(x: Float[Tensor, "n C"], sizes: list[int]) -> Float[Tensor, "B N C"]:
     """Clouds that follow each other, of these sizes, as a batch; zeros behind."""
-    if len(set(sizes)) == 1:
-        return x.reshape(len(sizes), sizes[0], x.shape[1])
+    if len(set(sizes)) <= 1:
+        return x.reshape(len(sizes), sizes[0] if sizes else 0, x.shape[1])
     return torch.nn.utils.rnn.pad_sequence(list(x.split(sizes)), batch_first=True)
 
 
 def pack_clouds(x: Tensor, sizes: list[int]) -> Tensor:
     """(B, N, ...) to (n, ...): the inverse of :func:`pad_clouds`."""
-    return torch.cat([rows[:size] for rows, size in zip(x, sizes, strict=True)])
+    return torch.cat([x[:0].flatten(0, 1), *(rows[:size] for rows, size in zip(x, sizes, strict=True))])

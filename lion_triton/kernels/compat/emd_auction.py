@@ -63,7 +63,7 @@ class expansionPenaltyFunction:
     ) -> tuple[Float[Tensor, "B N"], Int32[Tensor, "B N"], Float[Tensor, " B"]]:
         check_tensors(xyz=xyz)
         size = as_int("primitive_size", primitive_size)
-        if xyz.ndim != 3 or xyz.shape[2] != 3 or size < 2 or xyz.shape[1] % size:
+        if xyz.ndim != 3 or xyz.shape[2] != 3 or size < 2 or xyz.shape[1] % size or not xyz.shape[1]:
             shape = tuple(xyz.shape)
             raise ValueError(f"xyz: expected (B, N, 3) with N a multiple of primitive_size >= 2 ({size}), got {shape}")
         return _expansion_penalty_op(xyz.float(), size, float(alpha))
@@ -93,7 +93,7 @@ def _empty_penalties(xyz: Tensor, size: int, alpha: float) -> tuple[Tensor, Tens
 @op(fake=_empty_penalties)
 def _expansion_penalty_op(xyz: Tensor, size: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     B, N, _ = xyz.shape
-    ends, lengths = _spanning_tree(xyz.reshape(-1, size, 3))
+    ends, lengths = _spanning_tree(xyz.reshape(B * N // size, size, 3))
     mean = lengths.mean(1)
     owner = _owners(ends, size)  # of each edge: the point that it counts for
     place = torch.where(lengths > mean[:, None] * alpha, owner, size)  # short edges go to a slot of their own
@@ -101,7 +101,7 @@ def _expansion_penalty_op(xyz: Tensor, size: int, alpha: float) -> tuple[Tensor,
     dist = xyz.new_zeros(len(ends), size + 1).scatter_(1, place, lengths)
     assignment = torch.full_like(dist, -1, dtype=torch.int64).scatter_(1, place, ends.sum(2) - owner + first)
     dist, assignment = (t[:, :size].reshape(B, N) for t in (dist, assignment))
-    return dist, assignment.int(), mean.view(B, -1).mean(1)
+    return dist, assignment.int(), mean.view(B, N // size).mean(1)
 
 
 @gradient(_expansion_penalty_op, save=lambda xyz, size, alpha, out: (xyz, out[1]))
@@ -154,7 +154,8 @@ def minimum_density_sample(
     check_tensors(xyz=xyz, mean_mst_length=mean_mst_length)
     B, N, _ = xyz.shape
     xyz = xyz.float()
-    scale = 5 * mean_mst_length.float().square()[:, None]
+    # Of a length whose square is 0 only the point itself is near; 0 / 0 would be no number.
+    scale = (5 * mean_mst_length.float().square()[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
     weight = torch.where(torch.arange(N, device=xyz.device) < 8192, 1.0, 2.0)
     density = torch.zeros(B, N, device=xyz.device)
     idx = torch.zeros(B, as_int("npoint", npoint), dtype=torch.int64, device=xyz.device)

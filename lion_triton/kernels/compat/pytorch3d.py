@@ -245,6 +245,7 @@ def sample_farthest_points(
     points = points.float()
     lengths = _check_lengths("lengths", lengths, points)
     N = len(points)
+    K = K if isinstance(K, (list, tuple, Tensor)) else as_int("K", K)
     counts = torch.as_tensor(K, dtype=torch.int64, device=points.device)
     if counts.ndim and counts.shape != (N,):
         raise ValueError(f"K: expected one number for each of {N} clouds, got {tuple(counts.shape)}")

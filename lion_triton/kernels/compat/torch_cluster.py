@@ -44,7 +44,7 @@ def fps(
     samples = [min(n, int(m)) for n, m in zip(sizes, (torch.tensor(sizes) * ratios).ceil().tolist(), strict=True)]
     if not samples or max(samples) == 0:
         return torch.zeros(0, dtype=torch.int64, device=x.device)
-    lengths = torch.tensor(sizes, device=x.device)
+    lengths = _lengths(sizes, x)
     start = (torch.rand(len(sizes), device=x.device) * lengths).long() if random_start else None
     idx = furthest_points(pad_clouds(x, sizes), max(samples), lengths, start)
     return pack_clouds(idx + (lengths.cumsum(0) - lengths)[:, None], samples)
@@ -67,9 +67,7 @@ def knn(
     x, y, sizes_x, sizes_y = _clouds(x, y, batch_x, batch_y)
     if cosine:
         x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    _, idx = kernels.knn(
-        pad_clouds(y, sizes_y), pad_clouds(x, sizes_x), as_int("k", k), lengths=torch.tensor(sizes_x, device=x.device)
-    )
+    _, idx = kernels.knn(pad_clouds(y, sizes_y), pad_clouds(x, sizes_x), as_int("k", k), lengths=_lengths(sizes_x, x))
     return _pairs(idx, sizes_x, sizes_y)
 
 
@@ -90,7 +88,7 @@ def radius(
     """
     x, y, sizes_x, sizes_y = _clouds(x, y, batch_x, batch_y)
     most = as_int("max_num_neighbors", max_num_neighbors)
-    lengths_y, lengths_x = (torch.tensor(sizes, device=x.device) for sizes in (sizes_y, sizes_x))
+    lengths_y, lengths_x = (_lengths(sizes, x) for sizes in (sizes_y, sizes_x))
     clouds = pad_clouds(y, sizes_y), pad_clouds(x, sizes_x)
     _, idx, _ = ball_query(*clouds, lengths_y, lengths_x, most + ignore_same_index, float(r), False)
     if ignore_same_index:
@@ -138,7 +136,7 @@ def _graph(edges: Tensor, flow: str) -> Tensor:
 
 def _pairs(idx: Tensor, sizes_x: list[int], sizes_y: list[int]) -> Int64[Tensor, "2 E"]:
     """Rows of y and of x from indices (B, M, K) within clouds, -1 where there is none."""
-    lengths = torch.tensor(sizes_x, device=idx.device)
+    lengths = _lengths(sizes_x, idx)
     within = pack_clouds(idx.long(), sizes_y)
     rows = pack_clouds(idx + (lengths.cumsum(0) - lengths)[:, None, None], sizes_y)
     found = within >= 0
@@ -173,3 +171,7 @@ def _sizes(name: str, batch: Any, x: Tensor) -> list[int]:
     if len(batch) > 1 and (batch.diff() < 0).any():
         raise ValueError(f"{name}: expected the clouds in rising order")
     return batch.bincount().tolist()
+
+
+def _lengths(sizes: list[int], like: Tensor) -> Int64[Tensor, " B"]:
+    return torch.tensor(sizes, dtype=torch.int64, device=like.device)  # of no clouds it would be float32

@@ -216,3 +216,14 @@ class TestAuctionAndCompany:
 def test_bad_input(call: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(1, 4, 3, device=DEVICE))
+
+
+def test_no_clouds_have_no_penalty() -> None:
+    dist, assignment, mean = emd_auction.expansionPenaltyModule()(torch.zeros(0, 6, 3, device=DEVICE), 3, 1.5)
+    assert dist.shape == assignment.shape == (0, 6) and mean.shape == (0,)
+
+
+def test_sampling_by_a_density_of_no_width() -> None:
+    """Every point once, though the square of the length is 0."""
+    idx = emd_auction.minimum_density_sample(torch.ones(1, 6, 3, device=DEVICE), 6, torch.full((1,), 1e-30).to(DEVICE))
+    assert idx.sort(1).values[0].tolist() == list(range(6))

@@ -209,3 +209,13 @@ def test_integers(value: Any) -> None:
 def test_what_is_no_integer_is_named(value: Any) -> None:
     with pytest.raises(ValueError, match="^k: expected an integer, got "):
         as_int("k", value)
+
+
+def test_no_clouds_have_no_neighbours() -> None:
+    none, batch_of_none = torch.zeros(0, 3, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    for edges in (
+        torch_cluster.knn(none, none, 2, batch_of_none, batch_of_none),
+        torch_cluster.radius(none, none, 0.5, batch_of_none, batch_of_none),
+        torch_cluster.knn_graph(none, 2, batch_of_none),
+    ):
+        assert edges.shape == (2, 0) and edges.dtype == torch.int64

@@ -1,0 +1,144 @@
+"""Ops on features: gathers, voxels and normalisations by Triton agree with the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_triton import kernels
+from tests.properties.strategies import (
+    KINDS,
+    Draw,
+    agree,
+    both,
+    dtype_of,
+    index,
+    noise_key,
+    one_of,
+    property_of,
+    size,
+    spoiled,
+    tensor,
+)
+
+
+def sizes(draw: Draw) -> tuple[int, int, int, int]:
+    """B, N, M, C."""
+    return size(draw, 0, 3), size(draw, 1, 12), size(draw, 0, 12), one_of(draw, 1, 4, 7, 16)
+
+
+@property_of(8)
+def test_group(draw: Draw) -> str:
+    B, N, M, C = sizes(draw)
+    return both(draw, kernels.group, [tensor(draw, B, N, C, dtype=dtype_of(draw)), index(draw, N, B, M, 3)])
+
+
+@property_of(8)
+def test_three_interpolate(draw: Draw) -> str:
+    B, N, M, C = sizes(draw)
+    features, weights = tensor(draw, B, N, C, dtype=dtype_of(draw)), tensor(draw, B, M, 3, dtype=dtype_of(draw))
+    return both(draw, kernels.three_interpolate, [features, weights, index(draw, N, B, M, 3)])
+
+
+@property_of(8)
+def test_group_offsets(draw: Draw) -> str:
+    B, N, M, C = sizes(draw)
+    features, K = tensor(draw, B, N, C, dtype=dtype_of(draw)), size(draw, 1, 4)
+    offsets, weight = tensor(draw, B, M, K, 3, dtype=dtype_of(draw)), tensor(draw, C, 3, dtype=dtype_of(draw))
+    return both(draw, kernels.group_offsets, [features, index(draw, N, B, M, K), offsets, weight], loose=4)
+
+
+@property_of(8)
+def test_max_neighbors(draw: Draw) -> str:
+    B, _, M, C = sizes(draw)
+    return both(draw, kernels.max_neighbors, [tensor(draw, B, M, size(draw, 1, 5), C, dtype=dtype_of(draw))])
+
+
+def coords_of(draw: Draw, B: int, N: int) -> Tensor:
+    return tensor(draw, B, N, 3, dtype=one_of(draw, torch.float32, torch.float64))
+
+
+@property_of(8)
+def test_avg_voxelize(draw: Draw) -> str:
+    B, N, _, C = sizes(draw)
+    coords, R = coords_of(draw, B, N), size(draw, 1, 4)
+
+    def op(features: Any, coords: Any, R: Any, impl: Any) -> Tensor:
+        return kernels.avg_voxelize(features, coords.detach() if isinstance(coords, Tensor) else coords, R, impl=impl)
+
+    return both(draw, op, [tensor(draw, B, N, C, dtype=dtype_of(draw)), coords, R])
+
+
+@property_of(8)
+def test_trilinear_devoxelize(draw: Draw) -> str:
+    B, N, _, C = sizes(draw)
+    R = size(draw, 1, 4)
+    arguments = [tensor(draw, B, R, R, R, C, dtype=dtype_of(draw)), coords_of(draw, B, N)]
+    return both(draw, kernels.trilinear_devoxelize, arguments)
+
+
+@property_of(8)
+def test_plan_voxels(draw: Draw) -> str:
+    """A plan that is shared gives what each op makes of the coordinates itself."""
+    B, N, _, C = sizes(draw)
+    R, impl = size(draw, 1, 4), one_of(draw, "reference", "triton")
+    features, voxels = (tensor(draw, B, *n, C, dtype=dtype_of(draw)) for n in ((N,), (R, R, R)))
+
+    def planned(features: Any, voxels: Any, coords: Any, R: Any) -> Any:
+        plan = kernels.plan_voxels(coords, R, impl=impl)
+        given = {"plan": plan, "impl": impl}
+        return kernels.avg_voxelize(features, coords, R, **given), kernels.trilinear_devoxelize(voxels, coords, **given)
+
+    def alone(features: Any, voxels: Any, coords: Any, R: Any) -> Any:
+        voxelized = kernels.avg_voxelize(features, coords, R, impl=impl)
+        return voxelized, kernels.trilinear_devoxelize(voxels, coords, impl=impl)
+
+    arguments = spoiled(draw, [features, voxels, coords_of(draw, B, N), R])
+    return agree(planned, alone, arguments, same_refusals=False)
+
+
+@property_of(10)
+def test_adagn(draw: Draw) -> str:
+    """To the digit for tame values; what is normalised away from 1e15, or of one value, is rounding: never NaN."""
+    B, N, M, _ = sizes(draw)
+    groups, per_group, tame = size(draw, 1, 3), size(draw, 1, 4), one_of(draw, True, False)
+    C, positions = groups * per_group, one_of(draw, (), (N,), (N, M + 1))
+
+    def drawn(*shape: int) -> Tensor:
+        return tensor(draw, *shape, dtype=dtype_of(draw), kinds=("normal", "grid") if tame else KINDS)
+
+    style = [drawn(B, C), drawn(B, C)] if one_of(draw, True, False) else [None, None]
+    affine = [drawn(C), drawn(C)] if one_of(draw, True, False) else [None, None]
+    shape = one_of(draw, None, (C,), (B, C))
+    act, drop, key = one_of(draw, None, "silu"), one_of(draw, 0.0, 0.0, 0.5), noise_key(draw)
+
+    def op(x: Any, scale: Any, shift: Any, weight: Any, bias: Any, groups: Any, offset: Any, impl: Any) -> Tensor:
+        given = {"act": act, "offset": offset, "dropout": drop, "key": key, "impl": impl}
+        return kernels.adagn(x, scale, shift, weight, bias, groups, **given)
+
+    arguments = [drawn(B, *positions, C), *style, *affine, groups, None if shape is None else drawn(*shape)]
+    return both(draw, op, arguments, loose=10, compare="all" if tame else "nothing")
+
+
+@property_of(6)
+def test_adagn_devoxelize(draw: Draw) -> str:
+    B, N, _, _ = sizes(draw)
+    groups, R, H = size(draw, 1, 2), size(draw, 1, 3), size(draw, 1, 3)
+    C = groups * size(draw, 1, 4)
+    offset, points = (
+        tensor(draw, *shape, dtype=dtype_of(draw)) if one_of(draw, False, True) else None
+        for shape in ((B, C), (B, N, C))
+    )
+    style = [tensor(draw, *shape, kinds=("normal", "grid")) for shape in ((B, C), (B, C), (H, C), (C, H))]
+
+    def op(
+        x: Any, coords: Any, scale: Any, shift: Any, g: Any, squeeze: Any, excite: Any, *rest: Any, impl: Any
+    ) -> Any:
+        offset, points = rest
+        given = {"offset": offset, "points": points, "impl": impl}
+        return kernels.adagn_devoxelize(x, coords, scale, shift, g, squeeze, excite, **given)
+
+    x, coords = tensor(draw, B, R, R, R, C, dtype=dtype_of(draw)), coords_of(draw, B, N)
+    return both(draw, op, [x, coords, *style[:2], groups, *style[2:], offset, points], loose=30)
