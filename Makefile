@@ -2,14 +2,18 @@
 # `make gpu`, on a machine with a GPU, uses the Python it is given (PYTHON=...) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS := constraints-$(if $(shell nvidia-smi -L 2>/dev/null),nvidia,cpu).txt
 
-.PHONY: train test check census gpu clean
+.PHONY: train test soak check census gpu clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
 
 test: .venv/.installed-test check  ## lint, types, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.installed-test  ## 1000 damaged files of every format: each is read or refused, and nothing else happens
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.hostile_files --count 1000
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -19,7 +23,7 @@ check: .venv/.installed-test
 census: .venv/.installed  ## registers, spills and shared memory of every kernel on four GPUs, without one
 	$(BIN)/python -m lion_triton.kernels.census --check
 
-gpu:  ## the test suite, the census and the benchmark on this machine's GPU
+gpu:  ## all tests, the benchmarks, a real run and the census on this machine's GPU, in eight minutes
 	$(PYTHON) bench/gpu.py
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
@@ -28,12 +32,12 @@ gpu:  ## the test suite, the census and the benchmark on this machine's GPU
 	  $(PYTHON) -m pip install --quiet --target .venv-tools virtualenv && \
 	  PYTHONPATH=.venv-tools $(PYTHON) -m virtualenv --quiet .venv; }
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+.venv/.installed: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-.venv/.installed-test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+.venv/.installed-test: pyproject.toml constraints.txt $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch .venv/.installed $@
 
 clean:

@@ -253,13 +253,22 @@ def run(
 def write(folder: Path, about: dict[str, Any], rows: list[Row]) -> Path:
     """Write ``<device>-<commit>.json`` and ``.md`` and return the former; whole at any time, also when killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{about['device']}-{about['commit']}".lower()).strip("-")
     document = {**about, "rows": rows}
-    for suffix, text in ((".md", report.markdown(document)), (".json", json.dumps(document, indent=1) + "\n")):
-        part = folder / f"{name}{suffix}.part"
+    return write_both(folder / name(about), document, report.markdown(document))
+
+
+def name(about: dict[str, Any]) -> str:
+    """``<device>-<commit>``, fit for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{about['device']}-{about['commit']}".lower()).strip("-")
+
+
+def write_both(stem: Path, document: dict[str, Any], table: str) -> Path:
+    """Write ``stem``.json and .md, each whole at any time, and return the former."""
+    for suffix, text in ((".md", table), (".json", json.dumps(document, indent=1) + "\n")):
+        part = stem.with_name(f"{stem.name}{suffix}.part")
         part.write_text(text)
-        part.rename(folder / f"{name}{suffix}")
-    return folder / f"{name}.json"
+        part.rename(stem.with_name(f"{stem.name}{suffix}"))
+    return stem.with_name(f"{stem.name}.json")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def pytest_command(*arguments: str) -> list[str]:
     """pytest by this interpreter, on several cores where xdist is installed."""
     # Some tests take a minute, others milliseconds: none may wait behind a long one.
-    workers = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+    workers = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"] if find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments]
 
 

@@ -13,41 +13,28 @@ from typing import Any, Literal
 import dacite
 import tyro
 
+from lion_triton.data.sources import DataConfig
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import DiffusionConfig, LIONConfig
 from lion_triton.models.plan import SetAbstractionGeometry
 from lion_triton.models.priors import PointPriorConfig, ShapePriorConfig, TransformerConfig
 from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel, published_unet
 from lion_triton.models.vae import VAEConfig, published_vae
-from lion_triton.objectives import ReconstructionWeights
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the clouds come from and how they are fed.
+class ReconstructionWeights:
+    """Weights of the reconstruction terms; each is a sum over the cloud's points (L1, L2: and coordinates)."""
 
-    Attributes:
-        source: ``procedural`` (the embedded furniture), or a folder ``<category>/{train,val,test}/<id>.npy``.
-        categories: names of the categories to use; empty for all.
-        num_shapes: training shapes of the procedural source.
-        num_points: points per cloud in training.
-        draw_from: draw them from the first so many points of a cloud only (LION: 10,000 of 15,000).
-        normalization: ``global`` (one mean and std for the whole set), or per shape ``box`` or ``sphere``.
-        workers: processes that read clouds.
-    """
-
-    source: str = "procedural"
-    categories: tuple[str, ...] = ()
-    num_shapes: int = 2000
-    num_points: int = 2048
-    draw_from: int | None = None
-    normalization: Literal["global", "box", "sphere"] = "global"
-    workers: int = 0
+    l1: float = 1.0
+    l2: float = 0.0
+    chamfer: float = 0.0
+    emd: float = 0.0
 
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.objectives``.
+    """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.training.objectives``.
 
     The KL coefficient rises linearly from ``kl_start`` to ``kl_end`` over the first ``kl_anneal`` of the steps.
     ``learning_rate_decay``: cosine to zero over the stage, or constant. ``occupancy_weight``: of the occupancy head's
@@ -108,7 +95,8 @@ class TrainConfig:
     Attributes:
         seed: decides initial weights, batches, noise and times.
         mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
-        compile: torch.compile the point networks on a GPU.
+        compile: torch.compile the networks' repeated blocks; ``auto``: on a GPU, if the run will last so long that this
+            pays back, decided when it begins.
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
@@ -121,7 +109,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    compile: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     picture_every: int = 5_000
     checkpoint_every: int = 5_000
@@ -339,6 +327,8 @@ def fewest_points(model: LIONConfig) -> int:
 
 def from_json(data: dict[str, Any]) -> TrainConfig:
     """Rebuild a config from ``dataclasses.asdict`` after a trip through JSON."""
+    if isinstance(data.get("compile"), bool):  # as written up to version 0.1: whole networks, on a GPU
+        data = {**data, "compile": "off"}
     return dacite.from_dict(TrainConfig, data, dacite.Config(cast=[tuple], strict=True))
 
 

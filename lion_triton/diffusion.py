@@ -233,22 +233,17 @@ def _step_keys(key: Tensor, steps: int) -> Tensor:
     return key + torch.stack([torch.zeros_like(offsets), offsets], 1)
 
 
-@torch.no_grad()
-def _sample(
-    eps_model: Model,
-    x: Tensor,
-    schedule: Schedule,
-    key: Tensor,
-    ts: Tensor,
-    eta: float,
-    variance: Variance,
-    clip: float | None,
-    callback: Callback | None,
-) -> Tensor:
-    """DDIM eq. 12 over the times ``ts``, noise scale eq. 16; at eta = 1 its mean is DDPM's (eq. 7 and 11)."""
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a positive number or None, got {clip}")
-    log_t = schedule.log_abar[ts]
+@dataclass(frozen=True)
+class Steps:
+    """The reverse steps of a sampler, first to last."""
+
+    times: Int64[Tensor, " S"]  # t that each starts from
+    coefficients: Float[Tensor, "S 5"]  # coef_x, coef_eps and rho of ``ancestral_step``, alpha_t, sigma_t; float64
+
+
+def _steps(schedule: Schedule, times: Tensor, eta: float, variance: Variance) -> Steps:
+    """DDIM eq. 12 over ``times``, noise scale eq. 16; at eta = 1 its mean is DDPM's (eq. 7 and 11)."""
+    log_t = schedule.log_abar[times]
     log_s = torch.cat([log_t[1:], torch.zeros_like(log_t[:1])])
     beta, beta_tilde = _transitions(log_t, log_s)
     sigma = (-torch.expm1(log_t)).sqrt()
@@ -256,22 +251,91 @@ def _sample(
     coef_eps = coef_x * sigma - (-torch.expm1(log_s) - eta**2 * beta_tilde).sqrt()
     rho = beta.sqrt() if variance == "fixed_large" else eta * beta_tilde.sqrt()
     rho[-1] = 0  # the last step is noise-free
+    return Steps(times, torch.stack([coef_x, coef_eps, rho, (log_t / 2).exp(), sigma], 1))
 
-    # All that the steps need is on the device before the first one, so the loop never waits for it.
-    x = _at_least_float32(x)
-    rows = torch.stack([coef_x, coef_eps, rho, (log_t / 2).exp(), sigma], 1).to(x.dtype).to(x.device)
-    rows = rows[..., None].expand(-1, -1, x.shape[0]).contiguous()
-    times = ts.to(x.device)[:, None].expand(-1, x.shape[0]).contiguous()
-    for i, (t, step_key) in enumerate(zip(ts.tolist(), _step_keys(key, len(ts)), strict=True)):
-        eps = eps_model(x, times[i]).to(x.dtype)
-        if clip is not None:
-            alpha_t, sigma_t = _over(rows[i, 3], x), _over(rows[i, 4], x)
-            x_0 = ((x - sigma_t * eps) / alpha_t).clamp(-clip, clip)
-            eps = (x - alpha_t * x_0) / sigma_t
-        x = ancestral_step(x, eps, rows[i, 0], rows[i, 1], rows[i, 2], step_key)
+
+def ddpm_steps(schedule: Schedule, steps: int | None = None, variance: Variance = "fixed_large") -> Steps:
+    """The steps of ``ddpm``. Raises ``ValueError`` for what it does not take."""
+    _check_choice("variance", variance, Variance)
+    T = schedule.num_train_timesteps
+    return _steps(schedule, timesteps(T, T if steps is None else steps), 1.0, variance)
+
+
+def ddim_steps(schedule: Schedule, steps: int = 50, eta: float = 0.0, spacing: Spacing = "uniform") -> Steps:
+    """The steps of ``ddim``. Raises ``ValueError`` for what it does not take."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    return _steps(schedule, timesteps(schedule.num_train_timesteps, steps, spacing), eta, "fixed_small")
+
+
+class Chain:
+    """A reverse chain over a batch, whose every step is the same function of tensors that stay where they are.
+
+    The sample, the step's number, the key and the steps themselves are all on the device and the host reads none of
+    them: ``step`` never waits for the device, and once captured in a CUDA graph it serves every sampler, key and
+    number of steps up to T.
+
+    Args:
+        eps_model: ``eps_model(x_t, t)`` takes t (B,) int64 in 1..T and returns eps.
+        like: a batch, for its shape, dtype and device.
+        num_train_timesteps: T.
+        clip: clamp the predicted x_0 to [-clip, clip] and replace eps by what it implies.
+
+    ``x`` (B, ...) is the sample, float32 (float64 if ``like`` is).
+    """
+
+    def __init__(self, eps_model: Model, like: Data, num_train_timesteps: int, clip: float | None = None) -> None:
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip: expected a positive number or None, got {clip}")
+        self.eps_model, self.clip = eps_model, clip
+        self.x = torch.empty_like(_at_least_float32(like))
+        self.times = torch.ones(num_train_timesteps, dtype=torch.int64, device=like.device)
+        self.coefficients = self.x.new_zeros(num_train_timesteps, 5)
+        self.key = torch.zeros(2, dtype=torch.int64, device=like.device)
+        self.offset = torch.arange(2, device=like.device)  # [0, 1]
+        self.done = torch.zeros(1, dtype=torch.int64, device=like.device)
+
+    @torch.no_grad()
+    def start(self, x_T: Data, steps: Steps, key: Key) -> None:
+        """Make ``x_T`` the sample and these the next steps; step i, from 1, makes its noise of (seed, offset + i)."""
+        count = len(steps.times)
+        self.x.copy_(x_T)
+        self.times[:count].copy_(steps.times)
+        self.coefficients[:count].copy_(steps.coefficients)
+        self.key.copy_(key)
+        self.done.zero_()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One reverse step of ``x``, in place."""
+        x, size = self.x, self.x.shape[0]
+        t = self.times.index_select(0, self.done).repeat(size)
+        coef_x, coef_eps, rho, alpha, sigma = self.coefficients.index_select(0, self.done).T.repeat(1, size)
+        self.done += 1
+        eps = self.eps_model(x, t).to(x.dtype)
+        if self.clip is not None:
+            alpha, sigma = _over(alpha, x), _over(sigma, x)
+            x_0 = ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)
+            eps = (x - alpha * x_0) / sigma
+        x.copy_(ancestral_step(x, eps, coef_x, coef_eps, rho, self.key + self.done * self.offset))
+
+
+def _sample(
+    eps_model: Model,
+    x_T: Tensor,
+    schedule: Schedule,
+    key: Tensor,
+    steps: Steps,
+    clip: float | None,
+    callback: Callback | None,
+) -> Tensor:
+    chain = Chain(eps_model, x_T, schedule.num_train_timesteps, clip)
+    chain.start(x_T, steps, key)
+    for i, t in enumerate(steps.times.tolist(), 1):
+        chain.step()
         if callback is not None:
-            callback(i + 1, t, x)
-    return x
+            callback(i, t, chain.x.clone())
+    return chain.x
 
 
 def ddpm(
@@ -287,12 +351,9 @@ def ddpm(
 ) -> Data:
     """Ancestral sampling (DDPM algorithm 2); fewer ``steps`` than T respace the chain (IDDPM section 4).
 
-    ``eps_model(x_t, t)`` takes t (B,) int64 in 1..T. ``clip`` clamps the predicted x_0 to [-clip, clip] and
-    replaces eps by what it implies. Float32 (float64 if x_T is), no gradient, no noise in the last step.
+    ``eps_model`` and ``clip`` as in ``Chain``. Float32 (float64 if x_T is), no gradient, no noise in the last step.
     """
-    _check_choice("variance", variance, Variance)
-    ts = timesteps(schedule.num_train_timesteps, schedule.num_train_timesteps if steps is None else steps)
-    return _sample(eps_model, x_T, schedule, key, ts, 1.0, variance, clip, callback)
+    return _sample(eps_model, x_T, schedule, key, ddpm_steps(schedule, steps, variance), clip, callback)
 
 
 def ddim(
@@ -311,10 +372,7 @@ def ddim(
 
     Times from ``timesteps``; all else as in ``ddpm``.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
-    ts = timesteps(schedule.num_train_timesteps, steps, spacing)
-    return _sample(eps_model, x_T, schedule, key, ts, eta, "fixed_small", clip, callback)
+    return _sample(eps_model, x_T, schedule, key, ddim_steps(schedule, steps, eta, spacing), clip, callback)
 
 
 @torch.no_grad()
@@ -499,4 +557,4 @@ def diffuse_denoise(
     times = torch.full(x_0.shape[:1], start, device=x_0.device)
     x_t = q_sample(_at_least_float32(x_0), schedule.alpha(times), schedule.sigma(times), key)
     ts = timesteps(start, min(start, max(1, round(strength * steps))))
-    return _sample(eps_model, x_t, schedule, key, ts, eta, "fixed_small", clip, callback)
+    return _sample(eps_model, x_t, schedule, key, _steps(schedule, ts, eta, "fixed_small"), clip, callback)

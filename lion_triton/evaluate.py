@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lion_triton import metrics
 from lion_triton.cli import run_cli
-from lion_triton.config import DataConfig, fewest_points
-from lion_triton.data.sources import load_sources
+from lion_triton.config import fewest_points
+from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import floors, folder, intervals, page, record, table
 from lion_triton.evaluation.memorising import Training, nearest_training, summary
@@ -44,6 +44,7 @@ from lion_triton.evaluation.sets import (
     fingerprint,
     fit_box,
     in_memory,
+    in_units_of,
     open_clouds,
 )
 from lion_triton.runs import find_run, open_run
@@ -280,6 +281,8 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
     else:
         given = open_clouds("samples", str(target), args.subset, args.categories)
     references, shapes = _data(args, run, given, remarks)
+    if given is not None:
+        given = in_units_of(given, references)
     own_units = run.run.normalization if run and run.run.normalization.kind != "global" else None
     prepare = Preparation(args.first, args.seed, own_units)
     counts = references.num_points()

@@ -30,8 +30,7 @@ from lion_triton.kernels import (
     pairwise_chamfer,
     pairwise_emd,
 )
-from lion_triton.models.lion import LION
-from lion_triton.objectives import Posterior
+from lion_triton.models.lion import LION, Posterior
 
 Progress = Callable[[int], Any]
 EMD = Literal["approx", "exact"]

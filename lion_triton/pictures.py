@@ -1,8 +1,9 @@
-"""Pictures of point clouds: a table of shaded balls on white paper, as a PNG file.
+"""Pictures of point clouds and meshes: a table of them on white paper, as a PNG file.
 
 Every point becomes a ball, seen by an orthographic camera from the upper right front (y is up, +z is the
 front). Balls are painted from far to near. Three things shade a ball: its roundness, the slope of the surface
-around it (a plane through the nearest points), and how much of the sky the other points leave open.
+around it (a plane through the nearest points), and how much of the sky the other points leave open. A mesh is shaded
+by its own slopes and by how much of the sky its vertices leave each other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from torch import Tensor
+from trimesh import Trimesh
 
 Array: TypeAlias = np.ndarray
 Clouds: TypeAlias = Float[Array, "K N 3"] | Float[Tensor, "K N 3"]
@@ -110,6 +112,23 @@ def animate(frames: Clouds, path: str | os.PathLike[str], *, seconds_per_frame: 
     _replace(path, lambda unfinished: unfinished.write_bytes(file.getvalue()))
 
 
+def mesh_grid(meshes: Sequence[Trimesh], path: str | os.PathLike[str], columns: int = 8) -> None:
+    """Draw meshes at one scale, ``columns`` to a row, to the PNG file ``path``; everything else as in ``grid``.
+
+    Raises ``ValueError`` for no meshes, one without faces, or a vertex that is not finite.
+    """
+    if columns < 1:
+        raise ValueError(f"columns: expected an integer >= 1, got {columns}")
+    if not meshes:
+        raise ValueError("meshes: expected at least one, got none")
+    for i, mesh in enumerate(meshes):
+        if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
+            raise ValueError(f"meshes: expected faces and finite vertices, mesh {i} has none or others")
+    scale = _scale([np.asarray(mesh.vertices) for mesh in meshes])
+    cells = [_render_mesh(mesh, scale) for mesh in meshes]
+    _write([cells[i : i + columns] for i in range(0, len(cells), columns)], path, (), ())
+
+
 def _as_array(name: str, clouds: Clouds) -> Float[Array, "K N 3"]:
     """Clouds as checked float64."""
     array = (
@@ -133,8 +152,14 @@ def _project(cloud: Float[Array, "N 3"]) -> tuple[Float[Array, "N 3"], Float[Arr
 
 def _cells(clouds: Float[Array, "K N 3"] | Sequence[Float[Array, "N 3"]]) -> list[UInt8[Array, "CELL CELL 3"]]:
     """The clouds at the one scale that fits every one into its cell with a margin."""
+    scale = _scale(clouds)
+    return [_render(cloud, scale) for cloud in clouds]
+
+
+def _scale(clouds: Float[Array, "K N 3"] | Sequence[Float[Array, "N 3"]]) -> float:
+    """Pixels per unit."""
     extent = max(float(np.abs(part[:, :2]).max()) for cloud in clouds for part in _project(cloud))
-    return [_render(cloud, 0.42 * CELL / max(extent, 1e-9)) for cloud in clouds]
+    return 0.42 * CELL / max(extent, 1e-9)
 
 
 def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL 3"]:
@@ -147,7 +172,8 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     colour, sky = _shade(points, neighbours, height, radius)
 
     # The ball's pixels and their shading, then for every pixel of the cell the last ball painted on it.
-    size, reach = CELL * SUPERSAMPLE, radius * SUPERSAMPLE
+    image = _paper(foot, radius)
+    size, reach = len(image), radius * SUPERSAMPLE
     steps = np.arange(-math.ceil(reach), math.ceil(reach) + 1)
     dx, dy = (d[np.hypot(*np.meshgrid(steps, steps)) <= reach] for d in np.meshgrid(steps, steps))
     facing = np.stack((dx, dy, np.sqrt(reach**2 - dx**2 - dy**2)), 1) / reach @ LIGHT
@@ -158,15 +184,23 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     painted = np.full((size, size), -1)
     painted[y[inside], x[inside]] = np.flatnonzero(inside)
 
+    hit = painted >= 0
+    ball, pixel = np.divmod(painted[hit], len(dx))
+    image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
+    return _develop(image)
+
+
+def _paper(foot: Float[Array, "N 3"], radius: float) -> Float[Array, "S S 3"]:
+    """A cell, SUPERSAMPLE times as large and bottom row first, with the shadows of balls above their feet."""
     shadow = np.zeros((CELL, CELL))
     column, row = (foot[:, :2] + CELL / 2).astype(int).clip(0, CELL - 1).T
     shadow[row, column] = 1
     shadow = 1 - np.exp(-((2 * radius) ** 2) * gaussian_filter(shadow, CELL / 40))
     image = np.repeat(1 - 0.18 * shadow[..., None], 3, -1)
-    image = image.repeat(SUPERSAMPLE, 0).repeat(SUPERSAMPLE, 1)
-    hit = painted >= 0
-    ball, pixel = np.divmod(painted[hit], len(dx))
-    image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
+    return image.repeat(SUPERSAMPLE, 0).repeat(SUPERSAMPLE, 1)
+
+
+def _develop(image: Float[Array, "S S 3"]) -> UInt8[Array, "CELL CELL 3"]:
     image = image.clip(0, 1).reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3).mean((1, 3))
     return np.rint(255 * image[::-1]).astype(np.uint8)
 
@@ -197,9 +231,45 @@ def _shade(
     normal *= np.where(normal[:, 2:] < 0, -1, 1)  # towards the camera
     slope = np.clip(normal @ LIGHT, 0, 1)
     sky = _open_sky(points, 2.2 * radius)
+    return _colour(height, sky, slope), sky
+
+
+def _colour(height: Float[Array, " N"], sky: Float[Array, " N"], slope: Float[Array, " N"]) -> Float[Array, "N 3"]:
+    """From violet at the bottom to pink at the top, darker where little sky is seen and where light falls aslant."""
     rise = (height - height.min()) / max(float(np.ptp(height)), 1e-9)
-    colour = LOW + (HIGH - LOW) * rise[:, None]
-    return colour * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None], sky
+    return (LOW + (HIGH - LOW) * rise[:, None]) * ((0.4 + 0.6 * sky) * (0.65 + 0.45 * slope))[:, None]
+
+
+def _render_mesh(mesh: Trimesh, scale: float) -> UInt8[Array, "CELL CELL 3"]:
+    """One cell, top row first; ``scale`` is in pixels per unit."""
+    vertices = np.asarray(mesh.vertices, float)
+    points, foot = (part * scale for part in _project(vertices))
+    normals = np.asarray(mesh.vertex_normals) @ VIEW.T
+    slope = np.clip(normals @ LIGHT, 0, 1)
+    colour = _colour(vertices[:, 1], _open_sky(points, CELL / 60), slope)
+    colour += 0.12 * (slope**24)[:, None]  # gloss
+
+    # Every pixel that a triangle's box covers, then those whose centre lies in the triangle.
+    image = _paper(foot, 1.0)
+    size = len(image)
+    corners = points[mesh.faces] * SUPERSAMPLE + [size / 2, size / 2, 0]
+    first = np.ceil(corners[..., :2].min(1)).astype(int).clip(0, size)
+    spread = (np.floor(corners[..., :2].max(1)).astype(int).clip(-1, size - 1) - first + 1).clip(0)
+    count = spread.prod(1)
+    face = np.arange(len(count)).repeat(count)
+    inner = np.arange(len(face)) - (count.cumsum() - count).repeat(count)
+    pixel = first[face] + np.stack((inner % spread[face, 0], inner // spread[face, 0]), 1)
+    a, b, c = (corners[:, i, :2][face] - pixel for i in range(3))
+    parts = np.stack([u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0] for u, v in ((b, c), (c, a), (a, b))], 1)
+    total = parts.sum(1)
+    covered = (parts >= 0).all(1) & (total > 0)  # positive: faces that look at the camera
+    face, pixel, share = face[covered], pixel[covered], (parts[covered] / total[covered, None])
+    depth = (share * corners[face, :, 2]).sum(1)
+    order = depth.argsort(kind="stable")
+    face, share = face[order], share[order]
+    x, y = pixel[order].T
+    image[y, x] = (share[..., None] * colour[mesh.faces[face]]).sum(1)  # the nearest is the last
+    return _develop(image)
 
 
 def _open_sky(points: Float[Array, "N 3"], blur: float, num_directions: int = 32) -> Float[Array, " N"]:

@@ -3,7 +3,8 @@
     python -m lion_triton.prepare SOURCE --out DIR
 
 writes `DIR/<category>/{train,val,test}/<id>.npy`, each (P, 3) float32 with y up, in the units of the source
-(Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from.
+(Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from, and the origin of
+those that lie too far out for float32.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +34,9 @@ from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.data.containers import close_archives
-from lion_triton.data.find import SPLITS, Failure, Item, find_shapes, hash_of, one_line
-from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, read_shape
+from lion_triton.data.find import SPLITS, Failure, Found, Item, find_shapes, hash_of, one_line, safe_name, split_in_name
+from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
+from lion_triton.data.shape import Shape
 
 SERIAL_BELOW = 32  # starting worker processes takes longer than this many ordinary shapes
 SHOWN_FAILURES = 20
@@ -41,11 +44,11 @@ SHOWN_FAILURES = 20
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn meshes (obj, ply, off, stl, glb, gltf) or clouds (npy, npz, ply, xyz, txt) into the point clouds that
-    training reads: OUT/<category>/{train,val,test}/<id>.npy and OUT/index.json."""
+    """Turn meshes (obj, ply, off, stl, glb, gltf) or clouds (npy, npz, h5, ply, pcd, xyz, txt, pts, csv) into the
+    point clouds that training reads: OUT/<category>/{train,val,test}/<id>.npy and OUT/index.json."""
 
     source: tyro.conf.Positional[Path]
-    """Folder, .zip or .sh3f; its first level of folders names the categories, archives count as folders."""
+    """Folder, .zip or .sh3f; its folders name the categories and splits, archives count as folders."""
     out: Path
     """Folder to make."""
     points: int = 15000
@@ -86,10 +89,21 @@ class Summary:
         short = [row["points"] for row in self.objects if row["points"] < self.config.points]
         if short:
             lines.append(f"kept whole, with fewer than {self.config.points} points (from {min(short)}): {len(short)}")
+        crossing = [row["crossing_faces"] for row in self.objects if "crossing_faces" in row]
+        if crossing:
+            counted = f"{sum(crossing)}, in {len(crossing)} objects"
+            lines.append(f"faces that cross themselves, of which the triangles are a guess: {counted}")
+        far = sum("origin" in row for row in self.objects)
+        if far:
+            lines.append(f"too far out for float32, moved by the origin in index.json: {far}")
         lines += [f"  {failure.path}: {failure.reason}" for failure in self.failures[:SHOWN_FAILURES]]
         if len(self.failures) > SHOWN_FAILURES:
             lines.append(f"  and {len(self.failures) - SHOWN_FAILURES} more, named in index.json")
-        return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names need not be Unicode
+        return _printable("\n".join(lines))
+
+
+def _printable(text: object) -> str:
+    return str(text).encode(errors="backslashreplace").decode()  # file names need not be Unicode
 
 
 def prepare(config: PrepareConfig) -> Summary:
@@ -105,10 +119,11 @@ def prepare(config: PrepareConfig) -> Summary:
     out = config.out.resolve()
     unfinished = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        found = list(find_shapes(config.source))
-        if not found:
+        found = find_shapes(config.source)
+        if not found.items and not found.failures:
             known = ", ".join(sorted(SHAPE_SUFFIXES))
             raise ValueError(f"source: no shapes in {config.source} (looked for {known})")
+        print(_printable(found), file=sys.stderr)
         unfinished.mkdir(parents=True)
         summary = _write_all(found, config, unfinished)
         if out.exists():
@@ -127,19 +142,19 @@ def prepare(config: PrepareConfig) -> Summary:
     return summary
 
 
-def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path) -> Summary:
-    items = [item for item in found if isinstance(item, Item)]
-    failures = [failure for failure in found if isinstance(failure, Failure)]
+def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
+    failures = list(found.failures)
     objects: list[dict[str, Any]] = []
     taken: dict[str, str] = {}
-    with closing(_prepare_all(items, config)) as results:
-        for result in tqdm(results, "preparing", len(items), unit="shape", disable=None):
+    with closing(_prepare_all(found.items, config)) as results:
+        bar = tqdm(results, "preparing", len(found.items), unit="file", disable=None)
+        for result in (result for file in bar for result in file):
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
             row, points = result
             # Two names that differ in case alone are one file on some systems.
-            key = f"{row['category']}/{row['id']}".casefold()
+            key = f"{row['category']}/{row['split']}/{row['id']}".casefold()
             if key in taken:
                 failures.append(Failure(row["path"], f"its id {row['id']} is already that of {taken[key]}"))
                 continue
@@ -161,6 +176,7 @@ def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path)
         "seed": config.seed,
         "objects": objects,
         "failures": [asdict(failure) for failure in failures],
+        "unread": dict(sorted(found.unread.items())),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
     return Summary(config, objects, failures)
@@ -169,8 +185,8 @@ def _write_all(found: list[Item | Failure], config: PrepareConfig, folder: Path)
 Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"]]  # an entry of the index, and its points
 
 
-def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[Prepared | Failure, None, None]:
-    work = partial(_prepare_one, config=config)
+def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Prepared | Failure], None, None]:
+    work = partial(_prepare_file, config=config)
     if len(items) < SERIAL_BELOW:
         yield from map(work, items)
         return
@@ -182,10 +198,34 @@ def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[Prepared
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare_one(item: Item, config: PrepareConfig) -> Prepared | Failure:
+def _prepare_file(item: Item, config: PrepareConfig) -> list[Prepared | Failure]:
+    """The file's shapes: one, or those of a set, with what failed among them."""
+    results: list[Prepared | Failure] = []
+    try:
+        for part in read_parts(item.container, item.file):
+            results.append(_prepare_one(_part_of(item, part), part.shape, config))
+    except Exception as error:  # whatever a parser makes of a bad file, the others must go on
+        results.append(Failure(item.path, one_line(error)))
+    return results
+
+
+def _part_of(item: Item, part: Part) -> Item:
+    """The item of one shape of a set; of a file with one shape, the file's."""
+    if part.number is None:
+        return item
+    return replace(
+        item,
+        path=f"{item.path}[{part.number}]",
+        id=f"{item.id}-{part.number}",
+        category=item.category if part.category is None else safe_name(part.category),
+        split=item.split or split_in_name(Path(item.file).stem),
+    )
+
+
+def _prepare_one(item: Item, shape: Shape, config: PrepareConfig) -> Prepared | Failure:
     key = f"{item.category}/{item.id}"
     try:
-        shape = read_shape(item.container, item.file)
+        shape.check()
         if item.catalogued:
             up = "y, by the catalogue"
         elif config.up == "z":
@@ -196,8 +236,11 @@ def _prepare_one(item: Item, config: PrepareConfig) -> Prepared | Failure:
             shape = shape.turned(item.rotation)
         if item.size is not None:
             shape = shape.fitted(item.size)
+        origin = shape.origin()
+        if origin is not None:
+            shape = shape.moved(-origin)
         points = shape.sample(config.points, hash_of(f"{config.seed}/{key}"))
-    except Exception as error:  # whatever a parser makes of a bad file, the others must go on
+    except Exception as error:
         return Failure(item.path, one_line(error))
     row = {
         "id": item.id,
@@ -209,6 +252,10 @@ def _prepare_one(item: Item, config: PrepareConfig) -> Prepared | Failure:
         "faces" if shape.is_mesh else "points_in_file": len(shape.coordinates),
         "points": len(points),
     }
+    if shape.crossing_faces:
+        row["crossing_faces"] = shape.crossing_faces
+    if origin is not None:
+        row["origin"] = origin.tolist()
     return row | item.details, points
 
 

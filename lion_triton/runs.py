@@ -36,7 +36,7 @@ from lion_triton.data.clouds import Normalization
 from lion_triton.models.hub import CONFIG, WEIGHTS
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors"]
+Stage = Literal["vae", "priors", "surface"]
 KEPT_CHECKPOINTS = 2
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 
@@ -164,7 +164,7 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
 def _without_free_options(config: TrainConfig) -> TrainConfig:
     """The same for all configurations that differ in nothing but what may change when a run is continued."""
     data = replace(config.data, workers=0)
-    return replace(config, data=data, log_every=1, picture_every=1, checkpoint_every=1)
+    return replace(config, data=data, compile="auto", log_every=1, picture_every=1, checkpoint_every=1)
 
 
 def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:

@@ -65,8 +65,8 @@ class Samples:
     folder: Path
 
 
-def sample(args: SampleArguments) -> Samples:
-    """Run the command; see :class:`SampleArguments`.
+def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
+    """Run the command; see :class:`SampleArguments`. ``lion``: the run's model, where it is loaded already.
 
     Raises:
         ValueError: no run, no trained priors, a damaged checkpoint, an unknown class, options out of range.
@@ -82,7 +82,8 @@ def sample(args: SampleArguments) -> Samples:
     newest = run.checkpoint(args.checkpoint)
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
-    lion = load_model(run, args.checkpoint).to(best_device())
+    if lion is None:
+        lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     check_finite(points)
     write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))

@@ -27,7 +27,7 @@ from lion_triton.evaluation import galleries, intervals, model, page, phases
 from lion_triton.evaluation.sets import FRESH, REFERENCES, SAMPLES, CloudSet, Preparation, open_clouds
 from lion_triton.kernels import approx_emd, chamfer_distance, pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig
-from lion_triton.report import Reconstruction
+from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import open_run
 from tests.evaluation import clouds, source
 from tests.evaluation.test_sets import files, layout, npy, samples_folder

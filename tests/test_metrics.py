@@ -15,8 +15,7 @@ from torch import Tensor
 from lion_triton import metrics
 from lion_triton.diffusion import Schedule
 from lion_triton.kernels import exact_emd, normal_noise
-from lion_triton.models.lion import DiffusionConfig
-from lion_triton.objectives import Posterior
+from lion_triton.models.lion import DiffusionConfig, Posterior
 
 DATA = Path(__file__).parent / "data"
 

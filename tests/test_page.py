@@ -277,7 +277,7 @@ def test_every_tile_shows_its_figure(made: Made) -> None:
     record["floors"] = {"fresh": {"1nna_cd": 0.25}, "halves": {"cov_cd": 0.5, "1nna_cd": 0.45}, "redrawn": {}}
     html = made.again(record)
     shown, best = {name: f"{value:#.4g}" for name, value in figures.items()}, f"{record['chance_1nna']:.3f} is best"
-    lines = "<small>0.300 to 0.400</small><small>floor 0.250</small>"
+    lines = "<small>95%: 0.300 to 0.400</small><small>floor 0.250</small>"
     assert re.findall(r'<div class="tile">(.*?)<b>(.*?)</b>(.*?)</div>', html) == [
         ("1-NNA, CD", shown["1nna_cd"], f"{lines}<small>{best}</small>"),
         ("1-NNA, EMD", shown["1nna_emd"], f"<small>{best}</small>"),

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lion_triton import pictures
-from lion_triton.pictures import CELL, HIGH, LABEL, LOW, TITLE, TOWARDS, draw_grid, grid
+from lion_triton.pictures import CELL, HIGH, LABEL, LOW, TITLE, TOWARDS, draw_grid, grid, mesh_grid
 
 
 def sphere(num_clouds: int, num_points: int, radius: float = 0.5) -> np.ndarray:
@@ -178,3 +179,51 @@ def test_bad_clouds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^columns: expected an integer >= 1, got 0$"):
         grid(sphere(1, 16), path, columns=0)
     assert not path.exists()
+
+
+def test_meshes_are_drawn_at_one_scale_and_balls_are_discs(tmp_path: Path) -> None:
+    ball = trimesh.creation.icosphere(3, 0.5)
+    small = trimesh.creation.icosphere(3, 0.25)
+    mesh_grid([ball, small, ball], tmp_path / "meshes.png", columns=2)
+    image = read(tmp_path / "meshes.png")
+    assert image.shape == (2 * CELL, 2 * CELL, 3)
+    cells = image.reshape(2, CELL, 2, CELL, 3).swapaxes(1, 2)
+    ink = painted(cells).mean((2, 3))
+    assert ink[1, 1] == 0
+    assert ink[0, 1] == pytest.approx(ink[0, 0] / 4, rel=0.05)
+    np.testing.assert_array_equal(cells[0, 0], cells[1, 0])
+    disc = painted(cells[0, 0])
+    wide, tall = disc.any(0).sum(), disc.any(1).sum()
+    assert abs(int(wide) - int(tall)) <= 2
+    assert disc.sum() == pytest.approx(np.pi / 4 * wide * tall, rel=0.02)
+    rows = np.flatnonzero(disc.any(1))  # lit from above
+    light = cells[0, 0].mean(-1)[:, CELL // 2]
+    assert light[rows[len(rows) // 4]] > light[rows[3 * len(rows) // 4]]
+
+
+def test_a_mesh_hides_what_is_behind_it(tmp_path: Path) -> None:
+    front = trimesh.creation.icosphere(2, 0.5)
+    behind = trimesh.creation.icosphere(2, 0.3)
+    behind.apply_translation(-0.7 * TOWARDS)
+    both = trimesh.util.concatenate([behind, front])
+    mesh_grid([both], tmp_path / "both.png")
+    mesh_grid([trimesh.util.concatenate([front, behind])], tmp_path / "other.png")
+    a, b = read(tmp_path / "both.png"), read(tmp_path / "other.png")
+    assert np.abs(a - b).max() < 0.02  # whatever the order of the faces
+
+
+@pytest.mark.parametrize(
+    ("meshes", "message"),
+    [
+        ([], "meshes: expected at least one, got none"),
+        (
+            [trimesh.Trimesh(np.zeros((3, 3)), np.zeros((0, 3), int), process=False)],
+            "meshes: expected faces and finite",
+        ),
+        ([trimesh.Trimesh(np.full((3, 3), np.nan), [[0, 1, 2]], process=False)], "meshes: expected faces and finite"),
+    ],
+)
+def test_bad_meshes(tmp_path: Path, meshes: list[trimesh.Trimesh], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mesh_grid(meshes, tmp_path / "meshes.png")
+    assert list(tmp_path.iterdir()) == []

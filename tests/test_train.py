@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from lion_triton import runs, sample, train
 from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
 from lion_triton.models.priors import TransformerConfig
+from lion_triton.training import loop
 
 TINY = (
     "--data.num-shapes 10 --data.num-points 130 --evaluate-shapes 6 --log-every 1 --picture-every 100 "
@@ -68,6 +69,7 @@ def test_a_run_folder_explains_itself(finished: Path) -> None:
     }
     figures = json.loads((finished / "figures.json").read_text())
     assert {"reconstruction_chamfer", "kl_z_nats", "1nna_cd_generated", "1nna_cd_gaussian"} <= figures.keys()
+    assert {"thickness_generated", "thickness_fresh", "thickness_gaussian"} < figures.keys()
     kept = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert kept == ["step-00000006", "step-00000008"]
 
@@ -84,7 +86,7 @@ def test_a_stopped_run_continues_as_if_unbroken(
 ) -> None:
     """Stop right after a checkpoint; the same command then gives the very same weights."""
     out = tmp_path / "broken"
-    save = train.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_and_stop(run: runs.Run, total_step: int, checkpoint: runs.Checkpoint) -> Path:
         path = save(run, total_step, checkpoint)
@@ -92,7 +94,7 @@ def test_a_stopped_run_continues_as_if_unbroken(
             os.kill(os.getpid(), signal.SIGTERM)
         return path
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     with pytest.raises(SystemExit) as stop:
         run(out)
     assert stop.value.code == 130
@@ -173,10 +175,10 @@ def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "none", "--dry-run")
+    run(tmp_path / "none", "--dry-run", "--attention", "softmax")
     assert not (tmp_path / "none").exists()
     out = capsys.readouterr().out
-    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all"):
+    for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all", "softmax attention by "):
         assert word in out
 
 
@@ -378,7 +380,7 @@ def test_short_clouds_are_said_once_or_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_signals_are_handed_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with train.stop_requests() as stop:
+    with loop.stop_requests() as stop:
         assert not stop(Accelerator(cpu=True))
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(0.05)

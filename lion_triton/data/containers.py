@@ -9,8 +9,10 @@ import io
 import os
 import posixpath
 import re
+import stat
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,9 @@ from typing import NoReturn
 
 ARCHIVE_SUFFIXES = frozenset({".zip", ".sh3f"})
 MAX_ENTRY_BYTES = 2**30
+MAX_EXPANSION = 100  # times its size that anything compressed may grow: shapes shrink to a fifth or so
+SMALL_BYTES = 2**20  # what may grow to no more than this can do so from nothing
+UTF8_NAME = 0x800  # the flag of entries whose names are said to be UTF-8
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,70 @@ class Container:
         return Container(self.path / name) if self.is_folder else Container(self.path, (*self.inside, name))
 
     def names(self) -> list[str]:
-        """Names of all files, sorted, relative to the container, with forward slashes; no hidden folders."""
-        if self.is_folder:
-            return sorted(_walk(self.path))
-        return sorted({info.filename for info in _archive(self).infolist() if not info.is_dir()})
+        """Names of all files, sorted, relative to the container, with forward slashes; without what systems hide
+        (`.git/`, `._chair.obj`, `__MACOSX/`)."""
+        names = _walk(self.path) if self.is_folder else _archive(self).names()
+        return sorted(name for name in names if not _is_hidden(name))
 
     def read(self, name: str) -> bytes:
-        """The file's bytes; ValueError when there is no such regular file, or when an archive declares more
-        than `MAX_ENTRY_BYTES` for it."""
+        """The file's bytes; ValueError when there is no such regular file, or when an archive's entry is refused."""
         if self.is_folder:
             if not (self.path / name).is_file():
                 raise ValueError(f"{name} is not a regular file")
             return (self.path / name).read_bytes()
-        return read_entry(_archive(self), name)
+        return _archive(self).read(name)
 
     def read_sibling(self, name: str, reference: str) -> bytes:
         """The bytes of the file that the file `name` refers to, by a path relative to its own folder;
         ValueError when that leads out of the container."""
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), reference))
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), reference.replace("\\", "/")))
         if is_unsafe(target):
-            raise ValueError(f"refers to {reference!r}, outside its folder or archive")
+            raise ValueError(f"refers to {reference[:100]!r}, outside its folder or archive")
         return self.read(target)
+
+
+class Archive:
+    """A zip file's entries by the names that people see: with `\\` as `/`, and in UTF-8 where they are valid UTF-8
+    though nothing says so, as macOS writes them."""
+
+    def __init__(self, file: zipfile.ZipFile) -> None:
+        self.file = file
+        seen = ((_seen_name(info), info) for info in file.infolist())
+        self.entries = {name: info for name, info in seen if not name.endswith("/")}
+        assert file.fp is not None
+        self.size = file.fp.seek(0, os.SEEK_END)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def read(self, name: str) -> bytes:
+        """An entry's bytes; ValueError when it is missing, locked, a link, not deflated, or grows beyond
+        `MAX_ENTRY_BYTES` or `MAX_EXPANSION`."""
+        info = self.entries.get(name)
+        if info is None:
+            raise ValueError(f"{name} is not in the archive")
+        if info.header_offset + info.compress_size > self.size:  # so many bytes would be reserved
+            raise ValueError(f"{name} declares more bytes than the archive has")
+        # zipfile stops reading at the declared size, so the declaration is a bound even when it lies.
+        if info.file_size > MAX_ENTRY_BYTES:
+            raise ValueError(f"{name} declares {info.file_size / 2**30:.1f} GiB, more than the limit of 1 GiB")
+        if info.file_size > max(MAX_EXPANSION * info.compress_size, SMALL_BYTES):
+            raise ValueError(f"{name} would grow to more than {MAX_EXPANSION} times its size")
+        if info.flag_bits & 1:
+            raise ValueError(f"{name} is locked with a password")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ValueError(f"{name} is a link")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for gigabytes first
+            raise ValueError(f"{name} is compressed by method {info.compress_type}; only deflated archives are read")
+        return self.file.read(info)
+
+
+def _seen_name(info: zipfile.ZipInfo) -> str:
+    name = info.filename
+    if not info.flag_bits & UTF8_NAME:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
 
 
 def is_unsafe(name: str) -> bool:
@@ -69,16 +117,9 @@ def is_unsafe(name: str) -> bool:
     return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
 
 
-def read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """An entry's bytes; ValueError when it is missing or declares more than `MAX_ENTRY_BYTES`."""
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise ValueError(f"{name} is not in the archive") from None
-    # zipfile stops reading at the declared size, so the declaration is a bound even when it lies.
-    if info.file_size > MAX_ENTRY_BYTES:
-        raise ValueError(f"{name} declares {info.file_size / 2**30:.1f} GiB, more than the limit of 1 GiB")
-    return archive.read(info)
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -97,12 +138,12 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4)
-def _archive(container: Container) -> zipfile.ZipFile:
+def _archive(container: Container) -> Archive:
     # Kept open: reading the directory of a big archive anew for each shape would take longer than the shapes.
     if not container.inside:
-        return zipfile.ZipFile(container.path)
+        return Archive(zipfile.ZipFile(container.path))
     *above, name = container.inside
-    return zipfile.ZipFile(io.BytesIO(Container(container.path, tuple(above)).read(name)))
+    return Archive(zipfile.ZipFile(io.BytesIO(Container(container.path, tuple(above)).read(name))))
 
 
 def close_archives() -> None:

@@ -1,4 +1,4 @@
-"""Reading shapes: a mesh's or cloud's file as a plain array of coordinates.
+"""Reading shapes: a mesh's or cloud's file as plain arrays of coordinates.
 
 Only geometry is read: textures and materials are never opened, nothing is fetched from a network, and nothing
 is unpickled.
@@ -6,85 +6,63 @@ is unpickled.
 
 from __future__ import annotations
 
-import io
-import json
 import posixpath
-import re
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
-import trimesh
-from jaxtyping import Float, Float32, Float64
-from numpy import ndarray
 
-from lion_triton.data.containers import Container, read_entry
+from lion_triton.data.containers import Container
+from lion_triton.data.formats.arrays import Clouds, read_hdf5, read_npy, read_npz
+from lion_triton.data.formats.gltf import read_gltf
+from lion_triton.data.formats.obj import read_obj
+from lion_triton.data.formats.off import read_off
+from lion_triton.data.formats.ply import read_ply
+from lion_triton.data.formats.stl import read_stl
+from lion_triton.data.formats.tables import read_pcd, read_table
+from lion_triton.data.formats.text import plain_text
+from lion_triton.data.shape import Shape
 
-MESH_SUFFIXES = frozenset({".obj", ".ply", ".off", ".stl", ".glb", ".gltf"})
-CLOUD_SUFFIXES = frozenset({".npy", ".npz", ".xyz", ".txt"})  # and .ply without faces
-SHAPE_SUFFIXES = MESH_SUFFIXES | CLOUD_SUFFIXES
-MAX_CLOUD_COLUMNS = 16  # coordinates, then normals, colours, labels; more is taken for a transposed array
+READERS: dict[str, Callable[[bytes], Shape]] = {
+    ".obj": read_obj,
+    ".ply": read_ply,
+    ".off": read_off,
+    ".stl": read_stl,
+    ".pcd": read_pcd,
+    **dict.fromkeys((".xyz", ".txt", ".pts", ".csv"), read_table),
+}
+GLTF_SUFFIXES = frozenset({".glb", ".gltf"})
+SET_SUFFIXES = frozenset({".npy", ".npz", ".h5", ".hdf5"})  # one cloud or many
+MESH_SUFFIXES = frozenset({".obj", ".ply", ".off", ".stl"}) | GLTF_SUFFIXES
+SHAPE_SUFFIXES = frozenset(READERS) | GLTF_SUFFIXES | SET_SUFFIXES
+CLASS_NAMES = "shape_names.txt"  # beside ModelNet40's .h5 files: its classes, one a line, in order of their labels
 
 Z_UP_TO_Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
 
 
 @dataclass(frozen=True)
-class Shape:
-    """`coordinates`: the corners of a mesh's triangles (F, 3, 3), or a cloud's points (P, 3), float64."""
+class Part:
+    """One of a file's shapes: of a set, its number and the category that its label says; not yet checked."""
 
-    coordinates: Float64[ndarray, "*n 3"]
-
-    @property
-    def is_mesh(self) -> bool:
-        return self.coordinates.ndim == 3
-
-    def turned(self, rotation: Float[ndarray, "3 3"]) -> Shape:
-        """Every point p becomes rotation @ p."""
-        return Shape(self.coordinates @ rotation.T)
-
-    def fitted(self, size: Float[ndarray, " 3"]) -> Shape:
-        """Bounding box stretched to `size` along x, y, z, centred at the origin; a flat axis stays flat."""
-        points = self.coordinates.reshape(-1, 3)
-        low, high = points.min(axis=0), points.max(axis=0)
-        extent = high - low
-        scale = np.where(extent > 0, size / np.where(extent > 0, extent, 1.0), 1.0)
-        return Shape((self.coordinates - (low + high) / 2) * scale)
-
-    def check(self) -> None:
-        """ValueError unless there is something to draw points from and all of it is finite as float32."""
-        kind = "face" if self.is_mesh else "point"
-        if len(self.coordinates) == 0:
-            raise ValueError(f"no {kind}s")
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(self.coordinates.astype(np.float32)).reshape(len(self.coordinates), -1).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"{kind} {int(np.argmin(finite))} is not finite")
-        if self.is_mesh and not trimesh.triangles.area(self.coordinates).sum() > 0:
-            raise ValueError("the surface has no area")
-
-    def sample(self, count: int, seed: int) -> Float32[ndarray, "P 3"]:
-        """`count` points as float32, in random order, determined by the shape and `seed`.
-
-        Mesh: independent, uniform over the surface's area. Cloud: drawn without replacement; a cloud of fewer
-        than `count` points is returned whole and in its own order.
-        """
-        if self.is_mesh:
-            mesh = trimesh.Trimesh(**trimesh.triangles.to_kwargs(self.coordinates), process=False)
-            points = trimesh.sample.sample_surface(mesh, count, seed=seed)[0]
-        elif len(self.coordinates) >= count:
-            chosen = np.random.default_rng(seed).choice(len(self.coordinates), count, replace=False)
-            points = self.coordinates[chosen]
-        else:
-            points = self.coordinates
-        return np.ascontiguousarray(points, dtype=np.float32)
+    shape: Shape
+    number: int | None = None
+    category: str | None = None
 
 
 def read_shape(container: Container, name: str) -> Shape:
-    """The shape in the file `name`, whose suffix tells the format; checked.
+    """The shape in the file `name`, whose suffix tells the format; checked. See `read_parts`.
+
+    Raises ValueError, or whatever error the format's parser ends with.
+    """
+    parts = list(read_parts(container, name))
+    if len(parts) != 1:
+        raise ValueError(f"holds a set of {len(parts)} shapes")
+    parts[0].shape.check()
+    return parts[0].shape
+
+
+def read_parts(container: Container, name: str) -> Iterator[Part]:
+    """The shapes in the file `name`, whose suffix tells the format: one, or those of a set.
 
     A mesh's scene graph is applied and all its parts are taken together. A cloud has its coordinates in the
     first three columns. Raises ValueError, or whatever error the format's parser ends with.
@@ -93,90 +71,32 @@ def read_shape(container: Container, name: str) -> Shape:
     if suffix not in SHAPE_SUFFIXES:
         raise ValueError(f"format {suffix or 'without suffix'} is not read")
     data = container.read(name)
-    if suffix in (".npy", ".npz"):
-        shape = Shape(_read_array(data, suffix))
-    elif suffix in (".xyz", ".txt"):
-        text = data.decode("utf-8-sig", errors="replace").replace(",", " ")
-        if not re.search(r"^\s*([-+.\d]|nan|inf)", text, re.MULTILINE | re.IGNORECASE):
-            raise ValueError("holds no rows of numbers")
-        shape = Shape(np.loadtxt(io.StringIO(text), usecols=(0, 1, 2), ndmin=2))
+    if suffix in GLTF_SUFFIXES:
+        yield Part(read_gltf(data, lambda reference: container.read_sibling(name, reference)))
+    elif suffix in READERS:
+        yield Part(READERS[suffix](data))
+    elif suffix in (".npy", ".npz"):
+        yield from _clouds((read_npy if suffix == ".npy" else read_npz)(data), None)
     else:
-        shape = _read_mesh(data, suffix, lambda reference: container.read_sibling(name, reference))
-    shape.check()
-    return shape
+        clouds, labels = read_hdf5(data)
+        yield from _clouds(clouds, None if labels is None else _class_names(labels, container, name))
 
 
-def _read_array(data: bytes, suffix: str) -> Float64[ndarray, "P 3"]:
-    """A cloud from a .npy file, or from a .npz file's array `points` or its only array."""
-    if suffix == ".npz":
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            if "points.npy" not in names and len(names) != 1:
-                raise ValueError(f"expected an array called points or a single array, got {len(names)} arrays")
-            name = "points.npy" if "points.npy" in names else names[0]
-            data = read_entry(archive, name)
-    if not data.startswith(b"\x93NUMPY"):
-        raise ValueError("is not in NumPy's array format (pickles are not read)")
-    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    if array.dtype.kind not in "fiu" or array.ndim != 2 or not 3 <= array.shape[1] <= MAX_CLOUD_COLUMNS:
-        columns = f"(P, 3 to {MAX_CLOUD_COLUMNS})"
-        raise ValueError(f"expected numbers of shape {columns}, got {array.dtype} of shape {array.shape}")
-    return array[:, :3].astype(np.float64)
+def _clouds(clouds: Clouds, categories: list[str] | None) -> Iterator[Part]:
+    if clouds.ndim == 2:
+        yield Part(Shape(clouds.astype(np.float64)))
+        return
+    if len(clouds) == 0:
+        raise ValueError("holds a set of no shapes")
+    for i, cloud in enumerate(clouds):
+        yield Part(Shape(cloud.astype(np.float64)), i, categories[i] if categories else None)
 
 
-def _read_mesh(data: bytes, suffix: str, sibling: Callable[[str], bytes]) -> Shape:
-    if suffix == ".obj":
-        return Shape(_read_obj(data.decode("latin-1")))
-    resolver = _gltf_buffers(data, sibling) if suffix in (".gltf", ".glb") else {}
-    scene = trimesh.load_scene(
-        io.BytesIO(data), file_type=suffix[1:], resolver=resolver, process=False, skip_materials=True
-    )
-    meshes, clouds = [np.empty((0, 3, 3))], [np.empty((0, 3))]
-    for node in scene.graph.nodes_geometry:
-        transform, key = scene.graph[node]
-        geometry = scene.geometry[key]
-        if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
-            if geometry.faces.min() < 0:
-                raise ValueError("a face has a negative vertex index")
-            meshes.append(trimesh.transform_points(geometry.vertices, transform)[geometry.faces])
-        elif isinstance(geometry, (trimesh.Trimesh, trimesh.PointCloud)) and len(geometry.vertices):
-            clouds.append(trimesh.transform_points(geometry.vertices, transform))
-    is_cloud = suffix == ".ply" and len(meshes) == 1
-    return Shape(np.concatenate(clouds if is_cloud else meshes))
-
-
-def _read_obj(text: str) -> Float64[ndarray, "F 3 3"]:
-    """The faces of an OBJ file, polygons as fans of triangles.
-
-    Not left to trimesh, which counts a negative vertex index from the end of the file (OBJ counts from the face's
-    own line), takes index 0 for the first vertex, and misses the faces in lines that are indented or use tabs.
-    """
-    vertices: list[tuple[float, float, float]] = []
-    faces: list[tuple[int, int, int]] = []
-    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
-        words = line.partition("#")[0].split()
-        if words[:1] == ["v"]:
-            x, y, z = map(float, words[1:4])
-            vertices.append((x, y, z))
-        elif words[:1] == ["f"]:
-            numbers = [int(word.partition("/")[0]) for word in words[1:]]
-            corners = [number - 1 if number > 0 else len(vertices) + number for number in numbers]
-            if 0 in numbers or min(corners, default=0) < 0:
-                raise ValueError(f"face {len(faces)} refers to a vertex before the first")
-            faces += [(corners[0], b, c) for b, c in pairwise(corners[1:])]
-    indices = np.array(faces, dtype=np.int64).reshape(-1, 3)
-    if indices.max(initial=-1) >= len(vertices):
-        raise ValueError(f"a face refers to vertex {indices.max() + 1} of {len(vertices)}")
-    return np.array(vertices, dtype=np.float64).reshape(-1, 3)[indices]
-
-
-def _gltf_buffers(data: bytes, sibling: Callable[[str], bytes]) -> dict[str, bytes]:
-    """The files that hold a glTF scene's geometry, by the names it calls them; not its images."""
-    if data[:4] == b"glTF":  # binary: a 12-byte header, then the JSON chunk's length and type
-        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
-    scene: dict[str, Any] = json.loads(data)
-    for extension in scene.get("extensionsRequired", []):
-        if "compression" in extension:  # trimesh would put zeros in place of the compressed positions
-            raise ValueError(f"glTF extension {extension} is not read")
-    uris = [buffer["uri"] for buffer in scene.get("buffers", []) if "uri" in buffer]
-    return {uri: sibling(unquote(uri)) for uri in uris if not uri.startswith("data:")}
+def _class_names(labels: list[int], container: Container, name: str) -> list[str]:
+    """The labels' names, where a list of names lies beside the file; else the numbers."""
+    try:
+        text = plain_text(container.read_sibling(name, CLASS_NAMES)).decode(errors="replace")
+    except ValueError:
+        return [str(label) for label in labels]
+    names = dict(enumerate(line.strip() for line in text.split("\n")))
+    return [names.get(label) or str(label) for label in labels]

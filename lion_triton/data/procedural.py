@@ -41,22 +41,32 @@ def furniture(num_shapes: int, num_points: int, seed: int) -> tuple[Float[Array,
     a uniform sample too. Each cloud's bounding box is centred at the origin and its longest side is 1; y is
     up and +z is the front. Labels are int64. Raises ``ValueError`` for a count below 1 or a negative seed.
     """
-    for name, value, least in (
-        ("num_shapes", num_shapes, 1),
-        ("num_points", num_points, 1),
-        ("seed", seed, 0),
-    ):
+    _at_least(1, num_shapes=num_shapes, num_points=num_points)
+    clouds = np.empty((num_shapes, num_points, 3), np.float32)
+    for i, cloud in enumerate(clouds):
+        cloud[:] = oriented_furniture(i, num_points, seed)[0]
+    return clouds, np.arange(num_shapes, dtype=np.int64) % len(CLASSES)
+
+
+def oriented_furniture(index: int, num_points: int, seed: int) -> tuple[Float[Array, "P 3"], Float[Array, "P 3"]]:
+    """Piece ``index`` of :func:`furniture` as points and the outward unit normals there, both float32.
+
+    The points are those that ``furniture`` draws of it. Raises ``ValueError`` as that does.
+    """
+    _at_least(0, index=index, seed=seed)
+    _at_least(1, num_points=num_points)
+    rng = np.random.default_rng((seed, index))
+    points, normals = sample_oriented(build(CLASSES[index % len(CLASSES)], rng), num_points, rng)
+    low, high = points.min(0), points.max(0)
+    # A cloud of one point has no extent; it becomes the origin.
+    points = (points - (low + high) / 2) / max(np.max(high - low), 1e-9)
+    return points.astype(np.float32), normals.astype(np.float32)
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
         if value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-    clouds = np.empty((num_shapes, num_points, 3), np.float32)
-    labels = np.arange(num_shapes, dtype=np.int64) % len(CLASSES)
-    for i, label in enumerate(labels):
-        rng = np.random.default_rng((seed, i))
-        points = sample_surface(build(CLASSES[label], rng), num_points, rng)
-        low, high = points.min(0), points.max(0)
-        # A cloud of one point has no extent; it becomes the origin.
-        clouds[i] = (points - (low + high) / 2) / max(np.max(high - low), 1e-9)
-    return clouds, labels
 
 
 def build(name: str, rng: Generator) -> list[Part]:
@@ -78,7 +88,14 @@ class Part:
 
 
 def sample_surface(parts: Sequence[Part], num_points: int, rng: Generator) -> Float[Array, "P 3"]:
-    """Draw points uniformly by area from the parts' visible surface, in random order.
+    """The points of :func:`sample_oriented` without their normals."""
+    return sample_oriented(parts, num_points, rng)[0]
+
+
+def sample_oriented(
+    parts: Sequence[Part], num_points: int, rng: Generator
+) -> tuple[Float[Array, "P 3"], Float[Array, "P 3"]]:
+    """Draw points uniformly by area from the parts' visible surface, in random order, with outward unit normals.
 
     The draw is stratified along the list of triangles, so that every part gets its share of points. A point
     is hidden where the place just outside its triangle lies in a solid box: inside another part, or where
@@ -107,7 +124,8 @@ def sample_surface(parts: Sequence[Part], num_points: int, rng: Generator) -> Fl
         visible = np.flatnonzero(~hidden.any(1))
         if len(visible) >= num_points:
             even = np.arange(num_points) * len(visible) // num_points
-            return points[rng.permutation(visible[even])]
+            drawn = rng.permutation(visible[even])
+            return points[drawn], normals[face[drawn]]
         count *= 2
 
 

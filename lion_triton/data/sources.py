@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from lion_triton.config import DataConfig
 from lion_triton.data.clouds import Clouds, folder_clouds, procedural_clouds
 
 PROCEDURAL_POINTS = 2048  # stored per procedural shape; training draws from them
 PROCEDURAL_SEEDS = {"train": 0, "held_out": 1, "fresh": 2}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the clouds come from and how they are fed.
+
+    Attributes:
+        source: ``procedural`` (the embedded furniture), or a folder ``<category>/{train,val,test}/<id>.npy``.
+        categories: names of the categories to use; empty for all.
+        num_shapes: training shapes of the procedural source.
+        num_points: points per cloud in training.
+        draw_from: draw them from the first so many points of a cloud only (LION: 10,000 of 15,000).
+        normalization: ``global`` (one mean and std for the whole set), or per shape ``box`` or ``sphere``.
+        workers: processes that read clouds.
+    """
+
+    source: str = "procedural"
+    categories: tuple[str, ...] = ()
+    num_shapes: int = 2000
+    num_points: int = 2048
+    draw_from: int | None = None
+    normalization: Literal["global", "box", "sphere"] = "global"
+    workers: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from lion_triton.data.clouds import Clouds
 from lion_triton.devices import resolve_precision
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
-from lion_triton.models.lion import LION
-from lion_triton.objectives import Posterior, posterior
-from lion_triton.report import reconstruct
+from lion_triton.models.lion import LION, Posterior, posterior
+from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 

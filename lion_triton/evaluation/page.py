@@ -152,7 +152,9 @@ def _tiles(record: Mapping[str, Any]) -> str:
         if name in figures:
             title, _, distance = label(name, record).partition(" EMD ")
             found = floors.floor(record, name)
-            under = [interval(record["intervals"].get(name)), "" if found is None else f"floor {number(found[1], 3)}"]
+            ends = record["intervals"].get(name)
+            under = ["" if ends is None else f"{LEVEL:.0%}: {interval(ends)}"]
+            under.append("" if found is None else f"floor {number(found[1], 3)}")
             lines = "".join(f"<small>{line}</small>" for line in (*under, _best(kind_of(name), record)) if line)
             title += " EMD" if distance else ""
             tiles.append(f'<div class="tile">{title}<b>{number(figures[name])}</b>{lines}</div>')

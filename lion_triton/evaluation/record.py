@@ -28,6 +28,7 @@ from lion_triton.evaluation.sets import Array, CloudSet, spread
 from lion_triton.evaluation.table import NAMES, many
 
 # When something is pointed out.
+SMALLEST, BIGGEST = 0.1, 20.0  # shapes whose approximate EMD and JSD are as those of unit size
 UNLIKE_SIZE, UNLIKE_PLACE = 0.25, 0.15  # difference of the sets' sizes and places, in units of the references' size
 ERRORS, MEASURED = 4, 4  # and by so many standard errors, which fewer clouds do not have
 ALIKE, ALIKE_CLOUDS = 0.5, 10  # distance to the nearest other sample, in units of the references'; of so many at least
@@ -125,6 +126,12 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
         remarks.warnings.append(
             f"Samples measure {ours}, references {theirs} (x, y, z; medians of their boxes): "
             + ("are axes and proportions the same?" if norm_box else question)
+        )
+    side = max(references["size"])
+    if not SMALLEST <= side <= BIGGEST:
+        remarks.warnings.append(
+            f"References are {side:.2g} long (the longest side of the median box): the approximate EMD and JSD are "
+            f"made for shapes of about 1, and change outside {SMALLEST:g} to {BIGGEST:g}. --norm-box brings them there."
         )
     for name, s in (("samples", samples), ("references", references)):
         if s["repeated"]:

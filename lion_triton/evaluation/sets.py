@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float32, Int64
+from torch import Tensor
 
 from lion_triton.data.clouds import Clouds, Normalization, folder_clouds, procedural_clouds
 from lion_triton.data.clouds import Split as Subset
 from lion_triton.data.containers import Container
 from lion_triton.data.meshes import SHAPE_SUFFIXES, read_shape
 from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
+from lion_triton.models.published import read_tensors
 
 SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, and the splits of its points
+TENSOR_SUFFIXES = frozenset({".pt", ".pth"})
 LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
 
 # Streams of random numbers; those of ``data`` are 0 to 2.
@@ -31,15 +34,16 @@ OTHER_SPLIT: dict[Split, Split] = {"first10k": "last5k", "last5k": "first10k"}
 
 @dataclass(frozen=True)
 class CloudSet:
-    """A set of clouds: the option that gave it, where it came from, and the clouds.
-
-    generated: they are procedural shapes, of which there are as many more as one likes.
-    """
+    """A set of clouds: the option that gave it, where it came from, and the clouds."""
 
     option: str
     what: str
     clouds: Clouds
-    generated: bool = False
+    # Of the authors' files: a bare tensor is in the units of their networks, and a dictionary of references says how
+    # to leave them.
+    bare: bool = False
+    mean_std: tuple[Float32[Array, "#N 3"], float] | None = None
+    generated: bool = False  # procedural shapes, of which there are as many more as one likes
 
     def __len__(self) -> int:
         return len(self.clouds)
@@ -73,7 +77,7 @@ class CloudSet:
 
 def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> CloudSet:
     """The clouds at ``path``: a folder <category>/<subset>/<id>.npy, of which ``categories`` can be chosen; a folder
-    of clouds, a .npy or .npz of (S, P, 3), or "procedural": ``count`` of those, others for each option.
+    of clouds, a .npy, .npz or .pt of (S, P, 3), or "procedural": ``count`` of those, others for each option.
 
     Raises:
         ValueError: nothing there, or no set of clouds; a cloud in memory that is not finite, by its index.
@@ -88,6 +92,8 @@ def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str
         where = where / "clouds.npz"
     if where.is_file():
         _no_categories(option, categories, f"{where} is")
+        if where.suffix.lower() in TENSOR_SUFFIXES:
+            return _read_tensors(option, where)
         return CloudSet(option, str(where), _read_file(option, where))
     if not where.is_dir():
         raise ValueError(f"{option}: {where} does not exist")
@@ -101,6 +107,41 @@ def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str
         raise ValueError(f"{option}: {str(error).removeprefix('root: ')}") from None
 
 
+def in_units_of(samples: CloudSet, references: CloudSet) -> CloudSet:
+    """The samples as LION's own evaluation compares them: a bare tensor of its networks' output is put into the units
+    of the data by the mean and standard deviation beside the references."""
+    if not samples.bare or references.mean_std is None:
+        return samples
+    mean, std = references.mean_std
+    clouds = [(cloud * std + mean).astype(np.float32) for cloud in samples]
+    what = f"{samples.what}, times the standard deviation of {references.what} plus its mean"
+    return CloudSet(samples.option, what, in_memory(samples.option, clouds, samples.clouds.names))
+
+
+def _read_tensors(option: str, path: Path) -> CloudSet:
+    """A file of ``torch.save`` as LION and PVD write them: samples as one tensor (S, P, 3 or more), or references as
+    ``ref``, normalised, with their ``mean`` and ``std``."""
+    content = read_tensors(path, option)
+    found = content.get("ref") if isinstance(content, Mapping) else content
+    if not isinstance(found, Tensor) or not found.dtype.is_floating_point or found.ndim != 3 or found.shape[2] < 3:
+        got = f"{str(found.dtype)[6:]} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if isinstance(content, Mapping) and "ref" not in content:
+            got = f"a dictionary of {', '.join(map(str, content))[:100]}"
+        raise ValueError(f"{option}: expected a tensor (S, P, 3), or one as ref, in {path}, got {got}")
+    clouds = found[..., :3].float().numpy()
+    mean_std = None
+    if isinstance(content, Mapping):
+        try:
+            mean, std = (np.broadcast_to(content[key].float().numpy(), clouds.shape) for key in ("mean", "std"))
+        except (KeyError, AttributeError, ValueError):
+            raise ValueError(f"{option}: expected mean and std that fit ref {clouds.shape} in {path}") from None
+        if (mean == mean[:1, :1]).all() and (std == std[:1, :1, :1]).all():  # one for all shapes
+            mean_std = mean[0, :1], float(std[0, 0, 0])
+        clouds = clouds * std + mean
+    read = in_memory(option, list(clouds), [str(i) for i in range(len(clouds))])
+    return CloudSet(option, str(path), read, found is content, mean_std)
+
+
 def _no_categories(option: str, categories: Sequence[str], what: str) -> None:
     """Samples and training shapes may be a file where the references are a folder."""
     if categories and option == "reference":
@@ -112,7 +153,7 @@ def _no_categories(option: str, categories: Sequence[str], what: str) -> None:
 def _read_file(option: str, path: Path) -> Clouds:
     """A .npy file, or a .npz file with an array ``points`` or a single one: (S, P, 3)."""
     if path.suffix.lower() in SHAPE_SUFFIXES - {".npy", ".npz"}:
-        raise ValueError(f"{option}: expected a .npy or .npz of clouds, or a folder of such files, got {path}")
+        raise ValueError(f"{option}: expected a .npy, .npz or .pt of clouds, or a folder of clouds, got {path}")
     names: list[str] = []
     array: Array | None
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,25 @@ def default_out(run: Run, words: Sequence[str | None], numbers: Mapping[str, obj
     return run.samples / safe_name("-".join(parts))
 
 
-def check_out(out: Path) -> None:
-    """Raise ``ValueError`` if the folder exists and holds no results of an earlier command."""
-    if out.exists() and not (out / RECORD).is_file():
-        raise ValueError(f"out: {out} exists and holds no samples of an earlier command: give another --out")
+def check_out(out: Path, record: str = RECORD) -> None:
+    """Raise ``ValueError`` if the folder exists and is no earlier command's, which holds a file ``record``."""
+    if out.exists() and not (out / record).is_file():
+        what = Path(record).stem
+        raise ValueError(f"out: {out} exists and holds no {what} of an earlier command: give another --out")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``out`` when all is written and is gone where that fails."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_finite(points: np.ndarray) -> None:
@@ -64,12 +80,10 @@ def write_results(
     more: further arrays for clouds.npz. draw: draws grid.png, instead of the first clouds in rows of eight. moving: the
     clouds are frames of an animation.
     """
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "ply").mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         arrays: dict[str, Any] = {"points": points, "labels": labels, "classes": np.array(classes), **(more or {})}
         np.savez(partial / "clouds.npz", **arrays)
+        (partial / "ply").mkdir()
         for i, cloud in enumerate(points):
             trimesh.PointCloud(cloud).export(partial / "ply" / f"{i:04d}.ply")
         if draw is None:
@@ -80,10 +94,6 @@ def write_results(
             animate(points, partial / "animation.gif")
         text = json.dumps({"lion_triton": __version__, **record}, indent=2)
         (partial / RECORD).write_text(text + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{len(points)} clouds of {points.shape[1]} points: {out / 'clouds.npz'}, {out / 'ply'}")
     print(f"picture: {out / 'grid.png'}" + (f", animation: {out / 'animation.gif'}" if moving else ""))
 

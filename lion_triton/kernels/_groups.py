@@ -7,7 +7,9 @@ a group takes the first CG.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,12 +20,25 @@ from lion_triton.kernels._triton import tl, triton
 # a cloud's result may therefore depend on the size of its batch.
 _WARPS = 4
 _PROGRAMS, _LEAST_CHUNK, _MOST_CHUNKS = 1024, 4096, 128
+_CACHED = 1 << 18  # elements that a CPU works on at a time
 
 
 def group_mean(means: Float[Tensor, "B C"], num_groups: int) -> Float[Tensor, "B C"]:
     """Mean over the channels of a group, repeated: (B, C) to (B, C)."""
     groups = means.unflatten(-1, (num_groups, -1))
     return groups.mean(-1, keepdim=True).expand_as(groups).reshape(means.shape)
+
+
+def cloud_buffers(
+    x: Float[Tensor, "B P C"], dtype: torch.dtype, count: int
+) -> Iterator[tuple[slice, list[Float[Tensor, "b P C"]]]]:
+    """A few clouds of x at a time: which, and ``count`` buffers of their size, the same memory each time."""
+    B, P, C = x.shape
+    size = B if x.device.type != "cpu" else max(1, _CACHED // (P * C))
+    buffers = [x.new_empty((min(size, B), P, C), dtype=dtype) for _ in range(count)]
+    for first in range(0, B, size):
+        clouds = slice(first, min(first + size, B))
+        yield clouds, [buffer[: clouds.stop - first] for buffer in buffers]
 
 
 def per_cloud(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:

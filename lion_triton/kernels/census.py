@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,28 +33,29 @@ from torch import Tensor
 from lion_triton import kernels
 from lion_triton.kernels import _checks
 from lion_triton.kernels._triton import triton
-from lion_triton.kernels.adagn import Activation
 
 BATCH = 32
-FEATURE_DTYPES = (torch.float32, torch.bfloat16)
+FEATURE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The layers of the published networks: points of each level, and the centres sampled from them.
 LEVELS = ((2048, 1024), (1024, 256), (256, 64), (64, 16))
 NEIGHBORS = 32
-# (points, voxels per side): channels
-VOXELS = {(2048, 32): (3, 4, 32, 64), (1024, 16): (32, 64, 128), (256, 8): (128, 192), (64, 8): (128,)}
-# points of a level: channels
-GROUPED = {2048: (3, 32), 1024: (3, 32, 64), 256: (3, 128), 64: (3, 192, 256)}
-INTERPOLATED = (128, 192)
+# (points, voxels per side): channels of the points that are averaged, and of the grids that are gathered
+VOXELIZED = {(2048, 32): (3, 4, 32, 64, 128), (1024, 16): (32, 64, 128), (256, 8): (128, 192), (64, 8): (128,)}
+GATHERED = {(2048, 32): (32, 64), (1024, 16): (32, 64, 128), (256, 8): (128,), (64, 8): (128,)}
+# points of a level: channels that their neighbours are gathered with; and of what is interpolated, everywhere
+NEIGHBORHOODS = {2048: (32,), 1024: (32, 64), 256: (128,), 64: (128,)}
+INTERPOLATED = 128
+# centres: channels of the maximum over their neighbours
+MAXIMA = {1024: (32, 64), 256: (64, 128), 64: (128, 256), 16: (128,)}
 # (positions, channels) of the PVConvs' grids, and of the MLPs on points and on neighbours
 _GRIDS = ((32**3, (32, 64)), (16**3, (32, 64, 128)), (8**3, (128,)))
 _POINTS = ((2048, (32, 64, 128)), (1024, (32, 64, 128)), (256, (128,)), (64, (128,)))
 _GROUPS = ((1024, (32, 64)), (256, (32, 64, 128)), (64, (128, 256)), (16, (128,)))  # each with its neighbours
-_LAYERS = (*_GRIDS, *_POINTS, *((m * NEIGHBORS, channels) for m, channels in _GROUPS))
-# (positions, channels, whether it drops out, activation): the grids do in training, and the head
-NORMALIZED: set[tuple[int, int, bool, Activation]] = {
-    (p, c, dropout, "silu")
-    for p, channels in _LAYERS
+# (positions, channels, whether it drops out): the grids do in training, and the head
+NORMALIZED = {
+    (p, c, dropout)
+    for p, channels in (*_GRIDS, *_POINTS, *((m * NEIGHBORS, channels) for m, channels in _GROUPS))
     for c in channels
     for dropout in ((True, False) if (p, channels) in _GRIDS or (p, c) == (2048, 128) else (False,))
 }
@@ -93,9 +94,9 @@ class Row:
     stores: str
 
 
-def run_all(device: torch.device) -> None:
+def run_all(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> None:
     """Launch every kernel, forward and backward, at every shape of LION's layers. Values do not matter."""
-    run_ops(device)
+    run_ops(device, dtypes)
     # All pairs, for evaluation: unlike all other ops these look at the values of their arguments.
     clouds = torch.zeros(4, 2048, 3, device=device)
     kernels.pairwise_chamfer(clouds, clouds, impl="triton")
@@ -103,7 +104,7 @@ def run_all(device: torch.device) -> None:
     kernels.pairwise_emd(clouds, clouds, impl="triton")
 
 
-def run_ops(device: torch.device) -> None:
+def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> None:
     """The part of ``run_all`` that never waits for the device."""
 
     def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +122,7 @@ def run_ops(device: torch.device) -> None:
     key = torch.zeros(2, dtype=torch.int64, device=device)
     scalar = torch.ones(BATCH, device=device)
     learned = scalar.clone().requires_grad_()
-    for shape, dtype in product(LATENTS, FEATURE_DTYPES):
+    for shape, dtype in product(LATENTS, dtypes):
         x = features(*shape, dtype=dtype)
         kernels.normal_noise(x.shape, key, impl="triton")
         for alpha in (scalar, learned):
@@ -131,38 +132,45 @@ def run_ops(device: torch.device) -> None:
         backward(kernels.ancestral_step(x, x, scalar, scalar, scalar, key, impl="triton"))
         backward(kernels.gaussian_kl(x, x, impl="triton"))
 
-    for (n, r), channels in VOXELS.items():
-        plan = kernels.plan_voxels(cloud(n), r, impl="triton")
-        for c, dtype in product(channels, FEATURE_DTYPES):
+    for (n, r), channels in VOXELIZED.items():
+        plan = kernels.plan_voxels(kernels.voxel_coords(cloud(n), r, impl="triton"), r, impl="triton")
+        for c, dtype in product(channels, dtypes):
             backward(kernels.avg_voxelize(features(n, c, dtype=dtype), plan.coords, r, plan=plan, impl="triton"))
-            grid = features(r, r, r, c, dtype=dtype)
+        for c, dtype in product(GATHERED[n, r], dtypes):
+            grid, style = features(r, r, r, c, dtype=dtype), features(c)
             backward(kernels.trilinear_devoxelize(grid, plan.coords, plan=plan, impl="triton"))
-            if c % 8 == 0:
-                style, squeeze, excite = (
-                    features(c),
-                    torch.zeros(c // 8, c, device=device),
-                    torch.zeros(c, c // 8, device=device),
-                )
-                args = (style, style, 8, squeeze.requires_grad_(), excite.requires_grad_())
-                extras: dict[str, Any] = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
-                backward(kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton"))
+            squeeze, excite = (torch.zeros(shape, device=device) for shape in ((c // 8, c), (c, c // 8)))
+            args = (style, style, 8, squeeze.requires_grad_(), excite.requires_grad_())
+            extras: dict[str, Any] = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
+            backward(kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton"))
 
     for n, m in LEVELS:
         kernels.furthest_point_sample(cloud(n), m, impl="triton")
         kernels.ball_query(cloud(m), cloud(n), 0.1, NEIGHBORS, impl="triton")
         kernels.three_nn(cloud(n), cloud(m), impl="triton")
-        for c, k, dtype in product(GROUPED[n], (1, NEIGHBORS), FEATURE_DTYPES):
-            backward(kernels.group(features(n, c, dtype=dtype), index(m, k), impl="triton"))
-        for c, dtype in product(INTERPOLATED, FEATURE_DTYPES):
-            weights = cloud(n).requires_grad_()
-            backward(kernels.three_interpolate(features(m, c, dtype=dtype), weights, index(n, 3), impl="triton"))
+        for k in (1, NEIGHBORS):
+            backward(kernels.group(features(n, 3), index(m, k), impl="triton"))
+        for dtype in dtypes:
+            weights, x = cloud(n).requires_grad_(), features(m, INTERPOLATED, dtype=dtype)
+            backward(kernels.three_interpolate(x, weights, index(n, 3), impl="triton"))
+            for c in NEIGHBORHOODS[n]:
+                offsets, weight = features(m, NEIGHBORS, 3), torch.zeros(c, 3, device=device, requires_grad=True)
+                x = features(n, c, dtype=dtype)
+                backward(kernels.group_offsets(x, index(m, NEIGHBORS), offsets, weight, impl="triton"))
+            for c in MAXIMA[m]:
+                backward(kernels.max_neighbors(features(m, NEIGHBORS, c, dtype=dtype), impl="triton"))
 
-    for (p, c, dropout, act), dtype in product(sorted(NORMALIZED, key=str), FEATURE_DTYPES):
+    for (p, c, dropout), dtype in product(sorted(NORMALIZED), dtypes):
         x, style = features(p, c, dtype=dtype), features(c)
         drop: dict[str, Any] = {"dropout": 0.1, "key": key} if dropout else {}
-        backward(kernels.adagn(x, style, style, None, None, 8, act=act, offset=style, **drop, impl="triton"))
+        backward(kernels.adagn(x, style, style, None, None, 8, act="silu", offset=style, **drop, impl="triton"))
+    for dtype in dtypes:
+        backward(kernels.dropout(features(2048, dtype=dtype), 0.3, key, impl="triton"))
+    backward(kernels.adagn(features(2048, 32), None, None, None, None, 8, impl="triton"))
 
-    kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")  # a whole cloud of ShapeNet
+    # A whole cloud of ShapeNet.
+    kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")
+    kernels.plan_voxels(cloud(15_000), 32, impl="triton")
     x = features(2048, 3)
     backward(kernels.nearest_neighbor(x, x, impl="triton")[0])
     backward(kernels.chamfer_distance(x, x, impl="triton"))
@@ -225,10 +233,10 @@ def recording(target: Target | None) -> Iterator[dict[str, Any]]:
             driver._active = before
 
 
-def compile_all(target: Target) -> dict[str, Any]:
+def compile_all(target: Target, dtypes: Sequence[torch.dtype] = tuple(FEATURE_DTYPES.values())) -> dict[str, Any]:
     """Every kernel compiled for a target, by Triton's hash."""
     with recording(target) as compiled:
-        run_all(torch.device("cpu"))
+        run_all(torch.device("cpu"), dtypes)
     return compiled
 
 
@@ -329,6 +337,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lion_triton.kernels.census", description="Compile every kernel.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--check", action="store_true", help="exit 1 on a spill or too much shared memory")
+    parser.add_argument("--dtype", choices=FEATURE_DTYPES, help="of features (default: all)")
     parser.add_argument("--device", action="store_true", help="compare with what this machine's GPU runs")
     options = parser.parse_args()
     if unknown := set(options.targets) - TARGETS.keys():
@@ -343,10 +352,12 @@ def main() -> int:
         parser.error("--device: expected a GPU that is a target of the census")
 
     wrong = []
+    dtypes = tuple(FEATURE_DTYPES.values()) if options.dtype is None else (FEATURE_DTYPES[options.dtype],)
     for name in options.targets or ([device] if device else TARGETS):
         with ThreadPoolExecutor() as pool:
             rows = sorted(
-                set(pool.map(describe, compile_all(TARGETS[name]).values())), key=lambda row: (row.kernel, row.variant)
+                set(pool.map(describe, compile_all(TARGETS[name], dtypes).values())),
+                key=lambda row: (row.kernel, row.variant),
             )
         _print_table(name, rows)
         wrong += [f"{name} {row.kernel} {row.variant}: {fault}" for row in rows for fault in faults(row, TARGETS[name])]

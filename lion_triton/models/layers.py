@@ -26,7 +26,7 @@ from lion_triton.kernels import (
     three_interpolate,
 )
 from lion_triton.models.attention import Attention
-from lion_triton.models.modulation import GROUPS, Norm, normalize
+from lion_triton.models.modulation import GROUPS, Norm, NormPlace, normalize
 from lion_triton.models.plan import LevelPlan
 
 
@@ -53,13 +53,20 @@ class MLP(nn.Module):
         self, in_channels: int, widths: Sequence[int], *, residual: bool = False, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.residual, self.dropout, self.norm_channels = residual, dropout, tuple(widths)
+        self.residual, self.dropout = residual, dropout
+        self.norms = [NormPlace(f"linears.{i}", f"norms.{i}", width) for i, width in enumerate(widths)]
         sizes = [in_channels, *widths]
         self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], widths, strict=True))
 
-    def forward(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
-        for i, (linear, norm) in enumerate(zip(self.linears, norms, strict=True), 1):
-            y = normalize(linear(x), norm, dropout=self.dropout if i == len(self.linears) else 0.0)
+    @property
+    def first_weight(self) -> Float[Tensor, "C_out C_in"]:
+        return self.linears[0].weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, norms: Sequence[Norm], done: int = 0) -> Tensor:
+        """Through the layers behind the first ``done``, with the norms of all."""
+        for i in range(done, len(self.linears)):
+            last = i == len(self.linears) - 1
+            y = normalize(self.linears[i](x), norms[i], dropout=self.dropout if last else 0.0)
             x = x + y if self.residual and y.shape == x.shape else y
         return x
 
@@ -97,7 +104,8 @@ class PVConv(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.dropout = resolution, dropout
-        self.norm_channels = (out_channels,) * 3
+        places = (("conv1", "norm1"), ("conv2", "norm2"), ("point_linear", "point_norm"))
+        self.norms = [NormPlace(layer, name, out_channels) for layer, name in places]
         whole = in_channels + shared_channels
         self.conv1 = _convolution(whole, out_channels)
         self.conv2 = _convolution(out_channels, out_channels)
@@ -153,10 +161,9 @@ class SetAbstraction(nn.Module):
 
     def __init__(self, in_channels: int, shared_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.norm_channels = tuple(widths)
         self.parts = [3, in_channels, shared_channels]
-        self.linear = nn.Linear(sum(self.parts), widths[0], bias=False)
-        self.mlp = MLP(widths[0], widths[1:])
+        self.mlp = MLP(sum(self.parts), widths)
+        self.norms = [place.inside("mlp") for place in self.mlp.norms]
 
     def forward(
         self,
@@ -166,10 +173,10 @@ class SetAbstraction(nn.Module):
         shared: Float[Tensor, "B E"] | None = None,
     ) -> Float[Tensor, "B M C2"]:
         assert plan.neighbors is not None and plan.offsets is not None
-        of_offsets, of_features, of_shared = self.linear.weight.split(self.parts, dim=1)
+        of_offsets, of_features, of_shared = self.mlp.first_weight.split(self.parts, dim=1)
         y = group_offsets(F.linear(x, of_features), plan.neighbors, plan.offsets, of_offsets)
         y = normalize(y, _shared(norms[0], of_shared, shared))
-        return max_neighbors(self.mlp(y, norms[1:]))
+        return max_neighbors(self.mlp(y, norms, done=1))
 
 
 class FeaturePropagation(nn.Module):
@@ -183,10 +190,9 @@ class FeaturePropagation(nn.Module):
         self, in_channels: int, shared_channels: int, skip_channels: int, widths: Sequence[int], *, residual: bool
     ) -> None:
         super().__init__()
-        self.norm_channels = tuple(widths)
         self.parts = [in_channels, shared_channels, skip_channels]
-        self.linear = nn.Linear(sum(self.parts), widths[0], bias=False)
-        self.mlp = MLP(widths[0], widths[1:], residual=residual)
+        self.mlp = MLP(sum(self.parts), widths, residual=residual)
+        self.norms = [place.inside("mlp") for place in self.mlp.norms]
 
     def forward(
         self,
@@ -197,8 +203,8 @@ class FeaturePropagation(nn.Module):
         shared: Float[Tensor, "B E"] | None = None,
     ) -> Float[Tensor, "B N C3"]:
         assert plan.interpolation_weights is not None and plan.interpolation_index is not None
-        of_features, of_shared, of_skip = self.linear.weight.split(self.parts, dim=1)
+        of_features, of_shared, of_skip = self.mlp.first_weight.split(self.parts, dim=1)
         y = three_interpolate(F.linear(x, of_features), plan.interpolation_weights, plan.interpolation_index)
         if skip.shape[2]:
             y = torch.addmm(y.flatten(0, 1), skip.flatten(0, 1), of_skip.T).view(y.shape)
-        return self.mlp(normalize(y, _shared(norms[0], of_shared, shared)), norms[1:])
+        return self.mlp(normalize(y, _shared(norms[0], of_shared, shared)), norms, done=1)

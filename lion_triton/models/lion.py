@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,8 @@ from lion_triton.models.priors import (
     ShapePriorConfig,
     published_point_prior,
 )
-from lion_triton.models.vae import VAE, VAEConfig, published_vae
+from lion_triton.models.sampling import Samplings
+from lion_triton.models.vae import VAE, Latents, VAEConfig, published_vae
 
 Sampler = Literal["ddpm", "ddim", "ode"]
 
@@ -53,11 +54,22 @@ class LIONConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
 
-class Latents(NamedTuple):
-    """A cloud's latents, in the order that ``decode`` takes them."""
+@dataclass(frozen=True)
+class Posterior:
+    """A sample of q(z0|x) and, at it, q(h0|x,z0): what the priors are trained on."""
 
-    h: Float[Tensor, "B N H"]
     z: Float[Tensor, "B Z"]
+    h_mu: Float[Tensor, "B N H"]
+    h_log_sigma: Float[Tensor, "B N H"]
+
+
+@torch.no_grad()
+def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
+    """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
+    plan = vae.plan(points)
+    z_mu, z_log_sigma = vae.encode_shape(points, plan)
+    z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
+    return Posterior(z, *vae.encode_points(points, z, plan))
 
 
 class LION(nn.Module, Pretrained):
@@ -86,6 +98,7 @@ class LION(nn.Module, Pretrained):
         for name, size in (("z", shape_dim), ("h", point_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self._samplings = Samplings()
 
     def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
         """Standardise by these latents: z per channel; h by a mean per channel, one std for xyz and one per feature."""
@@ -151,14 +164,19 @@ class LION(nn.Module, Pretrained):
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
-        device = self.z_mean.device
-
-        run = _Run(self, sampler, steps, eta, clip_x0, callback, generator)
-        noise = normal_noise((num_samples, self.config.vae.shape_dim), new_key(device, generator))
-        z = run(self.shape_denoiser(labels, clip), noise, 0)
-        noise = normal_noise((num_samples, num_points, self.config.vae.point_dim), new_key(device, generator))
-        h = run(self.point_denoiser(z, labels, clip), noise, 1)
-        return self.decode(*self.unstandardize(Latents(h, z)))
+        config, chosen = self.config.diffusion, None
+        if sampler == "ode":
+            if config.prediction != "eps":
+                raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
+        elif sampler == "ddpm":
+            chosen = diffusion.ddpm_steps(self.schedule, steps, config.variance)
+        elif sampler == "ddim":
+            count = default_steps(sampler, config.num_train_timesteps) if steps is None else steps
+            chosen = diffusion.ddim_steps(self.schedule, count, eta)
+        else:
+            raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
+        sampling = self._samplings.get(self, num_samples, num_points, labels, clip, clip_x0)
+        return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
 
     def shape_denoiser(
         self, labels: Int[Tensor, " B"] | None = None, clip: Float[Tensor, "B 512"] | None = None
@@ -185,52 +203,6 @@ class LION(nn.Module, Pretrained):
 
     def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One sampler with its settings, applied to the shape prior (part 0), then to the point prior (part 1)."""
-
-    lion: LION
-    sampler: Sampler
-    steps: int | None
-    eta: float
-    clip_x0: float | None
-    callback: Callable[[int, int], None] | None
-    generator: torch.Generator | None
-
-    def __call__(self, eps_model: Callable[[Tensor, Tensor], Tensor], x: Tensor, part: int) -> Tensor:
-        schedule = self.lion.schedule
-        if self.sampler == "ode":
-            if self.lion.config.diffusion.prediction != "eps":
-                raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
-            return diffusion.probability_flow(eps_model, x, schedule)
-        steps = self.steps
-        if steps is None:
-            steps = default_steps(self.sampler, schedule.num_train_timesteps)
-        key = new_key(x.device, self.generator)
-
-        def report(step: int, *_: object) -> None:
-            if self.callback is not None:
-                self.callback(part * steps + step, 2 * steps)
-
-        if self.sampler == "ddpm":
-            variance = self.lion.config.diffusion.variance
-            return diffusion.ddpm(
-                eps_model,
-                x,
-                schedule,
-                key,
-                steps=steps,
-                variance=variance,
-                clip=self.clip_x0,
-                callback=report,
-            )
-        if self.sampler == "ddim":
-            return diffusion.ddim(
-                eps_model, x, schedule, key, steps=steps, eta=self.eta, clip=self.clip_x0, callback=report
-            )
-        raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {self.sampler!r}')
 
 
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:

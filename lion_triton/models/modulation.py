@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lion_triton.kernels import adagn
+from lion_triton.kernels.noise import new_key
 
 GROUPS = 8  # of every group normalisation in LION
 
@@ -26,6 +27,17 @@ class Norm(NamedTuple):
     scale: Float[Tensor, "B C"]
     shift: Float[Tensor, "B C"]
     key: Int64[Tensor, " 2"] | None  # of its dropout
+
+
+class NormPlace(NamedTuple):
+    """Where a norm stands in its network: the names of the layer before it and of the norm itself, and its channels."""
+
+    layer: str
+    name: str
+    channels: int
+
+    def inside(self, block: str) -> NormPlace:
+        return self._replace(layer=f"{block}.{self.layer}", name=f"{block}.{self.name}")
 
 
 def normalize(x: Float[Tensor, "B ... C"], norm: Norm, *, dropout: float = 0.0) -> Float[Tensor, "B ... C"]:
@@ -40,6 +52,15 @@ def layer_keys(count: int) -> Int64[Tensor, "count 2"]:
     return torch.arange(1, count + 1)[:, None] * torch.tensor([0, 2**40])
 
 
+def dropout_key(
+    network: nn.Module, dropout: float, key: Int64[Tensor, " 2"] | None, device: torch.device
+) -> Int64[Tensor, " 2"] | None:
+    """The key that a network drops out by, a fresh one if it was given none; None where it drops nothing out."""
+    if not network.training or not dropout:
+        return None
+    return new_key(device) if key is None else key
+
+
 class Modulation(nn.Module):
     """Offsets, scales and shifts of all adaptive group norms of a network, by one matrix product from its style.
 
@@ -48,14 +69,15 @@ class Modulation(nn.Module):
     convolution before it, which has none of its own. All are float32.
 
     Args:
-        blocks: the channels of the norms of each block, in the order in which the network runs.
+        blocks: the norms of each block, in the order in which the network runs.
         style_dim: S.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[int]], style_dim: int) -> None:
+    def __init__(self, blocks: Sequence[Sequence[NormPlace]], style_dim: int) -> None:
         super().__init__()
-        self.blocks = [tuple(block) for block in blocks]
-        self.channels = [c for block in blocks for c in block]
+        self.blocks = [len(block) for block in blocks]
+        self.places = [place for block in blocks for place in block]
+        self.channels = [place.channels for place in self.places]
         total = sum(self.channels)
         self.offset = nn.Parameter(torch.zeros(total))
         self.weight = nn.Parameter(torch.ones(total))
@@ -83,4 +105,42 @@ class Modulation(nn.Module):
         parts = (x.split(self.channels, dim=1) for x in (self.offset.expand(num_clouds, -1), scale, shift))
         keys = [None] * len(self.channels) if key is None else (key + self.keys).unbind()
         norms = iter([Norm(*values) for values in zip(*parts, keys, strict=True)])
-        return iter([list(islice(norms, len(block))) for block in self.blocks])
+        return iter([list(islice(norms, count)) for count in self.blocks])
+
+
+def keep_apart(network: nn.Module) -> None:
+    """In state dictionaries a network's norms stand apart, each where it is used, however they are computed.
+
+    ``modulation`` appears there as ``<layer>.bias`` (its offset), ``<norm>.weight``, ``<norm>.bias``,
+    ``<norm>.style.weight`` and ``<norm>.style.bias`` of every norm: a checkpoint says what the network is.
+    """
+    network._register_state_dict_hook(_take_apart)
+    network.register_load_state_dict_pre_hook(_put_together)
+
+
+def _parts(modulation: Modulation) -> Iterator[tuple[str, list[str]]]:
+    """Each tensor, and what its parts are called."""
+    yield "offset", [f"{place.layer}.bias" for place in modulation.places]
+    whats = ["weight", "bias"] + (["style.weight", "style.bias"] if modulation.style is not None else [])
+    for what in whats:
+        yield what, [f"{place.name}.{what}" for place in modulation.places]
+
+
+def _take_apart(network: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    modulation = network.modulation
+    assert isinstance(modulation, Modulation)
+    for what, names in _parts(modulation):
+        # A style's rows are all scales, then all shifts; a part of it has its own of both.
+        halves = state.pop(f"{prefix}modulation.{what}").chunk(2 if what.startswith("style.") else 1)
+        for name, *rows in zip(names, *(half.split(modulation.channels) for half in halves), strict=True):
+            state[prefix + name] = torch.cat(rows)
+
+
+def _put_together(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    modulation = network.modulation
+    assert isinstance(modulation, Modulation)
+    for what, names in _parts(modulation):
+        if all(prefix + name in state for name in names):
+            parts = [state.pop(prefix + name) for name in names]
+            halves = zip(*(part.chunk(2 if what.startswith("style.") else 1) for part in parts), strict=True)
+            state[f"{prefix}modulation.{what}"] = torch.cat([part for half in halves for part in half])

@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lion_triton.kernels import dropout
-from lion_triton.kernels.noise import new_key
 from lion_triton.models.attention import softmax_attention
 from lion_triton.models.layers import SqueezeExcite, sinusoidal_embedding
-from lion_triton.models.modulation import layer_keys
+from lion_triton.models.modulation import dropout_key, layer_keys
 from lion_triton.models.precision import compute_dtype
 from lion_triton.models.unet import UNet, UNetConfig, published_unet
 
@@ -91,9 +90,8 @@ class ShapePrior(nn.Module):
         ``key``: of the dropout in training, a fresh one if None.
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
-        keys: Sequence[Tensor | None] = [None] * len(self.blocks)
-        if self.training and self.config.dropout:
-            keys = ((new_key(z_t.device) if key is None else key) + self.keys).unbind()
+        key = dropout_key(self, self.config.dropout, key, z_t.device)
+        keys: Sequence[Tensor | None] = [None] * len(self.blocks) if key is None else (key + self.keys).unbind()
         with compute_dtype(self, z_t.device) as dtype:
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:

@@ -13,10 +13,9 @@ from typing import Literal
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lion_triton.kernels.noise import new_key
 from lion_triton.models.attention import Attention, AttentionKind
 from lion_triton.models.layers import MLP, FeaturePropagation, PVConv, SetAbstraction, sinusoidal_embedding
-from lion_triton.models.modulation import Modulation, Norm
+from lion_triton.models.modulation import Modulation, Norm, NormPlace, dropout_key, keep_apart
 from lion_triton.models.plan import LevelGeometry, PointPlan, SetAbstractionGeometry, plan_points
 from lion_triton.models.precision import compute_dtype
 
@@ -113,8 +112,9 @@ class ConvolutionRun(nn.Module):
                 )
             )
 
-    def pvconvs(self) -> list[PVConv]:
-        return list(self.blocks)  # type: ignore[arg-type]
+    def names(self, name: str) -> list[str]:
+        """What its blocks are called in a network that calls it so."""
+        return [f"{name}.blocks.{i}" for i in range(len(self.blocks))]
 
     def forward(
         self, x: Tensor, plan: PointPlan, level: int, norms: Iterator[list[Norm]], shared: Tensor | None = None
@@ -123,6 +123,13 @@ class ConvolutionRun(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, plan.levels[level].voxels[self.resolution], next(norms), shared if i == 0 else None)
         return x
+
+
+def _modulation(network: nn.Module, blocks: Sequence[str], style_dim: int) -> Modulation:
+    """Of the norms of these blocks, which stand apart in the network's state dictionary."""
+    keep_apart(network)
+    norms: list[list[NormPlace]] = [network.get_submodule(block).norms for block in blocks]  # type: ignore[misc]
+    return Modulation([[norm.inside(block) for norm in of] for block, of in zip(blocks, norms, strict=True)], style_dim)
 
 
 class UNet(nn.Module):
@@ -150,7 +157,7 @@ class UNet(nn.Module):
         self.down_convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
         channels = in_channels
         skips = [in_channels - 3]
-        blocks: list[PVConv | SetAbstraction | FeaturePropagation] = []  # as they run
+        blocks: list[str] = []  # names of what has norms, as it runs
         for i, down in enumerate(config.down):
             shared = time_dim if i > 0 else 0  # the first block of a level takes the time
             convolutions = ConvolutionRun(channels, shared, down.convolutions, *common)
@@ -158,7 +165,7 @@ class UNet(nn.Module):
             abstraction = SetAbstraction(channels, 0 if convolutions.blocks else shared, down.widths)
             self.down_convolutions.append(convolutions)
             self.set_abstractions.append(abstraction)
-            blocks += [*convolutions.pvconvs(), abstraction]
+            blocks += [*convolutions.names(f"down_convolutions.{i}"), f"set_abstractions.{i}"]
             if config.skip == "convolved":
                 skips[-1] = channels
             channels = down.widths[-1]
@@ -168,17 +175,17 @@ class UNet(nn.Module):
         self.middle = Attention(channels, config.middle_heads, config.middle_head_dim, config.attention)
 
         self.propagations, self.up_convolutions = nn.ModuleList(), nn.ModuleList()
-        for up, skip in zip(config.up, reversed(skips), strict=True):
+        for i, (up, skip) in enumerate(zip(config.up, reversed(skips), strict=True)):
             propagation = FeaturePropagation(channels, time_dim, skip, up.widths, residual=config.residual)
             convolutions = ConvolutionRun(up.widths[-1], 0, up.convolutions, *common)
             self.propagations.append(propagation)
             self.up_convolutions.append(convolutions)
-            blocks += [propagation, *convolutions.pvconvs()]
+            blocks += [f"propagations.{i}", *convolutions.names(f"up_convolutions.{i}")]
             channels = convolutions.out_channels
 
         self.head = MLP(channels, (config.head_width,), dropout=config.dropout)
         self.out = nn.Linear(config.head_width, out_channels)
-        self.modulation = Modulation([block.norm_channels for block in (*blocks, self.head)], style_dim)
+        self.modulation = _modulation(self, [*blocks, "head"], style_dim)
 
     def forward(
         self,
@@ -194,10 +201,9 @@ class UNet(nn.Module):
         """
         if plan is None:
             plan = plan_points(x[..., :3], self.config.geometry)
-        if self.training and self.config.dropout and key is None:
-            key = new_key(x.device)
+        key = dropout_key(self, self.config.dropout, key, x.device)
         with compute_dtype(self, x.device) as dtype:
-            norms = self.modulation(style.to(dtype), len(x), key if self.training else None)
+            norms = self.modulation(style.to(dtype), len(x), key)
             time = None
             if self.time_dim:
                 assert t is not None
@@ -230,16 +236,16 @@ class PointEncoder(nn.Module):
         self.geometry = tuple(LevelGeometry(_resolutions(level.convolutions), level.sample) for level in levels)
         self.convolutions, self.set_abstractions = nn.ModuleList(), nn.ModuleList()
         self.dropout = dropout
-        blocks: list[PVConv | SetAbstraction | FeaturePropagation] = []
-        for level in levels:
+        blocks: list[str] = []  # names of what has norms, as it runs
+        for i, level in enumerate(levels):
             run = ConvolutionRun(in_channels, 0, level.convolutions, dropout, attention)
             abstraction = SetAbstraction(run.out_channels, 0, level.widths)
             self.convolutions.append(run)
             self.set_abstractions.append(abstraction)
-            blocks += [*run.pvconvs(), abstraction]
+            blocks += [*run.names(f"convolutions.{i}"), f"set_abstractions.{i}"]
             in_channels = level.widths[-1]
         self.out_channels = in_channels
-        self.modulation = Modulation([block.norm_channels for block in blocks], 0)
+        self.modulation = _modulation(self, blocks, 0)
 
     def forward(
         self, x: Float[Tensor, "B N F"], plan: PointPlan | None = None, key: Int64[Tensor, " 2"] | None = None
@@ -247,10 +253,9 @@ class PointEncoder(nn.Module):
         """Features of the whole cloud; the maximum over the coarsest centres. ``key`` as of :class:`UNet`."""
         if plan is None or not plan.serves(self.geometry):
             plan = plan_points(x[..., :3], self.geometry)
-        if self.training and self.dropout and key is None:
-            key = new_key(x.device)
+        key = dropout_key(self, self.dropout, key, x.device)
         with compute_dtype(self, x.device) as dtype:
-            norms = self.modulation(None, len(x), key if self.training else None)
+            norms = self.modulation(None, len(x), key)
             x = x.to(dtype)
             for level, (convolve, abstract) in enumerate(zip(self.convolutions, self.set_abstractions, strict=True)):
                 x = abstract(convolve(x, plan, level, norms), plan.levels[level], next(norms))

@@ -7,6 +7,7 @@ Zeng et al. 2022, section 3. ``log_sigma`` is a log standard deviation throughou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -54,6 +55,13 @@ def published_vae() -> VAEConfig:
         point_encoder=published_unet(),
         decoder=published_unet(),
     )
+
+
+class Latents(NamedTuple):
+    """A cloud's latents, in the order that ``decode`` takes them."""
+
+    h: Float[Tensor, "B N H"]
+    z: Float[Tensor, "B Z"]
 
 
 class VAE(nn.Module):

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import trimesh
@@ -21,11 +22,19 @@ import trimesh
 from lion_triton import prepare as prepare_module
 from lion_triton.data import containers
 from lion_triton.data.find import safe_name
-from lion_triton.data.meshes import Shape
+from lion_triton.data.meshes import Shape, read_shape
 from lion_triton.data.sweethome3d import parse_properties
 from lion_triton.prepare import PrepareConfig, Summary, prepare
 
 EXTENTS = np.array([1.0, 2.0, 3.0])
+SCENE = {
+    "asset": {"version": "2.0"},
+    "nodes": [{"mesh": 0}],
+    "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
+    "buffers": [{"uri": "parts\\scene.bin", "byteLength": 36}],
+    "bufferViews": [{"buffer": 0, "byteLength": 36}],
+    "accessors": [{"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}],
+}
 CORNERS = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\n"
 
 
@@ -174,7 +183,7 @@ def test_sampling_is_uniform_over_area_whatever_the_triangles() -> None:
 )
 def test_obj_faces(tmp_path: Path, text: str, area: float) -> None:
     write(tmp_path / "a.obj", text)
-    shape = prepare_module.read_shape(containers.Container(tmp_path), "a.obj")
+    shape = read_shape(containers.Container(tmp_path), "a.obj")
     assert trimesh.triangles.area(shape.coordinates).sum() == pytest.approx(area)
 
 
@@ -288,6 +297,188 @@ def test_long_names_stay_apart() -> None:
     names = [safe_name("椅" * 300 + end) for end in "ab"]
     assert names[0] != names[1]
     assert max(len(name.encode()) for name in names) <= 200
+
+
+SPLIT_FOLDERS = {
+    "train": ("train", "Train", "training"),
+    "val": ("val", "valid", "Validation"),
+    "test": ("test", "TEST"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "category"),
+    [
+        ("{kind}/{split}/{i}.xyz", "{kind}"),
+        ("{split}/{kind}/{i}.xyz", "{kind}"),
+        ("{split}/complete/{kind}/{i}.xyz", "{kind}"),
+        ("data/{kind}/{split}/deep/{i}.xyz", "{kind}"),
+        ("PCN/{split}/{kind}/{i}/mesh.xyz", "{kind}"),
+        ("{split}/{i}.xyz", "in"),
+        ("{split}/chair/{i}.xyz", "chair"),
+        ("{split}/chair/{i}/{i}.xyz", "chair"),
+        ("chair/{split}/deep/{i}.xyz", "chair"),
+        ("{split}/complete/02691156/{i}.xyz", "02691156"),
+        ("02691156/{split}/{i}/models/model_normalized.xyz", "02691156"),
+        ("set.zip/{split}/{kind}/{i}.xyz", "{kind}"),
+    ],
+)
+def test_the_split_is_that_of_the_folders(tmp_path: Path, layout: str, category: str) -> None:
+    expected, zips = {}, {}
+    for split, names in SPLIT_FOLDERS.items():
+        for i, name in enumerate(names * 2):
+            kind = "table" if i % 2 else "chair"
+            path = layout.format(split=name, kind=kind, i=f"{split}{i}")
+            expected[path] = split, category.format(kind=kind)
+            if path.startswith("set.zip/"):
+                zips[path.removeprefix("set.zip/")] = "1 2 3\n"
+            else:
+                write(tmp_path / "in" / path, "1 2 3\n")
+    if zips:
+        (tmp_path / "in").mkdir()
+        zipped(tmp_path / "in" / "set.zip", zips)
+    summary, index = run(tmp_path / "in", tmp_path / "out")
+    assert not summary.failures
+    assert {row["path"]: (row["split"], row["category"]) for row in index["objects"]} == expected
+
+
+def test_trains_beside_other_vehicles_are_no_split(tmp_path: Path) -> None:
+    for kind in ("bus", "car", "train"):
+        for i in range(30):
+            write(tmp_path / "in" / kind / f"{i}.xyz", "1 2 3\n")
+    _, index = run(tmp_path / "in", tmp_path / "out")
+    assert {row["category"] for row in index["objects"]} == {"bus", "car", "train"}
+    assert {row["split"] for row in index["objects"] if row["category"] == "train"} == {"train", "val", "test"}
+
+
+def test_equal_names_in_two_splits_are_two_shapes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "in" / split / "chair" / "0.xyz", f"{len(split)} 2 3\n")
+    summary, index = run(tmp_path / "in", tmp_path / "out")
+    assert not summary.failures
+    assert sorted(load(tmp_path / "out", row)[0, 0] for row in index["objects"]) == [4, 5]
+
+
+def test_what_was_decided_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "train/chair/a.xyz",
+        "test/table/b.xyz",
+        "test/table/c.xyz",
+        "photo.JPG",
+        "x/y.fbx",
+        "z.fbx",
+        "LICENSE",
+    ):
+        write(tmp_path / "in" / name, "1 2 3\n")
+    _, index = run(tmp_path / "in", tmp_path / "out")
+    assert capsys.readouterr().err.splitlines()[:3] == [
+        "found 3 files; categories: chair 1, table 2",
+        "split: folders say it of 3 files (train 1, test 2)",
+        "in formats that are not read: .fbx 2, .jpg 1, without suffix 1",
+    ]
+    assert index["unread"] == {".fbx": 2, ".jpg": 1, "without suffix": 1}
+
+
+def test_sets_become_shapes(tmp_path: Path) -> None:
+    clouds = np.random.default_rng(0).normal(size=(12, 40, 3)).astype(np.float32)
+    clouds[7, 3, 1] = np.nan
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "set.npy", clouds)
+    for split, share in (("train", slice(0, 6)), ("test", slice(8, 12))):
+        with h5py.File(tmp_path / "in" / f"ply_data_{split}0.h5", "w") as file:
+            file["data"], file["label"] = clouds[share], np.arange(12)[share, None] % 2
+    write(tmp_path / "in" / "shape_names.txt", "night stand\ntv_stand\n")
+    summary, index = run(tmp_path / "in", tmp_path / "out", points=50)
+    assert reasons(summary) == {"set.npy[7]": "point 3 is not finite"}
+    rows = {row["path"]: row for row in index["objects"]}
+    for i in set(range(12)) - {7}:
+        np.testing.assert_array_equal(load(tmp_path / "out", rows[f"set.npy[{i}]"]), clouds[i])
+        assert rows[f"set.npy[{i}]"]["category"] == "in"
+    for i in range(12):
+        split, number = ("train", i) if i < 6 else ("test", i - 8)
+        if number >= 0:
+            row = rows[f"ply_data_{split}0.h5[{number}]"]
+            assert (row["split"], row["category"]) == (split, ("night-stand", "tv_stand")[i % 2])
+            np.testing.assert_array_equal(load(tmp_path / "out", row), clouds[i])
+
+
+@pytest.mark.parametrize("offset", [(0, 0, 0), (30, -50, 10), (5e5, 4.65e6, 120), (-4.2e6, 1.7e5, 4.8e6)])
+def test_shapes_far_from_the_origin_keep_their_precision(tmp_path: Path, offset: tuple[float, ...]) -> None:
+    far = box()
+    far.apply_translation(offset)
+    rows = "".join("v {:.6f} {:.6f} {:.6f}\n".format(*vertex) for vertex in far.vertices)
+    write(tmp_path / "in" / "a.obj", rows + "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in far.faces))
+    summary, index = run(tmp_path / "in", tmp_path / "out", points=2000)
+    (row,) = index["objects"]
+    points = load(tmp_path / "out", row)
+    assert ("origin" in row) == (np.abs(offset).max() > 1000) == ("too far out" in str(summary))
+    back = points.astype(np.float64) + row.get("origin", 0) - offset
+    assert np.isclose(np.abs(back), EXTENTS / 2, atol=1e-5).any(axis=1).all()
+    assert (np.abs(back) < EXTENTS / 2 + 1e-5).all()
+
+
+def test_faces_that_cross_themselves_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.obj", CORNERS + "f 1 3 2 4\nf 1 2 3\n")
+    summary, index = run(tmp_path / "in", tmp_path / "out")
+    assert index["objects"][0]["crossing_faces"] == 1
+    assert "faces that cross themselves, of which the triangles are a guess: 1, in 1 objects" in str(summary)
+
+
+# Archives
+
+
+def with_names(path: Path, files: dict[bytes, bytes]) -> Path:
+    """A zip archive whose names are just these bytes, said to be in no encoding."""
+    stand_ins = {bytes([ord("A") + i]) * len(name): name for i, name in enumerate(files)}
+    zipped(path, {stand_in.decode(): files[name] for stand_in, name in stand_ins.items()})
+    data = path.read_bytes()
+    for stand_in, name in stand_ins.items():
+        data = data.replace(stand_in, name)
+    return write(path, data)
+
+
+def test_archive_names_as_people_see_them(tmp_path: Path) -> None:
+    """Backslashes of old Windows programs, UTF-8 of macOS, code page 437, and what macOS adds."""
+    rows, triangle = b"1 2 3\n", np.eye(3, dtype="<f4").tobytes()
+    files = {
+        "stühle\\train\\a.xyz".encode(): rows,
+        "stühle/test/bé.xyz".encode(): rows,
+        "café\\c.xyz".encode("cp437"): rows,
+        b"lamp\\tall\\scene.gltf": json.dumps(SCENE).encode(),
+        b"lamp\\tall\\parts\\scene.bin": triangle,
+        b"__MACOSX\\lamp\\x.xyz": rows,
+        b"lamp/._a.obj": rows,
+    }
+    summary, index = run(with_names(tmp_path / "set.zip", files), tmp_path / "out", val=0, test=0)
+    assert not summary.failures
+    assert {(row["category"], row["split"], row["id"]) for row in index["objects"]} == {
+        ("stühle", "train", "a"),
+        ("stühle", "test", "bé"),
+        ("café", "train", "c"),
+        ("lamp", "train", "tall"),
+    }
+
+
+def test_archive_entries_that_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    link = zipfile.ZipInfo("link.xyz")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("locked.xyz", "1 2 3\n")
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("zeros.xyz", b"1 2 3\n" * 2**18)
+        archive.writestr("small.xyz", b"1 2 3\n" * 2**12)  # also grows a hundredfold, to next to nothing
+    data = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + flags] |= 1
+    write(path, bytes(data))
+    summary, index = run(path, tmp_path / "out")
+    assert [row["path"] for row in index["objects"]] == ["small.xyz"]
+    assert reasons(summary) == {
+        "locked.xyz": "locked.xyz is locked with a password",
+        "link.xyz": "link.xyz is a link",
+        "zeros.xyz": "zeros.xyz would grow to more than 100 times its size",
+    }
 
 
 # Sweet Home 3D
@@ -420,7 +611,7 @@ def test_one_bad_file_stops_nothing(tmp_path: Path) -> None:
         "broken.stl": b"\x00" * 30,
         "prose.txt": "Read me first.\nThen go.",
         "empty.obj": "",
-        "no-faces.obj": CORNERS,
+        "lines.obj": CORNERS + "l 1 2 3 4\n",
         "zero.obj": CORNERS + "f 0 1 2\n",
         "before.obj": CORNERS + "f -5 -1 -2\n",
         "beyond.obj": CORNERS + "f 1 2 5\n",
@@ -428,7 +619,7 @@ def test_one_bad_file_stops_nothing(tmp_path: Path) -> None:
         "index.off": "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 9\n",
         "negative.off": "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 -1\n",
         "nan.obj": "v 0 0 0\nv 1 0 0\nv nan 0 0\nf 1 2 3\n",
-        "outside.gltf": json.dumps({"asset": {"version": "2.0"}, "buffers": [{"uri": "../secret.bin"}]}),
+        "outside.gltf": json.dumps(SCENE | {"buffers": [{"uri": "../secret.bin", "byteLength": 36}]}),
         "squeezed.gltf": json.dumps({"extensionsRequired": ["KHR_draco_mesh_compression"]}),
         "pickle.npy": pickle.dumps(Bomb(crumb)),
     }
@@ -455,7 +646,8 @@ def test_one_bad_file_stops_nothing(tmp_path: Path) -> None:
     assert why["nan.npy"] == why["inf.xyz"] == "point 17 is not finite"
     assert why["nan.obj"] == "face 0 is not finite"
     assert why["flat.obj"] == "the surface has no area"
-    assert why["no-faces.obj"] == why["empty.obj"] == "no faces"
+    assert why["empty.obj"] == "no faces"
+    assert why["lines.obj"] == "holds lines, no faces"
     assert why["zero.obj"] == why["before.obj"] == "face 0 refers to a vertex before the first"
     assert why["beyond.obj"] == "a face refers to vertex 5 of 4"
     assert why["none.npy"] == "no points"
@@ -482,7 +674,8 @@ def test_archive_entries_that_lead_out(tmp_path: Path, name: str) -> None:
     before = set(tmp_path.rglob("*"))
     summary, index = run(source, tmp_path / "out")
     assert [row["id"] for row in index["objects"]] == ["fine"]
-    assert reasons(summary) == {f"a.zip/{name}": "refused, its name leads out of the archive"}
+    seen = name.replace("\\", "/")
+    assert reasons(summary) == {f"a.zip/{seen}": "refused, its name leads out of the archive"}
     made = set(tmp_path.rglob("*")) - before
     assert {path.name for path in made if path.is_file()} == {"fine.npy", "index.json"}
     assert all(path.is_relative_to(tmp_path / "out") for path in made)

@@ -175,6 +175,13 @@ def test_other_units_axes_and_places_are_warned_of(samples: dict[str, Any], word
     assert words in warning
 
 
+@pytest.mark.parametrize(("side", "warned"), [(0.09, True), (0.11, False), (19.0, False), (21.0, True)])
+def test_units_that_the_approximate_emd_is_not_made_for_are_warned_of(side: float, warned: bool) -> None:
+    measures = {"size": [side / 2, side, side / 3], "center": [0.0, 0.0, 0.0]}
+    found = remarks(measures, measures).warnings
+    assert [f"References are {side:.2g} long" in warning for warning in found] == [True] * warned
+
+
 def test_size_and_place_are_measured_by_the_references() -> None:
     """0.2 more are much for small references, and little for large ones."""
     small, large = [[0.1, 0.2, 0.1], [4.0, 2.0, 1.0]]

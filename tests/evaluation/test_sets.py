@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
-from lion_triton.evaluation.sets import LARGEST, Preparation, open_clouds
+from lion_triton.evaluation.sets import LARGEST, Preparation, in_units_of, open_clouds
 from tests.evaluation import clouds, refusal, source
 
 Form = Callable[[Path, np.ndarray], Path]
@@ -253,3 +254,50 @@ def test_the_units_of_a_run_are_those_of_the_whole_cloud(kind: str) -> None:
     center, scale = normalization.center_and_scale(cloud)
     np.testing.assert_allclose(inside, (drawn - center) / scale, rtol=1e-5, atol=1e-6)
     assert inside.dtype == np.float32
+
+
+def test_files_of_torch_as_lion_and_pvd_write_them(tmp_path: Path) -> None:
+    points = clouds(5, 40, 3)
+    torch.save(torch.from_numpy(np.concatenate([points, points], axis=2)), tmp_path / "samples.pt")
+    mean, std = torch.tensor([[[1.0, -2.0, 3.0]]]), torch.full((5, 1, 1), 4.0)
+    references = {"ref": torch.from_numpy(points).double(), "mean": mean.expand(5, 1, 3), "std": std}
+    torch.save(references, tmp_path / "ref.pt")
+    given = open_clouds("samples", str(tmp_path / "samples.pt"), "test")
+    held = open_clouds("reference", str(tmp_path / "ref.pt"), "test")
+    in_data_units = points * 4 + mean.numpy()
+    np.testing.assert_array_equal(list(given), points)
+    np.testing.assert_allclose(list(held), in_data_units, rtol=1e-6)
+    # The networks' output is compared in the units of the data, as the authors compare it.
+    moved = in_units_of(given, held)
+    np.testing.assert_allclose(list(moved), in_data_units, rtol=1e-6)
+    assert "mean" in moved.what
+    assert in_units_of(held, held) is held
+    assert in_units_of(given, open_clouds("reference", str(npy(tmp_path, points)), "test")) is given
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_files_of_torch_that_are_refused(tmp_path: Path) -> None:
+    path, made = tmp_path / "a.pt", tmp_path / "made"
+    points = torch.zeros(5, 4, 3)
+    for content, message in (
+        (Evil(made), "checkpoint of plain tensors"),
+        (points[0], "got float32 (4, 3)"),
+        (points.int(), "got int32 (5, 4, 3)"),
+        ([points], "got list"),
+        ({"samples": points}, "got a dictionary of samples"),
+        ({"ref": points}, "expected mean and std that fit ref (5, 4, 3)"),
+        ({"ref": points, "mean": torch.zeros(4), "std": torch.ones(1)}, "expected mean and std"),
+    ):
+        torch.save(content, path)
+        line = refusal(open_clouds, "samples", str(path), "test")
+        assert line.startswith("samples: ") and message in line and str(path) in line
+    assert not made.exists()
+    path.write_bytes(path.read_bytes()[:300])
+    assert "torch.save did not write it so" in refusal(open_clouds, "samples", str(path), "test")

@@ -13,19 +13,21 @@ import torch
 
 from lion_triton import kernels
 from lion_triton.kernels import census
-from lion_triton.models import layers, plan
+from lion_triton.models import layers, modulation, plan
 from lion_triton.models.lion import LION, LIONConfig
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python without the interpreter of kernels, which compiles nothing."""
+    """Python without the interpreter of kernels, which compiles nothing; scripts, too, import this checkout."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = path
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """For one GPU; ``make census`` does it for all."""
-    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check")
+    """For one GPU and bfloat16; ``make census`` does it for all."""
+    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -50,7 +52,7 @@ def _large_kernel(x_ptr, out_ptr):
     t = tl.load(x_ptr + i[:, None] * 32 + i[None, :])
     tl.store(out_ptr + i[:, None] * 32 + i[None, :], tl.dot(t, t))
 
-def run_all(device):
+def run_all(device, dtypes):
     x = torch.zeros(65536, device=device)
     _greedy_kernel[(1,)](x, x, BLOCK=8192, num_warps=1)
     _large_kernel[(1,)](x, x)
@@ -109,27 +111,31 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(layers, "adagn", lambda x, scale, *_, act: (x[0, ..., 0].numel(), x.shape[-1], scale is not None, act))
+    watch(modulation, "adagn", lambda x, *_, dropout, **__: (x[0, ..., 0].numel(), x.shape[-1], dropout > 0))
     watch(layers, "avg_voxelize", lambda x, coords, r, plan: (x.shape[1], r, x.shape[2]))
-    watch(layers, "trilinear_devoxelize", lambda v, coords, plan: (coords.shape[1], v.shape[1], v.shape[-1]))
+    watch(layers, "adagn_devoxelize", lambda v, coords, *_, **__: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
+    watch(layers, "group_offsets", lambda x, idx, *_: (x.shape[1], *idx.shape[1:], x.shape[2]))
+    watch(layers, "max_neighbors", lambda x: tuple(x.shape[1:]))
     watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
     watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
     watch(plan, "ball_query", lambda centers, x, radius, k: (x.shape[1], centers.shape[1], k))
-    for module in (layers, plan):
-        watch(module, "group", lambda x, idx: (x.shape[1], *idx.shape[1:], x.shape[2]))
+    watch(plan, "group", lambda x, idx: (x.shape[1], *idx.shape[1:], x.shape[2]))
     with torch.no_grad():
         lion = LION(LIONConfig()).eval()
         h, z = lion.encode(torch.randn(1, 2048, 3, generator=torch.Generator().manual_seed(0)))
         lion.decode(h, z)
         lion.point_prior(h, torch.tensor([5]), z)
 
-    voxels = {(n, r, c) for (n, r), channels in census.VOXELS.items() for c in channels}
-    covered = {("adagn", shape) for shape in census.NORMALIZED}
-    covered |= {(name, shape) for name in ("avg_voxelize", "trilinear_devoxelize") for shape in voxels}
+    covered: set[tuple[str, Any]] = {("adagn", shape) for shape in census.NORMALIZED}
+    for name, table in (("avg_voxelize", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
+        covered |= {(name, (n, r, c)) for (n, r), channels in table.items() for c in channels}
+    K = census.NEIGHBORS
     for n, m in census.LEVELS:
-        covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, census.NEIGHBORS))}
-        covered |= {("three_interpolate", (n, m, c)) for c in census.INTERPOLATED}
-        covered |= {("group", (n, m, k, c)) for k in (1, census.NEIGHBORS) for c in census.GROUPED[n]}
+        covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, K))}
+        covered |= {("three_interpolate", (n, m, census.INTERPOLATED))}
+        covered |= {("group", (n, m, k, 3)) for k in (1, K)}
+        covered |= {("group_offsets", (n, m, K, c)) for c in census.NEIGHBORHOODS[n]}
+        covered |= {("max_neighbors", (m, K, c)) for c in census.MAXIMA[m]}
     assert len(seen) > 50
     assert seen - covered == set()

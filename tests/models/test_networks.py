@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from lion_triton.kernels import group
 from lion_triton.models import LION, LIONConfig
 from lion_triton.models.attention import Attention, linear_attention, softmax_attention
 from lion_triton.models.layers import FeaturePropagation, PVConv, SetAbstraction, SqueezeExcite, sinusoidal_embedding
-from lion_triton.models.modulation import Modulation, normalize
+from lion_triton.models.modulation import Modulation, NormPlace, normalize
 from lion_triton.models.plan import LevelGeometry, SetAbstractionGeometry, plan_points
 from lion_triton.models.priors import PointPrior
 from lion_triton.models.unet import Convolutions, DownLevel, UNet, UNetConfig, UpLevel
@@ -39,7 +40,9 @@ def clouds() -> Tensor:
 
 def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
     """A parameter without a gradient is dead weight, or cut off by a mistake."""
-    from lion_triton.objectives import ReconstructionWeights, posterior, prior_loss, vae_loss
+    from lion_triton.config import ReconstructionWeights
+    from lion_triton.models.lion import posterior
+    from lion_triton.training.objectives import prior_loss, vae_loss
 
     lion.zero_grad()
     key = torch.tensor([3, 0])
@@ -64,7 +67,8 @@ def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
 
 def test_published_ratio_of_the_elbo(lion: LION, clouds: Tensor) -> None:
     """Published: L1 over the batch, KLs per cloud, times 0.5. Here: all per cloud, lambda = 1 / batch."""
-    from lion_triton.objectives import ReconstructionWeights, vae_loss
+    from lion_triton.config import ReconstructionWeights
+    from lion_triton.training.objectives import vae_loss
 
     batch = len(clouds)
     with torch.no_grad():
@@ -209,15 +213,19 @@ def test_both_kinds_of_attention_have_the_same_parameters() -> None:
     assert not torch.allclose(linear(x), softmax(x))
 
 
+def places(*channels: int) -> list[NormPlace]:
+    return [NormPlace("layer", "norm", c) for c in channels]
+
+
 def test_modulation_starts_as_plain_group_normalisation() -> None:
-    (norms,) = Modulation([(32,)], 8)(torch.zeros(2, 8), 2)
+    (norms,) = Modulation([places(32)], 8)(torch.zeros(2, 8), 2)
     x = torch.randn(2, 5, 32)
     plain = torch.nn.functional.silu(torch.nn.functional.group_norm(x.transpose(1, 2), 8).transpose(1, 2))
     torch.testing.assert_close(normalize(x, norms[0]), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_modulation_initialises_each_norm_for_itself() -> None:
-    modulation = Modulation([(64, 16)] * 20, 16)
+    modulation = Modulation([places(64, 16)] * 20, 16)
     for half in modulation.style.weight.chunk(2):  # type: ignore[union-attr]
         rows = half.split(modulation.channels)
         for width in (64, 16):
@@ -227,7 +235,7 @@ def test_modulation_initialises_each_norm_for_itself() -> None:
 
 @pytest.mark.parametrize("style_dim", [0, 5])
 def test_modulation_gives_each_norm_its_part(style_dim: int) -> None:
-    modulation = Modulation([(8, 16), (24,)], style_dim)
+    modulation = Modulation([places(8, 16), places(24)], style_dim)
     with torch.no_grad():
         for p in modulation.parameters():
             p.copy_(torch.randn_like(p))
@@ -266,7 +274,7 @@ def test_what_points_share_is_as_if_concatenated() -> None:
     ]
     for a, b in zip(apart, together, strict=True):
         b.load_state_dict(a.state_dict())
-        modulation = Modulation([a.norm_channels], 0)  # type: ignore[list-item]
+        modulation = Modulation([a.norms], 0)  # type: ignore[list-item]
         nn.init.normal_(modulation.offset)
         (norms,) = modulation(None, 2)
         features = x[:, :4] if isinstance(a, FeaturePropagation) else x
@@ -283,9 +291,9 @@ def test_a_set_abstraction_is_an_mlp_of_offsets_and_features_and_a_maximum() -> 
     x, points = torch.randn(2, 12, 5), torch.randn(2, 12, 3)
     level = plan_points(points, [LevelGeometry((), SetAbstractionGeometry(4, 1.0, 3))]).levels[0]
     abstraction = SetAbstraction(5, 0, (16,))
-    (norms,) = Modulation([(16,)], 0)(None, 2)
+    (norms,) = Modulation([places(16)], 0)(None, 2)
     whole = torch.cat([level.offsets, group(x, level.neighbors)], -1)
-    expected = normalize(whole @ abstraction.linear.weight.T, norms[0]).amax(2)
+    expected = normalize(whole @ abstraction.mlp.linears[0].weight.T, norms[0]).amax(2)
     torch.testing.assert_close(abstraction(x, level, norms), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -326,6 +334,26 @@ def test_autocast_casts_once_and_puts_the_weights_back() -> None:
     exact_gradients = torch.autograd.grad(exact.square().mean(), list(prior.parameters()))
     error = sum((a - b).square().sum() for a, b in zip(got.values(), exact_gradients, strict=True))
     assert error < 0.01 * sum(b.square().sum() for b in exact_gradients)
+
+
+def test_norms_stand_apart_in_state_dictionaries() -> None:
+    torch.manual_seed(0)
+    one, two = (PointPrior(quickstart().model.point_prior, 4, 32) for _ in range(2))
+    state = one.state_dict()
+    block = "network.down_convolutions.0.blocks.0"
+    assert not any("modulation" in name for name in state)
+    assert state[f"{block}.conv2.bias"].shape == state[f"{block}.norm2.weight"].shape == (32,)
+    assert state[f"{block}.norm2.style.weight"].shape[0] == 64
+    modulation = one.network.modulation
+    scales, shifts = modulation.style.weight.chunk(2)
+    expected = torch.cat([scales[32:64], shifts[32:64]])  # the second norm that runs
+    assert torch.equal(state[f"{block}.norm2.style.weight"], expected)
+    assert two.load_state_dict(state) == ([], [])
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert copy.deepcopy(one).state_dict().keys() == state.keys()
+    del state[f"{block}.norm2.bias"]
+    with pytest.raises(RuntimeError, match=r"modulation\.bias"):
+        two.load_state_dict(state)
 
 
 def test_squeeze_excite_takes_vectors_and_grids() -> None:
@@ -391,7 +419,7 @@ def test_unet_variants(skip: str, residual: bool, attention: str, clouds: Tensor
 
 def test_occupancy_loss_is_that_of_the_occupied_voxels(clouds: Tensor) -> None:
     from lion_triton.kernels import voxel_coords
-    from lion_triton.objectives import occupancy_loss
+    from lion_triton.training.objectives import occupancy_loss
 
     occupied = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
     for b, cloud in enumerate(voxel_coords(clouds, 4).round().long()):

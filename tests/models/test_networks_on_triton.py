@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lion_triton import kernels
-from lion_triton.config import quickstart
+from lion_triton.config import ReconstructionWeights, quickstart
 from lion_triton.kernels._checks import Impl
 from lion_triton.models import LION, LIONConfig
+from lion_triton.models.lion import posterior
 from lion_triton.models.plan import SetAbstractionGeometry
 from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel
-from lion_triton.objectives import ReconstructionWeights, posterior, prior_loss, vae_loss
+from lion_triton.training.objectives import prior_loss, vae_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -15,13 +15,15 @@ keeps the details of the shape in z0, where a short training would leave them to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from lion_triton.config import PriorTraining, ReconstructionWeights, VAETraining
 from lion_triton.diffusion import diffusion_loss
 from lion_triton.kernels import (
     approx_emd,
@@ -31,33 +33,26 @@ from lion_triton.kernels import (
     normal_noise,
     voxel_coords,
 )
-from lion_triton.models.lion import LION
+from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.models.vae import VAE
 
 
-@dataclass(frozen=True)
-class ReconstructionWeights:
-    """Weights of the reconstruction terms; each is a sum over the cloud's points (L1, L2: and coordinates)."""
-
-    l1: float = 1.0
-    l2: float = 0.0
-    chamfer: float = 0.0
-    emd: float = 0.0
-
-    def __call__(self, x: Float[Tensor, "B N 3"], target: Float[Tensor, "B N 3"]) -> Float[Tensor, " B"]:
-        """The weighted sum, per cloud."""
-        terms = []
-        if self.l1:
-            terms.append(self.l1 * (x - target).abs().flatten(1).sum(1))
-        if self.l2:
-            terms.append(self.l2 * (x - target).square().flatten(1).sum(1))
-        if self.chamfer:
-            terms.append(self.chamfer * chamfer_distance(x, target) * x.shape[1])
-        if self.emd:
-            terms.append(self.emd * approx_emd(x, target) * x.shape[1])
-        if not terms:
-            raise ValueError("reconstruction: expected at least one weight above 0, all are 0")
-        return torch.stack(terms).sum(0)
+def reconstruction_loss(
+    x: Float[Tensor, "B N 3"], target: Float[Tensor, "B N 3"], weights: ReconstructionWeights
+) -> Float[Tensor, " B"]:
+    """The weighted sum of the terms whose weight is above 0, per cloud."""
+    terms = []
+    if weights.l1:
+        terms.append(weights.l1 * (x - target).abs().flatten(1).sum(1))
+    if weights.l2:
+        terms.append(weights.l2 * (x - target).square().flatten(1).sum(1))
+    if weights.chamfer:
+        terms.append(weights.chamfer * chamfer_distance(x, target) * x.shape[1])
+    if weights.emd:
+        terms.append(weights.emd * approx_emd(x, target) * x.shape[1])
+    if not terms:
+        raise ValueError("reconstruction: expected at least one weight above 0, all are 0")
+    return torch.stack(terms).sum(0)
 
 
 @dataclass(frozen=True)
@@ -86,21 +81,20 @@ def vae_loss(
     points: Float[Tensor, "B N 3"],
     key: Int[Tensor, " 2"],
     *,
-    kl_coefficient: float,
+    kl_coefficient: float | Tensor,
     lambda_z: float,
     lambda_h: float,
     reconstruction: ReconstructionWeights,
     occupancy_weight: float = 0.0,
 ) -> VAELoss:
-    """Negative ELBO of one batch, with the noise of both posteriors drawn from ``key``."""
+    """Negative ELBO of one batch; the noise of both posteriors, and dropout, are drawn from ``key``."""
     plan = vae.plan(points)
-    z_mu, z_log_sigma = vae.encode_shape(points, plan)
+    z_mu, z_log_sigma = vae.encode_shape(points, plan, key=network_key(key, 1))
     z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
-    h_mu, h_log_sigma = vae.encode_points(points, z, plan)
-    next_key = key + torch.tensor([0, 1], device=key.device)
-    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key)
+    h_mu, h_log_sigma = vae.encode_points(points, z, plan, key=network_key(key, 2))
+    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key(key))
 
-    error = reconstruction(vae.decode(h, z), points).mean()
+    error = reconstruction_loss(vae.decode(h, z, key=network_key(key, 3)), points, reconstruction).mean()
     kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
     kl_h_xyz = gaussian_kl(h_mu[..., :3], h_log_sigma[..., :3]).mean()
     kl_h_feature = gaussian_kl(h_mu[..., 3:], h_log_sigma[..., 3:]).mean()
@@ -110,24 +104,6 @@ def vae_loss(
         occupancy = occupancy_loss(vae.occupancy_head(z), points, vae.config.occupancy_resolution).mean()
         loss = loss + occupancy_weight * occupancy
     return VAELoss(loss, error, kl_z, kl_h_xyz, kl_h_feature, occupancy)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A sample of q(z0|x) and, at it, q(h0|x,z0): what stage 2 needs of a batch of clouds."""
-
-    z: Float[Tensor, "B Z"]
-    h_mu: Float[Tensor, "B N H"]
-    h_log_sigma: Float[Tensor, "B N H"]
-
-
-@torch.no_grad()
-def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
-    """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
-    plan = vae.plan(points)
-    z_mu, z_log_sigma = vae.encode_shape(points, plan)
-    z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
-    return Posterior(z, *vae.encode_points(points, z, plan))
 
 
 @dataclass(frozen=True)
@@ -156,7 +132,7 @@ def prior_loss(
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
-    keys = key + torch.arange(3, device=device)[:, None] * torch.tensor([0, 1], device=device)
+    keys = [key, next_key(key), next_key(next_key(key))]
     offsets = torch.special.ndtr(normal_noise((2,), keys[0]))  # uniform, from the key like all else in a step
 
     def times(count: int, offset: Tensor) -> Tensor:
@@ -174,12 +150,12 @@ def prior_loss(
         return None if x is None else x.repeat(shape_draws, *[1] * (x.ndim - 1))
 
     def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
-        return lion.shape_prior(z_t, t, repeat(clip), repeat(labels))
+        return lion.shape_prior(z_t, t, repeat(clip), repeat(labels), key=network_key(key, 1))
 
     z_draws = z.repeat(shape_draws, 1)
     shape = diffusion_loss(denoise_shape, z_draws, t_shape, schedule, keys[1], *common).mean()
     point = diffusion_loss(
-        lambda h_t, t: lion.point_prior(h_t, t, z, clip, labels),
+        lambda h_t, t: lion.point_prior(h_t, t, z, clip, labels, key=network_key(key, 2)),
         (h_mu, h_log_sigma),
         t_point,
         schedule,
@@ -187,3 +163,58 @@ def prior_loss(
         *common,
     ).mean()
     return PriorLoss(shape + point, shape, point)
+
+
+def next_key(key: Int[Tensor, " 2"]) -> Int[Tensor, " 2"]:
+    """(seed, offset + 1)."""
+    return key + torch.arange(2, device=key.device)
+
+
+def network_key(key: Int[Tensor, " 2"], number: int) -> Int[Tensor, " 2"]:
+    """Of the dropout of one of a step's networks: far from the keys of noise, of other steps and other networks."""
+    return key + torch.arange(2, device=key.device) * (number << 52)
+
+
+class VAEObjective(nn.Module):
+    """Stage 1's loss as one module, so that it can be distributed."""
+
+    def __init__(self, lion: LION, training: VAETraining) -> None:
+        super().__init__()
+        self.vae, self.training_config = lion.vae, training
+
+    def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """``batch``: points (B, N, 3). ``number`` (int64 scalar): steps before this one."""
+        training = self.training_config
+        progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
+        coefficient = (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
+        loss = vae_loss(
+            self.vae,
+            batch["points"],
+            key,
+            kl_coefficient=coefficient,
+            lambda_z=training.lambda_z,
+            lambda_h=training.lambda_h,
+            reconstruction=training.reconstruction,
+            occupancy_weight=training.occupancy_weight,
+        )
+        return {f.name: getattr(loss, f.name) for f in fields(loss)} | {"kl_coefficient": coefficient}
+
+
+class PriorObjective(nn.Module):
+    """Stage 2's loss as one module; only the priors are its parameters."""
+
+    def __init__(self, lion: LION, training: PriorTraining) -> None:
+        super().__init__()
+        self.shape_prior, self.point_prior, self.training_config = lion.shape_prior, lion.point_prior, training
+        self._lion = [lion]  # in a list, so that the VAE is no part of this module
+
+    def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
+        classes."""
+        (lion,) = self._lion
+        if "points" in batch:
+            latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
+        else:
+            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=self.training_config.shape_draws)
+        return {f.name: getattr(loss, f.name) for f in fields(loss)}

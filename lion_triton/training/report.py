@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,75 +12,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lion_triton import metrics
-from lion_triton.config import TrainConfig
-from lion_triton.data.clouds import Normalization
+from lion_triton.capture import WARM_UPS, Captured, why_uncaptured
+from lion_triton.config import PriorTraining, TrainConfig, VAETraining
 from lion_triton.data.sources import Sources
 from lion_triton.devices import autocast, best_device, resolve_precision
-from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
-from lion_triton.models.lion import LION
-from lion_triton.objectives import posterior, prior_loss, vae_loss
-from lion_triton.runs import Run, write_text
+from lion_triton.kernels import pairwise_chamfer
+from lion_triton.models.attention import softmax_operator
+from lion_triton.models.lion import LION, posterior
+from lion_triton.models.priors import TransformerConfig
+from lion_triton.reconstruction import Reconstruction
+from lion_triton.runs import Run, Stage, write_text
+from lion_triton.training.objectives import PriorObjective, VAEObjective
 
 SHOWN = 8  # clouds in a row of a picture
-ACTIVE_NATS = 0.01  # a latent dimension below this says nothing
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How well held-out clouds pass through the VAE, in data units where the normalisation can be inverted."""
-
-    points: np.ndarray  # (K, N, 3)
-    chamfer: float  # mean over clouds, of squared distances
-    kl_z: float  # nats, mean over clouds
-    active_dimensions: int  # of z0, with more than ACTIVE_NATS on average
-
-
-@torch.no_grad()
-def reconstruct(
-    lion: LION,
-    clouds: Tensor,
-    normalization: Normalization,
-    precision: str,
-    *,
-    progress: metrics.Progress | None = None,
-) -> Reconstruction:
-    """Encode and decode normalised clouds (K, N, 3), with latents sampled as in training.
-
-    progress: called with the number of clouds finished since its last call.
-    """
-    device = lion.z_mean.device
-    outputs, kls = [], []
-    keys = (torch.tensor([0, offset], device=device) for offset in itertools.count())
-    for batch in clouds.split(32):
-        with autocast(precision, device):
-            batch = batch.to(device)
-            plan = lion.vae.plan(batch)
-            z_mu, z_log_sigma = lion.vae.encode_shape(batch, plan)
-            z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, next(keys))
-            h_mu, h_log_sigma = lion.vae.encode_points(batch, z, plan)
-            h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next(keys))
-            outputs.append(lion.decode(h, z).float().cpu())
-        kls.append((0.5 * (z_mu.square() + (2 * z_log_sigma).exp() - 1) - z_log_sigma).cpu())
-        if progress is not None:
-            progress(len(batch))
-    points = torch.from_numpy(normalization.invert(torch.cat(outputs).numpy()))
-    target = torch.from_numpy(normalization.invert(clouds.numpy()))
-    per_dimension = torch.cat(kls).mean(0)
-    return Reconstruction(
-        points.numpy(),
-        chamfer_distance(points, target).mean().item(),
-        per_dimension.sum().item(),
-        int((per_dimension > ACTIVE_NATS).sum()),
-    )
 
 
 def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
     """1-NNA by Chamfer distance of each set of clouds against the references, all in the same units."""
-    b = torch.from_numpy(references)
+    device = best_device()
+    b = torch.from_numpy(references).to(device)
     within_references = pairwise_chamfer(b, b)
     figures = {}
     for name, clouds in tqdm(sets.items(), desc="comparing", unit="set", leave=False, disable=None):
-        a = torch.from_numpy(clouds)
+        a = torch.from_numpy(clouds).to(device)
         figures[name] = metrics.nearest_neighbor_accuracy(
             pairwise_chamfer(a, a), pairwise_chamfer(a, b), within_references
         )
@@ -159,8 +112,11 @@ def dry_run(config: TrainConfig, sources: Sources) -> None:
     parts = {"VAE": lion.vae, "shape prior": lion.shape_prior, "point prior": lion.point_prior}
     for name, module in parts.items():
         print(f"  {name:<12} {sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M parameters")
+    attention = _softmax_operator(config, device, precision)
+    if attention:
+        print(f"softmax attention by {attention}")
     total = 0.0
-    for stage, training in (("vae", config.vae), ("priors", config.priors)):
+    for stage, training in _stages(config).items():
         cost = _measure(lion, config, stage, device)
         seconds = cost.seconds_per_cloud * training.batch_size
         weights = parts["VAE"] if stage == "vae" else nn.ModuleList([lion.shape_prior, lion.point_prior])
@@ -175,9 +131,9 @@ def dry_run(config: TrainConfig, sources: Sources) -> None:
         total += seconds * training.steps
         print(
             f"stage {stage}: {training.steps} steps of {training.batch_size} shapes, about {seconds:.2f} s each, "
-            f"{_duration(seconds * training.steps)} in all; about {size / 2**30:.1f} GiB"
+            f"{duration(seconds * training.steps)} in all; about {size / 2**30:.1f} GiB"
         )
-    print(f"time in all: about {_duration(total)} on this machine, pictures and final figures not counted")
+    print(f"time in all: about {duration(total)} on this machine, pictures and final figures not counted")
 
 
 @dataclass(frozen=True)
@@ -186,49 +142,76 @@ class _Cost:
     activation_bytes_per_cloud: float
 
 
-def _measure(lion: LION, config: TrainConfig, stage: str, device: torch.device) -> _Cost:
-    """Time one training step, after one to warm up, and add up what it keeps for its backward pass."""
-    batch = min(config.vae.batch_size, config.priors.batch_size, 32 if device.type == "cuda" else 4)
+def _stages(config: TrainConfig) -> dict[Stage, VAETraining | PriorTraining]:
+    return {"vae": config.vae, "priors": config.priors}
+
+
+def predicted_seconds(lion: LION, config: TrainConfig) -> float:
+    """How long the steps of both stages will take on the device of ``lion``, measured on a few of them."""
+    device = lion.z_mean.device
+    costs = {stage: _measure(lion, config, stage, device).seconds_per_cloud for stage in _stages(config)}
+    return sum(costs[stage] * training.batch_size * training.steps for stage, training in _stages(config).items())
+
+
+def _measure(lion: LION, config: TrainConfig, stage: Stage, device: torch.device) -> _Cost:
+    """Time one training step, after those to warm up, and add up what it keeps for its backward pass."""
+    size = min(config.vae.batch_size, config.priors.batch_size, 32 if device.type == "cuda" else 4)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    labels = torch.zeros(batch, dtype=torch.int64, device=device) if config.model.shape_prior.num_classes else None
-    key = torch.tensor([0, 0], device=device)
-    points = torch.randn(batch, config.data.num_points, 3, device=device)
-    elapsed, latents = 0.0, None
-    for _ in range(2):
-        kept.clear()
-        start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(config.mixed_precision, device):
-            if stage == "vae":
-                training = config.vae
-                loss = vae_loss(
-                    lion.vae,
-                    points,
-                    key,
-                    kl_coefficient=1.0,
-                    lambda_z=training.lambda_z,
-                    lambda_h=training.lambda_h,
-                    reconstruction=training.reconstruction,
-                    occupancy_weight=training.occupancy_weight,
-                ).loss
-            else:
-                if latents is None or not config.priors.cached_draws:
-                    latents = posterior(lion.vae, points, key)
-                loss = prior_loss(lion, latents, key, labels, shape_draws=config.priors.shape_draws).loss
-        loss.backward()
+    key, number = torch.tensor([0, 0], device=device), torch.tensor(0, device=device)
+    batch = {"points": torch.randn(size, config.data.num_points, 3, device=device)}
+    objective: nn.Module = VAEObjective(lion, config.vae)
+    if stage == "priors":
+        objective = PriorObjective(lion, config.priors)
+        if config.priors.cached_draws:
+            with autocast(config.mixed_precision, device):
+                latents = posterior(lion.vae, batch["points"], key)
+            batch = {f.name: getattr(latents, f.name) for f in fields(latents)}
+        if config.model.shape_prior.num_classes:
+            batch["labels"] = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def step() -> None:
         lion.zero_grad()
+        with autocast(config.mixed_precision, device):
+            loss = objective(batch, key, number)["loss"]
+        loss.backward()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    captured = Captured(step, f"the step of stage {stage}", not why_uncaptured(device))
+    elapsed = 0.0
+    for _ in range(WARM_UPS + 2 if captured.enabled else 1):
+        start = time.perf_counter()
+        captured()
         if device.type == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
+    lion.zero_grad()
     weights = sum(p.numel() * p.element_size() for p in lion.parameters())
-    return _Cost(elapsed / batch, max(sum(kept.values()) - weights, 0) / batch)
+    return _Cost(elapsed / size, max(sum(kept.values()) - weights, 0) / size)
 
 
-def _duration(seconds: float) -> str:
+def _softmax_operator(config: TrainConfig, device: torch.device, precision: str) -> str:
+    """Whose kernels compute the model's softmax attention, "" if it has none."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    network, vae = config.model.point_prior.network, config.model.vae
+    for unet in (network, vae.point_encoder, vae.decoder):
+        if isinstance(unet, TransformerConfig):
+            heads, dim, points = unet.heads, unet.width // unet.heads, config.data.num_points
+        elif unet.attention == "softmax":
+            heads, dim, points = unet.middle_heads, unet.middle_head_dim, unet.down[-1].sample.centers
+        else:
+            continue
+        qkv = torch.empty(1, points, 3, heads, dim, device=device, dtype=dtype, requires_grad=True)
+        return softmax_operator(*qkv.unbind(2))
+    return ""
+
+
+def duration(seconds: float) -> str:
     """Seconds as "45 s", "12 min", "3.5 h" or "4.0 days"."""
     for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
         if seconds < limit:

@@ -1,0 +1,1 @@
+"""One file for each family of file formats: bytes to shapes, in memory and without side effects."""

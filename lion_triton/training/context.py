@@ -1,0 +1,51 @@
+"""What every part of a training run needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lion_triton.config import TrainConfig
+from lion_triton.data.clouds import fixed_batch
+from lion_triton.data.sources import Sources
+from lion_triton.models.lion import LION
+from lion_triton.runs import Run, Stage
+from lion_triton.training import report
+
+
+@dataclass
+class Context:
+    """One process's part in a run: where it computes, what it trains, what it trains on."""
+
+    run: Run
+    sources: Sources
+    accelerator: Accelerator
+    lion: LION
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def key(self, stage: Stage, number: int) -> Tensor:
+        """The noise key ``number`` of a stage; every process draws other noise."""
+        seed = (2 * self.config.seed + (stage == "priors")) * 4096 + self.accelerator.process_index
+        return torch.tensor([seed, number], device=self.device)
+
+    def share(self, numbers: range) -> range:
+        """This process's part of a global batch."""
+        size = len(numbers) // self.accelerator.num_processes
+        first = numbers.start + size * self.accelerator.process_index
+        return range(first, first + size)
+
+    def held_out(self, count: int) -> Tensor:
+        """The first ``count`` held-out clouds, normalised; classes in turn where they are known."""
+        clouds, config = self.sources.held_out, self.config.data
+        order = report.in_turn(clouds.labels)[:count]
+        return fixed_batch(clouds, order, config.num_points, self.config.seed, self.run.normalization)

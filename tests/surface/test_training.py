@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lion_triton.runs import Checkpoint, Run, open_run
+from lion_triton.surface import SurfaceNetwork, storage, surface_config, training
+from lion_triton.surface.quality import mesh_quality
+from lion_triton.surface.shapes import held_out_shapes, normals_path, training_shapes
+from lion_triton.surface.training import SurfaceObjective, surface_batch, train_surface
+from tests.surface.runs import POINTS, TRAINING, random_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("surface") / "run"
+    train_surface(random_run(folder), TRAINING)
+    return folder
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "surface" / "checkpoints").iterdir())
+
+
+def test_the_folder_explains_itself(finished: Path) -> None:
+    config = json.loads((finished / "surface" / "config.json").read_text())
+    assert config["vae"] == "step-00000304"
+    assert config["training"]["sigma"] == 0.03
+    assert config["config"]["num_points"] == POINTS
+    lines = [json.loads(line) for line in (finished / "surface" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "indicator", "near", "normals", "points", "grad_norm"} < lines[0].keys()
+    figures = json.loads((finished / "surface" / "figures.json").read_text())
+    assert figures["held_out_shapes"] == 2
+    assert figures.keys() >= {"watertight", "chamfer", "normal_consistency"}
+    assert (finished / "surface" / "overview.png").is_file()
+    network, config, name = storage.load_surface(open_run(finished))
+    assert (config, name) == (TRAINING, "step-00000004")
+    assert network.config == surface_config(POINTS)
+    assert open_run(finished).checkpoint().name == "step-00000304"  # type: ignore[union-attr]  # the run's own is untouched
+
+
+def test_a_stopped_training_continues_as_if_unbroken(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = random_run(tmp_path / "run")
+    save = training.save_checkpoint
+
+    def save_and_stop(run: Run, step: int, checkpoint: Checkpoint) -> Path:
+        save(run, step, checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_surface(run, TRAINING)
+    monkeypatch.undo()
+    assert newest(run.folder).name == "step-00000002"
+    with (run.folder / "surface" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # as a killed process may leave it
+    train_surface(run, replace(TRAINING, log_every=1, checkpoint_every=4))
+    expected, got = (load_file(newest(folder) / "model.safetensors") for folder in (finished, run.folder))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    for name in ("metrics.jsonl", "figures.json", "overview.png"):
+        assert (finished / "surface" / name).read_bytes() == (run.folder / "surface" / name).read_bytes(), name
+
+
+def test_a_finished_training_is_left_as_it_is(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "surface").rglob("*.*")}
+    train_surface(open_run(finished), TRAINING)
+    changed = {p.name for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert changed <= {"metrics.jsonl"}
+
+
+def test_other_settings_and_missing_parts_are_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was started with other settings \(surface.steps: 5, was 4\)"):
+        train_surface(open_run(finished), replace(TRAINING, steps=5))
+    with pytest.raises(ValueError, match="has no trained VAE yet; run --stage vae first"):
+        train_surface(random_run(tmp_path / "vae", stage="vae"), TRAINING)
+    with pytest.raises(ValueError, match="has no surface network yet: train it with --stage surface"):
+        storage.load_surface(open_run(tmp_path / "vae"))
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "surface" / "config.json").write_text('{"config": {}}')
+    with pytest.raises(ValueError, match="config.json is damaged or of another version"):
+        storage.load_surface(open_run(copy))
+    assert not (tmp_path / "vae" / "surface").exists()
+
+
+def test_a_batch_is_the_surface_and_the_same_points_with_the_noise_of_the_vae(tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run")
+    lion, _ = training.trained_vae(run, torch.device("cpu"))
+    shapes = training_shapes(run)
+    batch, again, other = (surface_batch(run, lion, shapes, TRAINING, s, torch.device("cpu")) for s in (0, 0, 1))
+    for name, value in batch.items():
+        assert torch.equal(value, again[name])
+        assert not torch.equal(value, other[name])
+    low, high = batch["noisy"].amin(1), batch["noisy"].amax(1)
+    torch.testing.assert_close((high - low).amax(-1), torch.full((2,), 2.0))
+    torch.testing.assert_close(low, -high)
+    noise = (batch["noisy"] - batch["points"][:, :POINTS]).norm(dim=-1)
+    apart = (batch["noisy"] - batch["points"][:, :POINTS].roll(1, 1)).norm(dim=-1)
+    assert 0 < noise.median() < 0.2 * apart.median()  # an untrained VAE is near the identity
+    torch.testing.assert_close(batch["normals"].norm(dim=-1), torch.ones(2, 512))
+    # Half the largest jitter on average, in the units of a latent of standard deviation 1, in those of the frame.
+    wild = surface_batch(run, lion, shapes, replace(TRAINING, jitter=2.0), 0, torch.device("cpu"))
+    offsets = (wild["noisy"] - wild["points"][:, :POINTS]).norm(dim=-1).median(1).values
+    assert (offsets > 2 * noise.median(1).values).all()
+
+
+def test_the_objective_is_0_at_the_truth_and_falls_as_it_trains(tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run")
+    batch = surface_batch(
+        run, training.trained_vae(run, torch.device("cpu"))[0], training_shapes(run), TRAINING, 0, torch.device("cpu")
+    )
+    torch.manual_seed(0)
+    objective = SurfaceObjective(SurfaceNetwork(surface_config(POINTS)), TRAINING)
+
+    class Truth(torch.nn.Module):
+        def forward(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return batch["points"][:, :, None], batch["normals"][:, :, None]
+
+    truth = SurfaceObjective(Truth(), TRAINING)  # type: ignore[arg-type]
+    perfect = truth(batch["points"], batch["points"], batch["normals"], batch["distances"])
+    assert all(value.item() < 1e-8 for value in perfect.values())
+
+    optimizer = torch.optim.Adam(objective.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        terms = objective(**batch)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append({name: value.item() for name, value in terms.items()})
+    for name in losses[0]:
+        assert losses[-1][name] < 0.8 * losses[0][name], name
+
+
+def test_stored_normals_are_read_row_for_row(tmp_path: Path) -> None:
+    """A folder of clouds with normals beside them, as of prepared meshes: here of spheres, where both are the same."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            path = tmp_path / "data" / "ball" / split / f"{i}.npy"
+            normals_path(path).parent.mkdir(parents=True, exist_ok=True)
+            directions = rng.normal(size=(300, 3))
+            directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+            np.save(path, (0.5 * directions).astype(np.float32))
+            np.save(normals_path(path), directions.astype(np.float16))
+    run = random_run(tmp_path / "run")
+    data = replace(run.config.data, source=str(tmp_path / "data"))
+    run = replace(run, config=replace(run.config, data=data))
+    shapes = training_shapes(run)
+    assert (shapes.count, held_out_shapes(run).count) == (3, 2)
+    points, normals = shapes.draw(1, 200, 5)
+    assert points.shape == normals.shape == (200, 3)
+    np.testing.assert_allclose(2 * points, normals, atol=1e-3)
+    assert not np.array_equal(points, shapes.draw(1, 200, 6)[0])
+    np.save(normals_path(tmp_path / "data" / "ball" / "train" / "1.npy"), np.zeros((299, 3), np.float16))
+    with pytest.raises(ValueError, match=r"1.npy: expected shape \(300, 3\) as of its cloud, got \(299, 3\)"):
+        shapes.draw(1, 200, 5)
+    normals_path(tmp_path / "data" / "ball" / "train" / "1.npy").unlink()
+    with pytest.raises(ValueError, match="1 of 3 clouds in .* have no normals beside them: prepare"):
+        training_shapes(run)
+
+
+def test_quality_of_a_mesh_of_the_very_surface_and_of_another() -> None:
+    import trimesh
+
+    ball = trimesh.creation.icosphere(4, 0.5)
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=(8192, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    near = mesh_quality(ball, 0.5 * normals, normals)
+    assert near.watertight
+    assert near.normal_consistency > 0.98
+    assert near.chamfer < 5e-4
+    assert mesh_quality(ball, 0.6 * normals, normals).chamfer == pytest.approx(0.02, rel=0.05)
+    ball.update_faces(np.arange(len(ball.faces)) > 0)
+    assert not mesh_quality(ball, 0.5 * normals, normals).watertight
