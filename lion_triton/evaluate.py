@@ -10,7 +10,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from lion_triton import metrics
@@ -26,14 +26,17 @@ from lion_triton.cli import run_cli
 from lion_triton.config import fewest_points
 from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.devices import best_device
-from lion_triton.evaluation import folder, page, record, table
+from lion_triton.evaluation import floors, folder, intervals, page, record, table
 from lion_triton.evaluation.memorising import Training, nearest_training, summary
 from lion_triton.evaluation.model import ScoredRun
 from lion_triton.evaluation.phases import Phases
 from lion_triton.evaluation.record import Remarks
 from lion_triton.evaluation.sets import (
+    FRESH,
+    OTHER_SPLIT,
     REFERENCES,
     SAMPLES,
+    SHAPES,
     SPLIT_POINTS,
     CloudSet,
     Preparation,
@@ -50,8 +53,9 @@ from lion_triton.sample import SampleArguments, resolved
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Compare generated clouds with held-out ones: MMD, COV, 1-NNA by Chamfer distance and EMD, JSD. For a run, also
-    reconstruction and the bound of its priors.
+    """Compare generated clouds with held-out ones: MMD, COV, 1-NNA by Chamfer distance and EMD, JSD, thickness. For a
+    run, also reconstruction and the bound of its priors. Each with its interval, and beside it its floor: what shapes
+    as good as the references get.
 
     DATA is a folder <category>/{train,val,test}/<id>.npy, a folder of clouds, a .npz or .npy of (S, P, 3), or the
     word procedural, for as many embedded shapes as there are samples.
@@ -69,7 +73,7 @@ class EvaluateArguments:
         subset: which part of folders with train, val and test to take, of references and samples.
         categories: categories to take of such folders, also of training shapes; default all.
         split: which points of clouds of 15000 (ShapeNetCore.v2.PC15k): LION draws from the first 10000, most others
-            compare with the last 5000.
+            compare with the last 5000; both: the first, and beside it the last.
         norm_box: fit each cloud's bounding box to [-0.5, 0.5] first.
         emd: approximate matching as published, exact assignment (on the CPU, seconds per pair of clouds of 2048 points:
             for small sets), or none; on a CPU either takes most of the time.
@@ -90,7 +94,7 @@ class EvaluateArguments:
     training: str | None = None
     subset: Literal["train", "val", "test"] = "test"
     categories: tuple[str, ...] = ()
-    split: Split = "first10k"
+    split: Split | Literal["both"] = "first10k"
     norm_box: bool = False
     emd: Literal["approx", "exact", "none"] = "approx"
     num_points: int | None = None
@@ -107,6 +111,11 @@ class EvaluateArguments:
     def matching(self) -> metrics.EMD | None:
         """``emd`` as ``lion_triton.metrics`` takes it."""
         return None if self.emd == "none" else self.emd
+
+    @property
+    def first(self) -> Split:
+        """The split that the figures are of."""
+        return "first10k" if self.split == "both" else self.split
 
 
 def check(args: EvaluateArguments, is_run: bool) -> None:
@@ -140,6 +149,9 @@ class Inputs:
     points: tuple[int, int]  # of each sample and each reference
     plain: Float32[np.ndarray, "R M 3"]  # the references in the units of the run, or as they are
     boxed: Float32[np.ndarray, "R M 3"]  # as they are compared
+    again: Float32[np.ndarray, "R M 3"] | None  # as ``boxed``, with other points, where each has as many more
+    fresh: Float32[np.ndarray, "S M 3"] | None  # others of the references' generator, as they are compared
+    other: Float32[np.ndarray, "R M 3"] | None  # as ``boxed``, of the other split, where both are asked for
     fingerprints: list[bytes]  # of the whole references
     split: str  # which of the references' points were drawn from
     own_units: bool  # the run's, which gives each cloud its own
@@ -159,41 +171,54 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     if run is not None and args.checkpoint is None and not run.run.pretrained:
         args = replace(args, checkpoint=run.checkpoint.name)
         command = [*command, "--checkpoint", run.checkpoint.name] if command else []
+    subsets = intervals.num_subsets(inputs.num_samples, len(references))
     phases = Phases(
         [
             *(["sampling", "reconstructions"] if run else []),
             *(["bound of the priors"] if run and run.bounded(references.clouds) else []),
             "Chamfer distances",
             *([f"EMD, {args.emd}"] if args.matching else []),
+            *(["fresh shapes"] if inputs.fresh is not None else []),
+            *(["the other split"] if inputs.other is not None else []),
+            *(["intervals"] if subsets else []),
             *(["nearest training shapes"] if training else []),
             "pictures",
         ]
     )
 
-    made, sampling, scores, given = None, None, dict[str, float](), inputs.given
+    made, sampling, scores, given = None, None, dict[str, Float64[np.ndarray, " R"]](), inputs.given
     if run is not None:
         options = _sampling(args, inputs.num_samples, inputs.points[0])
         made, sampling = run.sample(options, references.clouds, phases.title("sampling"))
         clouds = in_memory("samples", list(made), [str(i) for i in range(len(made))])
         given = CloudSet("samples", f"{args.run_or_samples}, generated", clouds)
         scores = run.scores(references.clouds, inputs.plain, args.matching, args.seed, phases)
-        record.remark_on_scores(scores, run.bounded(references.clouds), remarks)
+        record.remark_on_scores(_means(scores), run.bounded(references.clouds), remarks)
     assert given is not None
     samples = Preparation(None, args.seed, norm_box=args.norm_box)(given, inputs.points[0], SAMPLES)
 
     a, b = (torch.from_numpy(x).to(device) for x in (samples, inputs.boxed))
-    distances = _distances(a, b, "Chamfer distances", "cd", phases)
-    by_chamfer = metrics.figures(distances, "cd")
-    figures: dict[str, float | None] = {**by_chamfer}
-    if args.matching is not None:
-        figures |= metrics.figures(_distances(a, b, f"EMD, {args.emd}", args.matching, phases), "emd")
-    figures["jsd"] = metrics.jensen_shannon_divergence(a, b)
-    figures |= {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    kinds, titles = metrics.kinds(args.matching), {"cd": "Chamfer distances", "emd": f"EMD, {args.emd}"}
+    comparison = metrics.Comparison(
+        {name: _distances(a, b, titles[name], kind, phases) for name, kind in kinds.items()},
+        metrics.Measures.of(a),
+        metrics.Measures.of(b),
+    )
+    figures, distances = comparison.figures() | _means(scores), comparison.distances["cd"]
+    floor = _floors(inputs, comparison, args, device, phases)
+    other = None if inputs.other is None else _other_split(a, inputs.other, comparison, kinds, phases)
+    between = {name: found for name, of in scores.items() if (found := intervals.of_mean(of))}
+    of_halves = dict[str, intervals.Interval]()
+    if subsets:
+        rng = Preparation(None, args.seed).rng(SHAPES, 0)
+        with phases("intervals", subsets, "subset") as bar:
+            between |= intervals.intervals(comparison, rng, bar.update)
+            floor["halves"], of_halves = intervals.halves(comparison, rng, bar.update)
     sets, fewer = (len(samples), len(references)), min(len(samples), len(references))
     ours = record.described(given, samples, distances.samples, fewer)
     theirs = record.described(references, inputs.boxed, distances.references, fewer)
     record.remark_on_sets(ours, theirs, args.norm_box, remarks)
-    record.remark_on_copies([fingerprint(c) for c in given], inputs.fingerprints, by_chamfer["1nna_cd"], remarks)
+    record.remark_on_copies([fingerprint(c) for c in given], inputs.fingerprints, figures["1nna_cd"], remarks)
 
     near = base = memorising = None
     if training is not None:
@@ -212,7 +237,11 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
         "training": record.training_set(training),
         "normalization": record.units(args.norm_box, run),
         "split": inputs.split,
-        "figures": figures,
+        "figures": _finite(figures),
+        "intervals": between,
+        "floors": {name: _finite(of) for name, of in floor.items()},
+        "halves_intervals": of_halves,
+        "other_split": None if other is None else {"split": OTHER_SPLIT[args.first], "figures": _finite(other)},
         "chance_1nna": metrics.chance_accuracy(*sets),
         **published,
         "memorising": memorising,
@@ -255,25 +284,39 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
     if given is not None:
         given = in_units_of(given, references)
     own_units = run.run.normalization if run and run.run.normalization.kind != "global" else None
-    prepare = Preparation(args.split, args.seed, own_units)
+    prepare = Preparation(args.first, args.seed, own_units)
     counts = references.num_points()
     divided = max(counts) >= SPLIT_POINTS
     if not divided and args.split != EvaluateArguments.split:
         remarks.notes.append(f"The split {args.split} changes nothing: no reference has {SPLIT_POINTS} points.")
-    points = _points(args, run, given, min(map(prepare.available, counts)), remarks)
+    splits = [prepare]
+    if divided and args.split == "both":
+        splits.append(replace(prepare, split=OTHER_SPLIT[args.first]))
+    points = _points(args, run, given, min(split.available(count) for split in splits for count in counts), remarks)
     plain = prepare(references, points[1], REFERENCES)
     boxed = replace(prepare, norm_box=args.norm_box)
+    num_samples = len(given) if given is not None else args.num_samples or len(references)
+    fresh = other = again = None
+    if references.generated:
+        fresh = boxed(open_clouds("fresh", "procedural", "test", (), num_samples), points[1], FRESH)
+    if len(splits) > 1:
+        other = replace(splits[1], norm_box=args.norm_box)(references, points[1], REFERENCES)
+    if min(map(prepare.available, counts)) >= 2 * points[1]:
+        again = boxed(references, points[1], REFERENCES, again=True)
     return Inputs(
         run,
         given,
         references,
         None if shapes is None else Training.read(shapes, boxed, min(points)),
-        len(given) if given is not None else args.num_samples or len(references),
+        num_samples,
         points,
         plain,
         np.stack([fit_box(cloud) for cloud in plain]) if args.norm_box else plain,
+        again,
+        fresh,
+        other,
         [fingerprint(cloud) for cloud in references],
-        args.split if divided else "all points",
+        args.first if divided else "all points",
         own_units is not None,
         out,
     )
@@ -311,7 +354,8 @@ def _data(
         references = open_clouds("reference", args.reference, args.subset, args.categories, count or default)
     else:
         assert own is not None and config is not None
-        references = CloudSet("reference", f"held-out shapes of the run's data ({config.data.source})", own.held_out)
+        what = f"held-out shapes of the run's data ({config.data.source})"
+        references = CloudSet("reference", what, own.held_out, generated=own.fresh is not None)
     if args.training is not None:
         count = DataConfig().num_shapes
         return references, open_clouds("training", args.training, "train", args.categories, count)
@@ -339,9 +383,10 @@ def _points(
             remarks.notes.append(f"Samples have {samples} to {max(counts)} points: {samples} are drawn of each.")
     references = min(samples, available)
     if references < samples:
-        text = f"References have only {references} points, fewer than the {samples} of the samples"
+        text = f"References have only {references} points, fewer than the {samples} of the samples: thickness then "
+        text += "does not compare"
         if args.emd == "approx":
-            text += ": EMD within and between the sets then does not compare, and 1-NNA by EMD says little"
+            text += ", nor does EMD within and between the sets, and 1-NNA by EMD says little"
         remarks.warnings.append(f"{text}. For both alike give --num-points {references}.")
         if args.emd == "exact":
             raise ValueError(
@@ -357,7 +402,55 @@ def _distances(
     a: Float32[Tensor, "S N 3"], b: Float32[Tensor, "R M 3"], title: str, kind: metrics.Distance, phases: Phases
 ) -> metrics.Distances:
     with phases(title, metrics.num_pairs(len(a), len(b)), "pair") as bar:
-        return metrics.all_distances(a, b, kind, progress=bar.update)
+        found = metrics.all_distances(a, b, kind, progress=bar.update)
+    return metrics.Distances(found.samples.cpu(), found.cross.cpu(), found.references.cpu())
+
+
+def _floors(
+    inputs: Inputs, comparison: metrics.Comparison, args: EvaluateArguments, device: torch.device, phases: Phases
+) -> dict[str, dict[str, float]]:
+    """The floors that need more clouds than the references."""
+    references = torch.from_numpy(inputs.boxed).to(device)
+    found = dict[str, dict[str, float]]()
+    if inputs.fresh is not None:
+        fresh, known = torch.from_numpy(inputs.fresh).to(device), comparison.distances["cd"]
+        # By Chamfer distance alone: with an EMD it would take as long again as all the rest.
+        with phases("fresh shapes", len(fresh) * (len(fresh) + len(references)), "pair") as bar:
+            sets = fresh, references
+            within, cross = (metrics.pairwise_distances(x, fresh, progress=bar.update).cpu() for x in sets)
+        distances = {"cd": metrics.Distances(within, cross.T, known.references)}
+        found["fresh"] = metrics.Comparison(distances, metrics.Measures.of(fresh), comparison.references).figures()
+    if inputs.again is not None:
+        again = torch.from_numpy(inputs.again).to(device)
+        found["redrawn"] = floors.redrawn(again, references, comparison.references, args.matching)
+    return found
+
+
+def _other_split(
+    samples: Float32[Tensor, "S N 3"],
+    other: Float32[np.ndarray, "R M 3"],
+    comparison: metrics.Comparison,
+    kinds: Mapping[str, metrics.Distance],
+    phases: Phases,
+) -> dict[str, float]:
+    """The figures against the other points of the references; ``comparison`` is that against the first."""
+    references, distances = torch.from_numpy(other).to(samples.device), dict[str, metrics.Distances]()
+    pairs = len(references) * (len(samples) + len(references))
+    with phases("the other split", pairs * len(kinds), "pair") as bar:
+        for name, kind in kinds.items():
+            sets = samples, references
+            cross, within = (metrics.pairwise_distances(references, x, kind, progress=bar.update).cpu() for x in sets)
+            distances[name] = metrics.Distances(comparison.distances[name].samples, cross.T, within)
+    return metrics.Comparison(distances, comparison.samples, metrics.Measures.of(references)).figures()
+
+
+def _means(scores: Mapping[str, Float64[np.ndarray, " R"]]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in scores.items()}
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """As JSON has them."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def main(args: list[str] | None = None) -> None:

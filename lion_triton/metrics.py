@@ -1,4 +1,4 @@
-"""How good are generated clouds? MMD, COV and 1-NNA by CD and EMD, JSD; also reconstruction, and the priors' bound.
+"""How good are generated clouds? MMD, COV and 1-NNA by CD and EMD, JSD, thickness; reconstruction, the priors' bound.
 
 Notation: S samples (generated), R references, in one and the same unit. Conventions are those of the field since
 Achlioptas et al. 2018 and Yang et al. 2019 (PointFlow): distances are means of SQUARED distances between points,
@@ -7,14 +7,14 @@ see ``lion_triton.kernels.pairwise``. The sets may differ in size and their clou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from lion_triton.kernels import (
     chamfer_distance,
     check_finite,
     exact_emd,
+    knn,
     nearest_neighbor,
     normal_noise,
     pairwise_chamfer,
@@ -37,6 +38,7 @@ EMD = Literal["approx", "exact"]
 Distance = Literal["cd", "approx", "exact"]
 
 F_SCORE_THRESHOLD = 0.001  # of squared distances: 0.032 in length
+THICKNESS_POINTS = 12  # that a plane is fitted to
 BOUND_TIMESTEPS = 50
 _BOUND_RANGES = 5
 _CLOUDS = 32  # at a time; in the bound part of what decides the noise
@@ -68,13 +70,27 @@ def all_distances(
     ValueError: see ``check_sets``.
     """
     check_sets(samples, references, None if distance == "cd" else distance)
+    pairs = ((samples, samples), (references, samples), (references, references))
+    within, cross, others = (pairwise_distances(a, b, distance, progress=progress) for a, b in pairs)
+    return Distances(within, cross.T, others)
 
-    def matrix(a: Tensor, b: Tensor) -> Tensor:
-        if distance == "cd":
-            return pairwise_chamfer(a, b, progress=progress)
-        return pairwise_emd(a, b, method=distance, progress=progress)
 
-    return Distances(matrix(samples, samples), matrix(references, samples).T, matrix(references, references))
+def pairwise_distances(
+    a: Float[Tensor, "S N 3"],
+    b: Float[Tensor, "R M 3"],
+    distance: Distance = "cd",
+    *,
+    progress: Progress | None = None,
+) -> Float[Tensor, "S R"]:
+    """One of the matrices of ``all_distances``, which see."""
+    if distance == "cd":
+        return pairwise_chamfer(a, b, progress=progress)
+    return pairwise_emd(a, b, method=distance, progress=progress)
+
+
+def kinds(emd: EMD | None) -> dict[str, Distance]:
+    """The distances to compare by, by the names that figures have."""
+    return {"cd": "cd"} if emd is None else {"cd": "cd", "emd": emd}
 
 
 def num_pairs(samples: int, references: int) -> int:
@@ -156,16 +172,21 @@ def jensen_shannon_divergence(
     counts for the nearest grid point that is left, also from outside. On a tie (28 is even, so that 0 lies between two
     grid points) the one with the larger coordinates gets it, x before y before z.
     """
+    return _divergence(*(_cells(clouds, resolution) for clouds in (samples, references)))
+
+
+def _divergence(samples: Int64[np.ndarray, "S N"], references: Int64[np.ndarray, "R M"]) -> float:
+    """JSD between sets whose points count for these grid points."""
+    count = 1 + max(samples.max(), references.max())
+    p, q = (np.bincount(cells.ravel(), minlength=count) / cells.size for cells in (samples, references))
+    return max(0.0, float(_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2))
+
+
+def _cells(clouds: Float[Tensor, "S N 3"], resolution: int = 28) -> Int64[np.ndarray, "S N"]:
+    """The grid point that each point counts for."""
     axis = np.linspace(-0.5, 0.5, resolution)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     inside = np.linalg.norm(grid, axis=1) <= 0.5
-    p, q = (_occupancy(clouds, grid, inside, resolution) for clouds in (samples, references))
-    middle = (p + q) / 2
-    return max(0.0, float(_entropy(middle) - (_entropy(p) + _entropy(q)) / 2))
-
-
-def _occupancy(clouds: Tensor, grid: np.ndarray, inside: np.ndarray, resolution: int) -> np.ndarray:
-    """The fraction of points that each grid point gets."""
     points = clouds.detach().reshape(-1, 3).cpu().double().numpy()
     steps = np.floor((points + 0.5) * (resolution - 1) + 0.5).clip(0, resolution - 1).astype(np.int64)
     cell = (steps[:, 0] * resolution + steps[:, 1]) * resolution + steps[:, 2]
@@ -177,13 +198,45 @@ def _occupancy(clouds: Tensor, grid: np.ndarray, inside: np.ndarray, resolution:
         neighbours = cKDTree(grid[left]).query(points[outside], k=list(range(1, min(8, len(left)) + 1)), workers=-1)
         distance, found = map(np.asarray, neighbours)
         cell[outside] = left[np.where(distance <= distance[:, :1] * (1 + 1e-9), found, -1).max(axis=1)]
-    counts = np.bincount(cell, minlength=len(grid)).astype(np.float64)
-    return counts / counts.sum()
+    return cell.reshape(clouds.shape[:2])
 
 
 def _entropy(p: np.ndarray) -> float:
     p = p[p > 0]
     return float(-(p * np.log2(p)).sum())
+
+
+@torch.no_grad()
+def thickness(clouds: Float[Tensor, "S N 3"], k: int = THICKNESS_POINTS) -> Float[Tensor, " S"]:
+    """How thick the surfaces are that points lie on, in the units of the coordinates, float64: 0 on planes.
+
+    For each point the root mean square distance of its k nearest points, itself among them, from their best plane: the
+    least singular value of the centred (k, 3) matrix over sqrt(k); the mean over a cloud. k: all where it has fewer.
+    It sees noise around a surface, and also curvature and distance between points: compare clouds of equally many.
+    Not differentiable. ValueError: see ``kernels.knn``.
+    """
+    k = min(k, clouds.shape[1])
+    means = []
+    for some in clouds.split(_CLOUDS):
+        index = knn(some, some, k)[1].long()
+        near = torch.stack([cloud[rows] for cloud, rows in zip(some.double(), index, strict=True)])
+        near = near - near.mean(2, keepdim=True)
+        # Squared singular values are the eigenvalues of a 3 x 3 matrix; float64 keeps half its digits of the least.
+        least = torch.linalg.eigvalsh(near.mT @ near / k)[..., 0]
+        means.append(least.clamp_min(0).sqrt().mean(1))
+    return torch.cat(means)
+
+
+def thickness_ratio(samples: Float[Tensor, " S"], references: Float[Tensor, " R"]) -> float:
+    """The median thickness of samples over that of references: 1 is best, above it surfaces are fuzzy.
+
+    Of clouds of equally many points it depends on neither place, size nor turn of all of them together. 1 where both
+    have none, infinite where the references alone have none.
+    """
+    ours, theirs = (float(np.median(values.cpu().numpy())) for values in (samples, references))
+    if theirs == 0:
+        return 1.0 if ours == 0 else float("inf")
+    return ours / theirs
 
 
 def figures(distances: Distances, name: str) -> dict[str, float]:
@@ -193,6 +246,55 @@ def figures(distances: Distances, name: str) -> dict[str, float]:
         f"cov_{name}": coverage(distances.cross),
         f"1nna_{name}": nearest_neighbor_accuracy(distances.samples, distances.cross, distances.references),
     }
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the figures need of each cloud of a set beside distances."""
+
+    cells: Int64[np.ndarray, "S N"]  # the grid point that JSD counts each point for
+    thickness: Float[Tensor, " S"]
+
+    @classmethod
+    def of(cls, clouds: Float[Tensor, "S N 3"]) -> Measures:
+        return cls(_cells(clouds), thickness(clouds).cpu())
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, rows: Int64[np.ndarray, " K"]) -> Measures:
+        return Measures(self.cells[rows], self.thickness[rows])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the figures of samples against references follow from, cloud by cloud: also those of some of the clouds."""
+
+    distances: Mapping[str, Distances]  # by the names that figures have, "cd" and "emd"; on the CPU
+    samples: Measures
+    references: Measures
+
+    def figures(self) -> dict[str, float]:
+        """See ``evaluate``."""
+        results = dict[str, float]()
+        for name, distances in self.distances.items():
+            results |= figures(distances, name)
+        jsd = _divergence(self.samples.cells, self.references.cells)
+        return results | {"jsd": jsd, "thickness": thickness_ratio(self.samples.thickness, self.references.thickness)}
+
+    def some(self, samples: Int64[np.ndarray, " K"], references: Int64[np.ndarray, " L"]) -> Comparison:
+        """Of these samples and these references alone, by their indices."""
+        i, j = torch.from_numpy(samples)[:, None], torch.from_numpy(references)[:, None]
+        distances = {
+            name: Distances(d.samples[i, i.T], d.cross[i, j.T], d.references[j, j.T])
+            for name, d in self.distances.items()
+        }
+        return Comparison(distances, self.samples[samples], self.references[references])
+
+    def among_references(self) -> Comparison:
+        """Of the references against themselves, in the samples' place: what ``some`` of them get against others."""
+        distances = {name: Distances(d.references, d.references.T, d.references) for name, d in self.distances.items()}
+        return Comparison(distances, self.references, self.references)
 
 
 def evaluate(
@@ -208,16 +310,14 @@ def evaluate(
     that with an EMD.
 
     Returns:
-        ``mmd_cd, cov_cd, 1nna_cd``, the same with ``emd`` unless that is None, and ``jsd``.
+        ``mmd_cd, cov_cd, 1nna_cd``, the same with ``emd`` unless that is None, ``jsd``, and ``thickness``: the ratio.
 
     Raises:
         ValueError: see ``check_sets``; before anything is computed.
     """
     check_sets(samples, references, emd)
-    results = figures(all_distances(samples, references, progress=progress), "cd")
-    if emd is not None:
-        results |= figures(all_distances(samples, references, emd, progress=progress), "emd")
-    return results | {"jsd": jensen_shannon_divergence(samples, references)}
+    distances = {name: all_distances(samples, references, kind, progress=progress) for name, kind in kinds(emd).items()}
+    return Comparison(distances, Measures.of(samples), Measures.of(references)).figures()
 
 
 def f_score(
@@ -243,7 +343,20 @@ def reconstruction(
     threshold: float = F_SCORE_THRESHOLD,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Means over clouds: ``reconstruction_cd``, ``_emd`` unless ``emd`` is None, ``_f_score``. x rebuilds y.
+    """Means over clouds of ``reconstructions``, which see."""
+    values = reconstructions(x, y, emd, threshold=threshold, progress=progress)
+    return {name: of.mean().item() for name, of in values.items()}
+
+
+def reconstructions(
+    x: Float[Tensor, "B N 3"],
+    y: Float[Tensor, "B M 3"],
+    emd: EMD | None = "approx",
+    *,
+    threshold: float = F_SCORE_THRESHOLD,
+    progress: Progress | None = None,
+) -> dict[str, Float[Tensor, " B"]]:
+    """Of each cloud ``reconstruction_cd``, ``_emd`` unless ``emd`` is None, ``_f_score``, in float64. x rebuilds y.
 
     CD and EMD are in squared units of the coordinates, see ``f_score`` for the third. progress: called with the number
     of clouds finished since its last call. ValueError: see ``check_sets``; x and y of different sizes.
@@ -261,7 +374,7 @@ def reconstruction(
             values[name].append(measure(a, b))
         if progress is not None:
             progress(len(a))
-    return {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
+    return {name: torch.cat(parts).double() for name, parts in values.items()}
 
 
 @dataclass(frozen=True)
@@ -273,7 +386,6 @@ class PriorBound:
     joint: float  # of both together
 
 
-@torch.no_grad()
 def prior_bound(
     lion: LION,
     latents: Posterior,
@@ -284,7 +396,25 @@ def prior_bound(
     num_timesteps: int | None = BOUND_TIMESTEPS,
     progress: Progress | None = None,
 ) -> PriorBound:
-    """The variational bound (``diffusion.variational_bound``) of both priors, mean over clouds.
+    """Means over clouds of ``prior_bounds``, which see."""
+    bounds = prior_bounds(lion, latents, key, labels, clip, num_timesteps=num_timesteps, progress=progress)
+    return PriorBound(**{name: of.mean().item() for name, of in bounds.items()})
+
+
+@torch.no_grad()
+def prior_bounds(
+    lion: LION,
+    latents: Posterior,
+    key: Int[Tensor, " 2"],
+    labels: Int[Tensor, " B"] | None = None,
+    clip: Float[Tensor, "B 512"] | None = None,
+    *,
+    num_timesteps: int | None = BOUND_TIMESTEPS,
+    progress: Progress | None = None,
+) -> dict[str, Float[Tensor, " B"]]:
+    """The variational bound (``diffusion.variational_bound``) of both priors for each cloud, float64 on the CPU.
+
+    By the names of ``PriorBound``.
 
     latents: of the posterior of held-out clouds; h0 is sampled from its distribution here. The density is that of the
     latents themselves, whatever units the priors work in, so it depends on the VAE: compare priors of one VAE.
@@ -302,7 +432,7 @@ def prior_bound(
     def eps_of(prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return to_eps(prediction, x_t, t, schedule, config.diffusion.prediction)
 
-    totals = torch.zeros(2, dtype=torch.float64)
+    nats = torch.zeros(2, len(latents.z), dtype=torch.float64)
     for number, rows in enumerate(torch.arange(len(latents.z), device=device).split(_CLOUDS)):
         # Offset 0 of the key is the times', then three keys for each part: the noise of h0, and the two bounds'.
         h_key, z_key, point_key = (key + step * (1 + (3 * number + i) * (T + 1)) for i in range(3))
@@ -324,18 +454,15 @@ def prior_bound(
                     model, x, schedule, x_key, variance=config.diffusion.variance, timesteps=times
                 )
                 # It takes the times for a draw from all T - 1; these are from ``count`` of them.
-                totals[i] += (bound.diffusion.double().sum() * (count / (T - 1))).cpu()
-            totals[i] += (bound.prior + bound.reconstruction).double().sum().cpu()
+                nats[i, rows.cpu()] += (bound.diffusion.double() * (count / (T - 1))).cpu()
+            nats[i, rows.cpu()] += (bound.prior + bound.reconstruction).double().cpu()
             if progress is not None:
                 progress(len(rows))
-    points = latents.h_mu.shape[1]
     # Standardising multiplied the density by the standard deviations.
-    nats = totals / len(latents.z) + torch.stack(
-        [lion.z_std.double().log().sum().cpu(), points * lion.h_std.double().log().sum().cpu()]
-    )
-    dims = torch.tensor([latents.z[0].numel(), latents.h_mu[0].numel()])
-    shape_bound, point_bound = (nats / dims).tolist()
-    return PriorBound(shape_bound, point_bound, (nats.sum() / dims.sum()).item())
+    nats[0] += lion.z_std.double().log().sum().cpu()
+    nats[1] += latents.h_mu.shape[1] * lion.h_std.double().log().sum().cpu()
+    dims = latents.z[0].numel(), latents.h_mu[0].numel()
+    return {"shape": nats[0] / dims[0], "point": nats[1] / dims[1], "joint": nats.sum(0) / sum(dims)}
 
 
 def _bound_times(T: int, num_timesteps: int | None, start: float) -> list[tuple[int, Tensor]]:

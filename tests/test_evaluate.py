@@ -23,9 +23,9 @@ from tqdm import tqdm
 from lion_triton import evaluate, metrics, sample, train
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.data.sources import load_sources
-from lion_triton.evaluation import galleries, model, page, phases
-from lion_triton.evaluation.sets import REFERENCES, SAMPLES, CloudSet, Preparation
-from lion_triton.kernels import pairwise_chamfer
+from lion_triton.evaluation import galleries, intervals, model, page, phases
+from lion_triton.evaluation.sets import FRESH, REFERENCES, SAMPLES, CloudSet, Preparation, open_clouds
+from lion_triton.kernels import approx_emd, chamfer_distance, pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig
 from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import open_run
@@ -333,7 +333,7 @@ def test_what_only_a_model_has_does_not_depend_on_the_box(finished: Path, tmp_pa
 def test_a_figure_that_is_not_finite_is_left_out(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scores = {"reconstruction_cd": float("nan"), "bound_joint": float("inf"), "bound_point": 1.0}
+    scores = {"reconstruction_cd": np.array([np.nan]), "bound_joint": np.array([np.inf, 0]), "bound_point": np.ones(2)}
     monkeypatch.setattr(model.ScoredRun, "scores", lambda *_: scores)
     figures = score(finished, tmp_path / "out", *"--num-samples 2 --steps 1 --emd none".split())["figures"]
     assert (figures["reconstruction_cd"], figures["bound_joint"], figures["bound_point"]) == (None, None, 1)
@@ -484,7 +484,7 @@ def test_sets_of_other_sizes_are_all_compared_and_that_is_said(
         assert any(text in remark for remark in record[remarks])
         assert f"{remarks[:-1]:<12}{text}" in out
     (warning,) = score(tmp_path / "s.npy", tmp_path / "none", *given, "--emd", "none")["warnings"]
-    assert warning.endswith("than the 50 of the samples. For both alike give --num-points 30.")
+    assert warning.endswith("of the samples: thickness then does not compare. For both alike give --num-points 30.")
     line = fails(capsys, evaluate.main, [str(tmp_path / "s.npy"), *given, *"--emd exact --out".split(), "x"])
     assert "exact needs equally many points" in line
     assert "--num-points 30" in line
@@ -531,6 +531,87 @@ def test_hard_sets(name: str, tmp_path: Path) -> None:
         assert all(np.isfinite(value) for value in record["figures"].values())
         covered = sum(row["covered"] for row in record["per_reference"])
         assert covered / len(references) == pytest.approx(record["figures"]["cov_cd"])
+
+
+# Intervals and floors
+
+
+def test_figures_stand_beside_their_intervals_and_floors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Procedural references: fresh shapes of their generator, halves of them, and other points of theirs."""
+    monkeypatch.setattr(intervals, "SUBSETS", 12)
+    np.save(tmp_path / "s.npy", clouds(42, 40, 1, 0.3))
+    record = score(tmp_path / "s.npy", tmp_path / "out", "--reference", "procedural", "--emd", "none")
+    figures = {"1nna_cd", "cov_cd", "mmd_cd", "jsd", "thickness"}
+    assert record["figures"].keys() == record["intervals"].keys() == figures
+    for name, (low, high) in record["intervals"].items():
+        assert low <= record["figures"][name] <= high, name
+    prepare, held_out = Preparation("first10k", 0), open_clouds("reference", "procedural", "test", (), 42)
+    references = torch.from_numpy(prepare(held_out, 40, REFERENCES))
+    fresh = torch.from_numpy(prepare(open_clouds("fresh", "procedural", "test", (), 42), 40, FRESH))
+    again = torch.from_numpy(prepare(held_out, 40, REFERENCES, again=True))
+    assert digest(references.numpy()) == record["references"]["sha256"]
+    assert record["floors"]["fresh"] == metrics.evaluate(fresh, references, None)
+    assert record["floors"]["fresh"]["1nna_cd"] < 0.7 < record["figures"]["1nna_cd"]
+    assert record["floors"]["halves"].keys() == record["halves_intervals"].keys() == figures
+    assert record["floors"]["redrawn"] == {
+        "mmd_cd": pytest.approx(chamfer_distance(again, references).mean().item(), rel=1e-6),
+        "jsd": metrics.jensen_shannon_divergence(again, references),
+        "thickness": metrics.evaluate(again, references, None)["thickness"],
+    }
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1-NNA, CD"))
+    assert line.endswith(f"{record['floors']['fresh']['1nna_cd']:#.4g} fresh")
+
+
+def test_of_a_folder_the_floor_is_of_its_own_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With boxes fitted as they are for the figures; without other points where there are not enough."""
+    monkeypatch.setattr(intervals, "SUBSETS", 12)
+    points = clouds(40, 60, 2) * np.array([1, 2, 3], np.float32)
+    np.save(tmp_path / "s.npy", clouds(25, 30, 1))
+    np.save(tmp_path / "r.npy", points)
+    given = [tmp_path / "s.npy", tmp_path / "out", "--reference", str(tmp_path / "r.npy"), "--norm-box"]
+    record = score(*given)  # type: ignore[arg-type]
+    assert record["floors"].keys() == {"halves", "redrawn"}
+    assert record["floors"]["halves"].keys() == record["figures"].keys() == record["intervals"].keys()
+    prepare = Preparation("first10k", 0, norm_box=True)
+    first, again = (torch.from_numpy(prepare(source(points), 30, REFERENCES, again=second)) for second in (False, True))
+    assert record["floors"]["redrawn"]["mmd_cd"] == pytest.approx(
+        chamfer_distance(again, first).mean().item(), rel=1e-5
+    )
+    assert record["floors"]["redrawn"]["mmd_emd"] == pytest.approx(approx_emd(first, again).mean().item(), rel=1e-5)
+    np.save(tmp_path / "r.npy", points[:39, :59])
+    few = score(*given, "--emd", "none")  # type: ignore[arg-type]
+    assert few["floors"] == {"halves": {}}
+    assert few["intervals"]
+
+
+def test_of_a_run_on_procedural_shapes_there_are_fresh_ones(scored: Path) -> None:
+    record = json.loads((scored / "evaluation.json").read_text())
+    assert record["intervals"] == {}  # of six shapes
+    assert record["floors"].keys() == {"fresh", "redrawn"}
+    assert record["floors"]["fresh"]["mmd_cd"] < record["figures"]["mmd_cd"]
+    assert record["floors"]["redrawn"]["mmd_cd"] < record["floors"]["fresh"]["mmd_cd"]
+
+
+def test_both_splits_are_what_either_is(tmp_path: Path) -> None:
+    halves = clouds(3, 15_000, 0)
+    halves[:, 10_000:] += 0.1
+    np.save(tmp_path / "s.npy", clouds(4, 40, 1))
+    given = ["--reference", str(layout(tmp_path / "data", halves, category="02691156")), "--split"]
+    first, last, both = (score(tmp_path / "s.npy", tmp_path / s, *given, s) for s in ("first10k", "last5k", "both"))
+    assert first["other_split"] is last["other_split"] is None
+    assert (both["split"], both["other_split"]["split"]) == ("first10k", "last5k")
+    assert both["figures"] == first["figures"] != last["figures"]
+    assert both["other_split"]["figures"] == pytest.approx(last["figures"], rel=1e-6)
+    text = (tmp_path / "both" / "evaluation.html").read_text()
+    assert "With the other points of the references" in text
+    assert text.count('<tr class="mine"><th scope="row">these samples') == 2
+    more = score(tmp_path / "s.npy", tmp_path / "more", *given, "both", *"--emd none --num-points 39".split())
+    assert len(more["other_split"]["figures"]) == 5
+    np.save(tmp_path / "six.npy", clouds(2, 6000, 1))
+    six = score(tmp_path / "six.npy", tmp_path / "six", *given, "both", "--emd", "none")
+    assert six["references"]["points"] == 5000  # as many as either has
 
 
 # What is pointed out
@@ -697,7 +778,7 @@ RUN = ("sampling", "reconstructions", "bound of the priors", "Chamfer distances"
     [
         ("", False, "none", FILES),
         ("", True, "exact", (*FILES, "EMD, exact", "nearest training shapes")),
-        ("procedural", True, "approx", (*RUN, "nearest training shapes")),
+        ("procedural", True, "approx", (*RUN, "fresh shapes", "nearest training shapes")),
         ("of no class", True, "none", (*RUN[:2], "Chamfer distances", "nearest training shapes")),
     ],
 )
@@ -892,7 +973,7 @@ def test_figures_are_printed_before_anything_is_drawn_and_nothing_is_left_half_w
             evaluate.main([*args, str(out), "--seed", "1"])
         assert stop.value.code == (2 if isinstance(failure, OSError) else 130)
         printed = capsys.readouterr()
-        assert re.search(r"^1-NNA .* \d", printed.out, re.MULTILINE)
+        assert re.search(r"^1-NNA, CD .* \d", printed.out, re.MULTILINE)
         assert "evaluation.json" not in printed.out  # which is not there
         assert len(printed.err.splitlines()) == 1
     assert content(old) == before

@@ -163,6 +163,101 @@ def test_sets_of_another_shape(shape: tuple[int, ...]) -> None:
         metrics.evaluate(torch.zeros(shape), clouds(2, 4, 0))
 
 
+def loop_thickness(cloud: np.ndarray, k: int = 12) -> float:
+    """By the definition, point by point."""
+    values = []
+    for point in cloud:
+        near = cloud[np.argsort(((cloud - point) ** 2).sum(1), kind="stable")[:k]]
+        values.append(np.linalg.svd(near - near.mean(0), compute_uv=False)[2] / len(near) ** 0.5)
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("points", [12, 13, 40, 131])
+def test_thickness_is_that_of_a_loop(points: int, dtype: torch.dtype) -> None:
+    x = clouds(35, points, 1).to(dtype)  # more than are computed at a time
+    x[:, :2] = x[:, 2:4]  # coincident points
+    got = metrics.thickness(x)
+    assert got.dtype == torch.float64
+    assert got.shape == (35,)
+    expected = [loop_thickness(cloud.double().numpy()) for cloud in x[:5]]
+    np.testing.assert_allclose(got[:5], expected, rtol=1e-12)
+    assert got[34].item() == metrics.thickness(x[34:]).item()
+
+
+def test_thickness_of_planes_lines_and_few_points_is_zero() -> None:
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    flat, line = rng.normal(size=(200, 3)), rng.normal(size=(200, 3))
+    flat[:, 2], line[:, 1:] = 0, 0
+    for cloud in (flat, line, np.zeros((200, 3))):
+        moved = torch.from_numpy((cloud @ turn + np.array([3, -2, 7]))[None])
+        assert metrics.thickness(moved).item() < 1e-6
+    for points in (1, 2, 3):
+        assert metrics.thickness(clouds(1, points, 0)).item() < 1e-8
+    two = np.concatenate([flat, flat + np.array([0, 0, 100])])  # sheets so far apart that neighbours are of one
+    assert metrics.thickness(torch.from_numpy(two[None])).item() < 1e-6
+
+
+def test_thickness_grows_with_noise_around_a_plane() -> None:
+    """Dense points with normal noise around a plane: all but three of twelve degrees of freedom are noise."""
+    rng = np.random.default_rng(1)
+    for noise in (1e-4, 2e-3):
+        sheet = np.concatenate([rng.uniform(-1, 1, (4000, 2)), noise * rng.normal(size=(4000, 1))], axis=1)
+        got = metrics.thickness(torch.from_numpy(sheet[None])).item()
+        # The mean of the root of a chi-squared variable of 9 degrees of freedom is 2.918.
+        assert got == pytest.approx(noise * 2.918 / 12**0.5, rel=0.03)
+
+
+def test_thickness_within_a_ball() -> None:
+    """Neighbours of a point of a volume are uniform in a ball: of twelve, by another computation of that many balls."""
+    rng = np.random.default_rng(2)
+    count, radius = 4000, 2.0
+    points = rng.normal(size=(count, 3))
+    points *= radius * rng.uniform(size=(count, 1)) ** (1 / 3) / np.linalg.norm(points, axis=1, keepdims=True)
+    density = count / (4 / 3 * np.pi * radius**3)
+    # A Poisson process around a point of it: the volumes to its neighbours are sums of exponential ones.
+    volumes = rng.exponential(size=(4000, 11)).cumsum(axis=1) / density
+    direction = rng.normal(size=(4000, 11, 3))
+    near = direction / np.linalg.norm(direction, axis=2, keepdims=True) * np.cbrt(3 / (4 * np.pi) * volumes)[..., None]
+    near = np.concatenate([np.zeros((4000, 1, 3)), near], axis=1)
+    near -= near.mean(1, keepdims=True)
+    expected = np.linalg.svd(near, compute_uv=False)[:, 2].mean() / 12**0.5
+    got = metrics.thickness(torch.from_numpy(points[None])).item()
+    assert got == pytest.approx(expected, rel=0.05)  # at the ball's surface neighbours are further away
+
+
+def test_thickness_is_a_ratio_of_medians_whatever_place_size_and_turn() -> None:
+    a, b = clouds(5, 60, 1).double(), clouds(4, 60, 2, 0.05).double()
+    values = metrics.thickness(a), metrics.thickness(b)
+    ratio = metrics.thickness_ratio(*values)
+    assert ratio == np.median(values[0]) / np.median(values[1])
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    moved = [3.5 * x @ turn + torch.tensor([1.0, -2, 5]) for x in (a, b)]
+    assert metrics.thickness_ratio(*map(metrics.thickness, moved)) == pytest.approx(ratio, rel=1e-9)
+    assert metrics.thickness(moved[0]).numpy() == pytest.approx(3.5 * values[0].numpy(), rel=1e-9)
+    assert metrics.evaluate(a.float(), b.float(), None)["thickness"] == pytest.approx(ratio, rel=1e-5)
+    zero = torch.zeros(2)
+    assert metrics.thickness_ratio(zero, zero) == 1
+    assert metrics.thickness_ratio(zero, values[0]) == 0
+    assert metrics.thickness_ratio(values[0], zero) == np.inf
+
+
+def test_figures_of_some_clouds_are_those_of_these_clouds() -> None:
+    a, b = clouds(9, 20, 1), clouds(8, 20, 2)
+    i, j = np.array([7, 0, 3]), np.array([1, 6, 2, 5])
+
+    def compared(x: Tensor, y: Tensor) -> metrics.Comparison:
+        distances = {name: metrics.all_distances(x, y, kind) for name, kind in metrics.kinds("approx").items()}
+        return metrics.Comparison(distances, metrics.Measures.of(x), metrics.Measures.of(y))
+
+    whole = compared(a, b)
+    assert whole.figures() == metrics.evaluate(a, b)
+    assert whole.some(i, j).figures() == pytest.approx(metrics.evaluate(a[i], b[j]), rel=1e-6)
+    apart = whole.among_references().some(j, np.array([0, 7, 4]))
+    assert apart.figures() == pytest.approx(metrics.evaluate(b[j], b[[0, 7, 4]]), rel=1e-6)
+
+
 @pytest.mark.parametrize(("samples", "references"), [(1, 1), (2, 3), (3, 3), (1, 4)])
 def test_chance_accuracy_is_the_mean_over_all_labellings(samples: int, references: int) -> None:
     """Whatever the clouds, drawing which of them are the samples by lot gives the chance level on average."""

@@ -273,27 +273,40 @@ def test_the_page_says_what_the_record_says(made: Made) -> None:
 def test_every_tile_shows_its_figure(made: Made) -> None:
     record = made.changed()
     record["figures"] = figures = {name: 1 / (3 + i) for i, name in enumerate(record["figures"])}
+    record["intervals"] = {"1nna_cd": [0.3, 0.4]}
+    record["floors"] = {"fresh": {"1nna_cd": 0.25}, "halves": {"cov_cd": 0.5, "1nna_cd": 0.45}, "redrawn": {}}
     html = made.again(record)
     shown, best = {name: f"{value:#.4g}" for name, value in figures.items()}, f"{record['chance_1nna']:.3f} is best"
-    assert re.findall(r'<div class="tile">(.*?)<b>(.*?)</b><small>(.*?)</small></div>', html) == [
-        ("1-NNA, CD", shown["1nna_cd"], best),
-        ("1-NNA, EMD", shown["1nna_emd"], best),
-        ("COV, CD", shown["cov_cd"], "higher is better"),
-        ("COV, EMD", shown["cov_emd"], "higher is better"),
-        ("MMD, CD", shown["mmd_cd"], "lower is better"),
-        ("JSD", shown["jsd"], "lower is better"),
+    lines = "<small>95%: 0.300 to 0.400</small><small>floor 0.250</small>"
+    assert re.findall(r'<div class="tile">(.*?)<b>(.*?)</b>(.*?)</div>', html) == [
+        ("1-NNA, CD", shown["1nna_cd"], f"{lines}<small>{best}</small>"),
+        ("1-NNA, EMD", shown["1nna_emd"], f"<small>{best}</small>"),
+        ("COV, CD", shown["cov_cd"], "<small>floor 0.500</small><small>higher is better</small>"),
+        ("COV, EMD", shown["cov_emd"], "<small>higher is better</small>"),
+        ("MMD, CD", shown["mmd_cd"], "<small>lower is better</small>"),
+        ("thickness", shown["thickness"], "<small>1 is best</small>"),
     ]
     table = section(html, "figures")
     for kind, name in (("1nna", "1-NNA"), ("cov", "COV"), ("mmd", "MMD")):
-        assert cells(table, name)[:2] == [shown[f"{kind}_cd"], shown[f"{kind}_emd"]]
-    assert cells(table, "JSD")[:2] == [shown["jsd"], ""]
+        for distance, words in (("cd", "CD"), ("emd", "EMD approx")):
+            assert cells(table, f"{name}, {words}")[0] == shown[f"{kind}_{distance}"]
+    assert cells(table, "1-NNA, CD")[1:3] == ["0.300 to 0.400", "0.2500<small>fresh</small>"]
+    assert cells(table, "COV, CD")[1:3] == ["", "0.5000<small>halves</small>"]
+    assert cells(table, "1-NNA, EMD approx")[1:] == ["", ""]
+    assert cells(table, "JSD")[0] == shown["jsd"]
+    for words in (
+        "Floor, fresh: other shapes of the",
+        "Floor, halves: one half of the references against the other, 5 each",
+    ):
+        assert words in unescape(table)
+    assert "redrawn" not in table
     record["figures"] |= {"jsd": 0.0}
     assert cells(section(made.again(record), "figures"), "JSD")[0] == "0"
 
 
 def test_the_best_1nna_is_one_number_everywhere(made: Made) -> None:
     best = f"{made.record['chance_1nna']:.3f}"
-    assert made.text.count(f"{best} is best") == 3  # two tiles and the table
+    assert made.text.count(f"{best} is best") == 4  # two tiles and two rows of the table
     assert f"drawn from one source give {best}" in made.text
     assert "0.5 is best" not in made.text
     assert "50 is best" not in made.text

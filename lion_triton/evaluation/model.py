@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from lion_triton import metrics
@@ -87,19 +87,20 @@ class ScoredRun:
         emd: metrics.EMD | None,
         seed: int,
         bar: Bar,
-    ) -> dict[str, float]:
-        """Reconstruction of the references (``points``, as ``Preparation`` makes them without a box), and the bound of
-        the priors on their latents; without the latter where the run's classes are not those of the references, and NaN
-        where the VAE does not return numbers."""
+    ) -> dict[str, Float64[Array, " R"]]:
+        """Reconstruction of each reference (``points``, as ``Preparation`` makes them without a box), and the bound of
+        the priors on its latents; without the latter where the run's classes are not those of the references, and one
+        NaN where the VAE does not return numbers."""
         normalised, device = self.network_units(points), self.lion.z_mean.device
         with bar("reconstructions", 2 * len(points), "cloud") as shown:
             rebuilt = reconstruct(
                 self.lion, normalised, self.run.normalization, self.run.config.mixed_precision, progress=shown.update
             )
             if not np.isfinite(rebuilt.points).all():
-                return {"reconstruction_cd": math.nan}
+                return {"reconstruction_cd": np.array([math.nan])}
             x, y = (torch.from_numpy(clouds).to(device) for clouds in (rebuilt.points, points))
-            scores = metrics.reconstruction(x, y, emd, progress=shown.update)
+            rebuilds = metrics.reconstructions(x, y, emd, progress=shown.update)
+        scores = {name: of.cpu().numpy() for name, of in rebuilds.items()}
         if not self.bounded(references):
             return scores
         parts = []
@@ -109,14 +110,14 @@ class ScoredRun:
                 shown.update(len(batch))
             latents = Posterior(*(torch.cat([getattr(p, f) for p in parts]) for f in ("z", "h_mu", "h_log_sigma")))
             labels = self.labels(references)
-            bound = metrics.prior_bound(
+            bounds = metrics.prior_bounds(
                 self.lion,
                 latents,
                 torch.tensor([seed, 0], device=device),
                 None if labels is None else torch.from_numpy(labels).to(device),
                 progress=shown.update,
             )
-        return scores | {f"bound_{name}": value for name, value in asdict(bound).items()}
+        return scores | {f"bound_{name}": of.numpy() for name, of in bounds.items()}
 
     def bounded(self, references: Clouds) -> bool:
         """Whether the priors can be asked about these references: a class-conditional one must know their classes."""

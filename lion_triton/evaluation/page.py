@@ -15,16 +15,29 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from lion_triton.evaluation import floors
 from lion_triton.evaluation.galleries import SHOWN, data_uri, galleries
 from lion_triton.evaluation.histogram import histogram
+from lion_triton.evaluation.intervals import FEWEST, LEVEL
 from lion_triton.evaluation.phases import Bar
-from lion_triton.evaluation.published import REFERENCES
-from lion_triton.evaluation.table import NAMES, PUBLISHED, many, number, own_row
+from lion_triton.evaluation.published import REFERENCES, deviation
+from lion_triton.evaluation.table import (
+    PUBLISHED,
+    floors_explained,
+    interval,
+    kind_of,
+    label,
+    many,
+    number,
+    own_rows,
+    rows,
+)
 from lion_triton.metrics import chance_accuracy
 
 _BEST = {
     "1nna": "{chance_1nna:.3f} is best",
     "cov": "higher is better",
+    "thickness": "1 is best",
     "reconstruction_f_score": "higher is better",
 }
 _MEANING = {
@@ -35,6 +48,8 @@ _MEANING = {
     "mmd": "Is there something like every reference? The mean distance from each reference to its nearest sample.",
     "jsd": "Do both sets fill the same space? Jensen-Shannon divergence, in bits, of where their points lie on a grid "
     "of 28 points a side within the sphere of radius 0.5.",
+    "thickness": "Are surfaces crisp? How far the 12 nearest points of a point lie from their best plane: the median "
+    "of samples over that of references. Above 1, surfaces are fuzzy.",
     "reconstruction_cd": "References encoded and decoded: Chamfer distance to the original.",
     "reconstruction_emd": "References encoded and decoded: EMD to the original.",
     "reconstruction_f_score": "References encoded and decoded: how much of either cloud has a point of the other near, "
@@ -80,6 +95,7 @@ def render(
     cards = galleries(record, samples, references, training, bar)
     sections = [
         ("figures", "Figures", _figures(record)),
+        ("split", "With the other points of the references", _other_split(record)),
         ("published", f"Beside published figures: {record['category']}", _published(record)),
         ("sets", "The two sets", _sets(record)),
         ("memorising", "Check against memorising", _memorising(record, cards)),
@@ -132,11 +148,16 @@ def _remarks(kind: str, remarks: Sequence[str]) -> str:
 def _tiles(record: Mapping[str, Any]) -> str:
     """Four tiles, or six with EMD: they fill rows of two, three, four and six."""
     figures, tiles = record["figures"], []
-    for name in ("1nna_cd", "1nna_emd", "cov_cd", "cov_emd", "mmd_cd", "jsd"):
+    for name in ("1nna_cd", "1nna_emd", "cov_cd", "cov_emd", "mmd_cd", "thickness"):
         if name in figures:
-            kind, _, distance = name.partition("_")
-            label, best = NAMES[kind] + f", {distance.upper()}" * bool(distance), _best(kind, record)
-            tiles.append(f'<div class="tile">{label}<b>{number(figures[name])}</b><small>{best}</small></div>')
+            title, _, distance = label(name, record).partition(" EMD ")
+            found = floors.floor(record, name)
+            ends = record["intervals"].get(name)
+            under = ["" if ends is None else f"{LEVEL:.0%}: {interval(ends)}"]
+            under.append("" if found is None else f"floor {number(found[1], 3)}")
+            lines = "".join(f"<small>{line}</small>" for line in (*under, _best(kind_of(name), record)) if line)
+            title += " EMD" if distance else ""
+            tiles.append(f'<div class="tile">{title}<b>{number(figures[name])}</b>{lines}</div>')
     return f'<div class="tiles{" four" if len(tiles) == 4 else ""}">{"".join(tiles)}</div>'
 
 
@@ -155,43 +176,70 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[str], kind: str = "
 
 
 def _figures(record: Mapping[str, Any]) -> str:
-    figures, emd = record["figures"], record["emd"]
-    columns = ["cd"] if emd == "none" else ["cd", "emd"]
-    rows: list[tuple[str, list[float | None]]] = []
-    rows += [(kind, [figures[f"{kind}_{column}"] for column in columns]) for kind in ("1nna", "cov", "mmd")]
-    rows += [(kind, [figures[kind]]) for kind in NAMES if kind in figures]
-    body = (
-        f'<tr><th scope="row">{NAMES[kind]}<small>{_best(kind, record)}</small></th>'
-        + "".join(f'<td class="number">{number(value)}</td>' for value in values)
-        + "<td></td>" * (len(columns) - len(values))
-        + f'<td class="meaning">{escape(_MEANING[kind].format_map(record))}</td></tr>'
-        for kind, values in rows
-    )
-    head = ["figure", "#CD", *([f"#EMD, {emd}"] if emd != "none" else []), "what it says"]
+    figures, emd, body = record["figures"], record["emd"], []
+    for name in rows(figures):
+        kind, found = kind_of(name), floors.floor(record, name)
+        floor = "" if found is None else f"{number(found[1])}<small>{found[0]}</small>"
+        both = f"{kind}_emd" in figures
+        meaning = escape(_MEANING[kind].format_map(record))
+        body.append(
+            f'<tr><th scope="row">{label(name, record)}<small>{_best(kind, record)}</small></th>'
+            f'<td class="number">{number(figures[name])}</td>'
+            f'<td class="number">{interval(record["intervals"].get(name))}</td><td class="number">{floor}</td>'
+            + ("" if name == f"{kind}_emd" else f'<td class="meaning" rowspan="{1 + both}">{meaning}</td>')
+            + "</tr>"
+        )
+    head = ["figure", "#value", f"#{LEVEL:.0%} interval", "#floor", "what it says"]
     others = "normalisation or split" if emd == "none" else "normalisation, split or EMD"
+    sizes = [record[name]["clouds"] for name in ("samples", "references")]
     return (
-        _table("Figures", head, body, "explained" if emd == "none" else "explained emd")
+        _table("Figures", head, body, "explained")
         + "<p>CD is the Chamfer distance: the mean over the points of one cloud of the squared distance to the nearest "
         f"point of the other, plus the same the other way round.{_EMD[emd]} Figures with another "
-        f"{others} do not compare with these.</p>"
+        f"{others} do not compare with these.</p><p>{escape(_intervals(record, *sizes))}</p>"
+        + "".join(f"<p>Floor, {escape(words)}.</p>" for words in floors_explained(record))
     )
+
+
+def _intervals(record: Mapping[str, Any], samples: int, references: int) -> str:
+    if not record["intervals"]:
+        return f"There are no intervals for sets of fewer than {FEWEST} shapes."
+    return (
+        "The interval is where other samples and references of the same sources would have the figure, "
+        f"{LEVEL:.0%} of the time; it comes from comparing a quarter of either set many times. Were all clouds "
+        f"independent, the standard deviation of a 1-NNA of 0.5 would be {deviation(samples + references):.3f} with "
+        f"{samples} and {references} of them."
+    )
+
+
+def _other_split(record: Mapping[str, Any]) -> str:
+    other = record["other_split"]
+    if other is None:
+        return ""
+    body = (
+        f'<tr><th scope="row">{label(name, record)}</th><td class="number">{number(record["figures"][name])}</td>'
+        f'<td class="number">{number(other["figures"][name])}</td></tr>'
+        for name in rows(other["figures"])
+    )
+    return _table("Both splits", ["figure", f"#{record['split']}", f"#{other['split']}"], body)
 
 
 def _published(record: Mapping[str, Any]) -> str:
     if not record["published"]:
         return ""
-    theirs = REFERENCES[record["category"]]
+    theirs, own = REFERENCES[record["category"]], own_rows(record)
     rows = (
-        f'<tr class="{"mine" if i == 0 else ""}"><th scope="row">{escape(row["method"])}</th>'
+        f'<tr class="{"mine" if row in own else ""}"><th scope="row">{escape(row["method"])}</th>'
         + "".join(f'<td class="number">{"&ndash;" if row[n] is None else f"{row[n]:.2f}"}</td>' for n in PUBLISHED)
         + f'<td class="loose">{escape(row["split"])}</td></tr>'
-        for i, row in enumerate([own_row(record), *record["published"]])
+        for row in (*own, *record["published"])
     )
     head = ["method", "#1-NNA, CD", "#1-NNA, EMD", "#COV, CD", "#COV, EMD", "split"]
     return (
         f"<p>In per cent. Of 1-NNA {100 * record['chance_1nna']:.1f} is best for these samples and "
         f"{100 * chance_accuracy(theirs, theirs):.1f} for the published sets; of COV higher is better. The split says "
-        f"which points of the references were compared.</p>{_table('Published figures', head, rows)}"
+        f"which points of the references were compared. A 1-NNA near 50 of {theirs} shapes against as many has a "
+        f"standard deviation of {100 * deviation(2 * theirs):.1f} or more.</p>{_table('Published figures', head, rows)}"
         f'<p class="soft">{escape(record["published_source"])}.</p>'
     )
 

@@ -9,6 +9,7 @@ rows, and those of methods that generate meshes, are left out too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SOURCE = "Zeng et al. 2022 (LION), Table 1, and Mo et al. 2023 (DiT-3D), Table 1: ShapeNet of PointFlow, 2048 points, "
@@ -18,6 +19,12 @@ SPLITS = {"LION": "first10k"}
 OTHER_SPLIT = "mostly last5k"
 POINTS = 2048  # of each cloud
 REFERENCES = {"airplane": 405, "chair": 662, "car": 352}
+
+
+def deviation(clouds: int) -> float:
+    """The standard deviation of a 1-NNA of 0.5 over so many clouds in all, were they independent: that of throws of a
+    coin. 405 samples against 405 references have 0.018; nearest neighbours of each other make it more."""
+    return 0.5 / math.sqrt(clouds)
 
 
 @dataclass(frozen=True)

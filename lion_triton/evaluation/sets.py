@@ -24,11 +24,12 @@ TENSOR_SUFFIXES = frozenset({".pt", ".pth"})
 LARGEST = 1e9  # coordinates beyond have squared distances that float32 cannot hold
 
 # Streams of random numbers; those of ``data`` are 0 to 2.
-SAMPLES, REFERENCES, TRAINING, FLOOR, SCREEN, FEWER = range(3, 9)
+SAMPLES, REFERENCES, TRAINING, FLOOR, SCREEN, FEWER, FRESH, SHAPES = range(3, 11)
 
 Array = np.ndarray
 T = TypeVar("T")
 Split = Literal["first10k", "last5k"]
+OTHER_SPLIT: dict[Split, Split] = {"first10k": "last5k", "last5k": "first10k"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class CloudSet:
     # to leave them.
     bare: bool = False
     mean_std: tuple[Float32[Array, "#N 3"], float] | None = None
+    generated: bool = False  # procedural shapes, of which there are as many more as one likes
 
     def __len__(self) -> int:
         return len(self.clouds)
@@ -75,16 +77,16 @@ class CloudSet:
 
 def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str] = (), count: int = 0) -> CloudSet:
     """The clouds at ``path``: a folder <category>/<subset>/<id>.npy, of which ``categories`` can be chosen; a folder
-    of clouds, a .npy, .npz or .pt of (S, P, 3), or "procedural": ``count`` of those.
+    of clouds, a .npy, .npz or .pt of (S, P, 3), or "procedural": ``count`` of those, others for each option.
 
     Raises:
         ValueError: nothing there, or no set of clouds; a cloud in memory that is not finite, by its index.
     """
     if path == "procedural" and option != "samples":
-        kind = "train" if option == "training" else "held_out"
+        kind = {"training": "train", "fresh": "fresh"}.get(option, "held_out")
         _no_categories(option, categories, "the procedural shapes are")
         clouds = procedural_clouds(count, PROCEDURAL_POINTS, PROCEDURAL_SEEDS[kind])
-        return CloudSet(option, f"procedural shapes, {kind.replace('_', '-')}", clouds)
+        return CloudSet(option, f"procedural shapes, {kind.replace('_', '-')}", clouds, generated=True)
     where = Path(path)
     if (where / "clouds.npz").is_file():  # of lion_triton.sample
         where = where / "clouds.npz"
@@ -245,10 +247,15 @@ class Preparation:
         return len(range(points)[self.part(points)])
 
     def draw(
-        self, cloud: Float32[Array, "P 3"], num_points: int, rng: np.random.Generator
+        self, cloud: Float32[Array, "P 3"], num_points: int, rng: np.random.Generator, *, again: bool = False
     ) -> Float32[Array, "num_points 3"]:
-        """Points drawn without replacement, or with it where there are too few; all, as they are, if just so many."""
+        """Points drawn without replacement, or with it where there are too few; all, as they are, if just so many.
+
+        again: of the points that this generator would not draw otherwise, of which there must be as many.
+        """
         part = cloud[self.part(len(cloud))]
+        if again:
+            part = np.delete(part, rng.choice(len(part), num_points, replace=False), axis=0)
         if len(part) != num_points:
             part = part.take(rng.choice(len(part), num_points, replace=len(part) < num_points), axis=0)
         if self.normalization is not None:
@@ -262,8 +269,14 @@ class Preparation:
         return np.random.default_rng((self.seed, stream, i))
 
     def __call__(
-        self, source: CloudSet, num_points: int, stream: int, indices: Iterable[int] | None = None
+        self,
+        source: CloudSet,
+        num_points: int,
+        stream: int,
+        indices: Iterable[int] | None = None,
+        *,
+        again: bool = False,
     ) -> Float32[Array, "K num_points 3"]:
-        """The clouds ``indices``, or all. Raises what reading them raises."""
+        """The clouds ``indices``, or all; see ``draw``. Raises what reading them raises."""
         chosen = range(len(source)) if indices is None else indices
-        return np.stack([self.draw(source[i], num_points, self.rng(stream, i)) for i in chosen])
+        return np.stack([self.draw(source[i], num_points, self.rng(stream, i), again=again) for i in chosen])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lion_triton.evaluation import floors
+from lion_triton.evaluation.intervals import LEVEL
+from lion_triton.evaluation.published import REFERENCES, deviation
 
 NAMES = {
     "1nna": "1-NNA",
     "cov": "COV",
     "mmd": "MMD",
     "jsd": "JSD",
+    "thickness": "thickness",
     "reconstruction_cd": "reconstruction, CD",
     "reconstruction_emd": "reconstruction, EMD",
     "reconstruction_f_score": "reconstruction, F-score",
@@ -34,19 +39,67 @@ def render(record: Mapping[str, Any]) -> str:
     for kind in ("warning", "note"):
         for text in record[f"{kind}s"]:
             lines += _wrapped(f"{kind:<12}{text}")
-    emd = record["emd"]
-    lines += ["", f"{'':26}{'CD':>10}" + (f"{f'EMD, {emd}':>14}" if emd != "none" else "")]
-    for name, best in (("1nna", f"best {record['chance_1nna']:.3f}"), ("cov", "high"), ("mmd", "low")):
-        line = f"{NAMES[name]:<14}{best:<12}{number(figures[f'{name}_cd']):>10}"
-        lines.append(line + (f"{number(figures[f'{name}_emd']):>14}" if emd != "none" else ""))
-    lines.append(f"{'JSD':<14}{'low':<12}{number(figures['jsd']):>10}")
-    for name, value in figures.items():
-        if name.startswith(("reconstruction", "bound")):
-            lines.append(f"{NAMES[name]:<26}{number(value):>10}" + (" nats/dim" if name.startswith("bound") else ""))
+    lines += ["", f"{'':<26}{'best':>6}{'figure':>11}  {f'{LEVEL:.0%} interval':<22}floor"]
+    for name in rows(figures):
+        floor = floors.floor(record, name)
+        beside = "" if floor is None else f"{number(floor[1])} {floor[0]}"
+        line = f"{label(name, record):<26}{best(name, record):>6}{number(figures[name]):>11}  "
+        ends = interval(record["intervals"].get(name)) + " nats/dim" * name.startswith("bound")
+        lines.append(f"{line}{ends.strip():<22}{beside}".rstrip())
+    lines += [line for words in floors_explained(record) for line in _wrapped(f"{'floor':<12}{words}")]
+    lines += _other_split(record)
     lines += ["", "distance to the nearest other cloud of the set, of equally many of either (median Chamfer)"]
     others = {name: s["nearest_other"] for name, s in sets.items()}
     lines += [f"  {name:<24}{'-' if value is None else number(value):>10}" for name, value in others.items()]
     return "\n".join(lines + _memorising(record) + _published(record))
+
+
+def rows(figures: Mapping[str, Any]) -> list[str]:
+    """The figures in the order in which they are shown: as NAMES has them, by Chamfer distance first."""
+    return sorted(figures, key=lambda name: (list(NAMES).index(kind_of(name)), name))
+
+
+def kind_of(name: str) -> str:
+    """Of "1nna_cd" and "1nna_emd" the former part; others are one of a kind."""
+    return name if name in NAMES else name.partition("_")[0]
+
+
+def label(name: str, record: Mapping[str, Any]) -> str:
+    """What a figure is called."""
+    distance = {"cd": ", CD", "emd": f", EMD {record['emd']}"}
+    return NAMES[name] if name in NAMES else NAMES[kind_of(name)] + distance[name.partition("_")[2]]
+
+
+def best(name: str, record: Mapping[str, Any]) -> str:
+    """Which value of a figure is best, in a word."""
+    words = {"1nna": f"{record['chance_1nna']:.3f}", "thickness": "1", "cov": "high", "reconstruction_f_score": "high"}
+    return words.get(kind_of(name), "low")
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """The ends of an interval, if there is one."""
+    return "" if ends is None else f"{number(ends[0], 3)} to {number(ends[1], 3)}"
+
+
+def _other_split(record: Mapping[str, Any]) -> list[str]:
+    other = record["other_split"]
+    if other is None:
+        return []
+    return ["", *_wrapped(f"{other['split']:<12}{_in_a_line(other['figures'], record)}")]
+
+
+def _in_a_line(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    return "; ".join(f"{label(name, record)} {number(figures[name])}" for name in rows(figures))
+
+
+def floors_explained(record: Mapping[str, Any]) -> list[str]:
+    """What the floors are, of a kind each: of those that stand beside figures, and of all the last one's figures."""
+    shown = {found[0] for name in record["figures"] if (found := floors.floor(record, name))}
+    half, redrawn = record["references"]["clouds"] // 2, record["floors"].get("redrawn")
+    words = [f"{kind}: {text.format(half=half)}" for kind, text in floors.KINDS.items() if kind in shown - {"redrawn"}]
+    if redrawn:
+        words.append(f"redrawn: {floors.KINDS['redrawn']}: {_in_a_line(redrawn, record)}")
+    return words
 
 
 def _wrapped(line: str) -> list[str]:
@@ -87,8 +140,11 @@ def _published(record: Mapping[str, Any]) -> list[str]:
     if not record["published"]:
         return []
     lines = ["", *_wrapped(f"{'published':<12}{record['category']}, in per cent; {record['published_source']}")]
+    theirs = REFERENCES[record["category"]]
+    words = f"a 1-NNA near 50 of {theirs} shapes against as many has a standard deviation of"
+    lines += _wrapped(f"{'':12}{words} {100 * deviation(2 * theirs):.1f} or more")
     lines.append(f"  {'':<16}{'1-NNA, CD':>11}{'EMD':>8}{'COV, CD':>10}{'EMD':>8}  split")
-    for row in (own_row(record), *record["published"]):
+    for row in (*own_rows(record), *record["published"]):
         cells = ("-" if row[name] is None else f"{row[name]:.2f}" for name in PUBLISHED)
         widths = (11, 8, 10, 8)
         values = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -96,8 +152,11 @@ def _published(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def own_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """These samples as a published row; published EMD is approximate, any other is left out."""
-    emd = record["emd"]
-    own = {n: None if n.endswith("emd") and emd != "approx" else 100 * record["figures"][n] for n in PUBLISHED}
-    return {"method": "these samples", **own, "split": record["split"]}
+def own_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """These samples as published rows, one for each split; published EMD is approximate, any other is left out."""
+    emd, found = record["emd"], []
+    for of in ({"split": record["split"], "figures": record["figures"]}, record["other_split"]):
+        if of is not None:
+            own = {n: None if n.endswith("emd") and emd != "approx" else 100 * of["figures"][n] for n in PUBLISHED}
+            found.append({"method": "these samples", **own, "split": of["split"]})
+    return found

@@ -21,6 +21,9 @@ NAMES = {
     "cov_cd": "COV, Chamfer distance",
     "cov_emd": "COV, EMD",
     "jsd": "JSD",
+    "thickness": "thickness of surfaces, of samples over references",
+    "thickness_generated": "thickness of surfaces, of generated over held-out shapes",
+    "thickness_fresh": "thickness of surfaces, of fresh shapes over held-out ones",
 }
 
 

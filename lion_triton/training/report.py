@@ -41,6 +41,12 @@ def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, fl
     return figures
 
 
+def thicknesses(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
+    """``metrics.thickness_ratio`` of each set of clouds to the references."""
+    of = {name: metrics.thickness(torch.from_numpy(clouds)) for name, clouds in {**sets, "": references}.items()}
+    return {name: metrics.thickness_ratio(of[name], of[""]) for name in sets}
+
+
 def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:
     """The trivial generator: clouds of as many points drawn from one Gaussian with the points' mean and covariance."""
     flat = clouds.reshape(-1, 3).astype(np.float64)
@@ -71,6 +77,7 @@ def final(
         "kl_z_nats": rebuilt.kl_z,
         "active_z_dimensions": rebuilt.active_dimensions,
         **{f"1nna_cd_{name}": value for name, value in accuracies.items()},
+        **{f"thickness_{name}": value for name, value in thicknesses(sets, references).items()},
     }
     record = {"held_out_shapes": count, "points": int(references.shape[1]), **figures}
     write_text(run.folder / "figures.json", json.dumps(record, indent=2) + "\n")
@@ -86,6 +93,8 @@ def final(
     if fresh is not None:
         print(f"    fresh shapes of the generator   {figures['1nna_cd_fresh']:.3f}")
     print(f"    Gaussian clouds                 {figures['1nna_cd_gaussian']:.3f}")
+    floor = "" if fresh is None else f", fresh shapes {figures['thickness_fresh']:.2f}"
+    print(f"  thickness of surfaces             {figures['thickness_generated']:.2f} (held-out shapes 1{floor})")
     if rebuilt.kl_z < 1.0:
         print("  The shape latent has collapsed (KL below 1 nat): lower vae.lambda-z or raise vae.lambda-h.")
     print(f"  pictures: {run.samples / 'overview.png'} and beside it; figures: {run.folder / 'figures.json'}")

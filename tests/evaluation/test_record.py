@@ -331,12 +331,16 @@ def test_published_rows_are_those_of_shapenet_in_its_own_units(tmp_path: Path) -
 
 def test_ones_own_row_is_in_per_cent_and_its_emd_approximate() -> None:
     figures = {"1nna_cd": 0.5, "1nna_emd": 0.625, "cov_cd": 0.25, "cov_emd": 0.125, "mmd_cd": 1.0}
-    full: dict[str, Any] = {"emd": "approx", "figures": figures, "split": "last5k"}
+    full: dict[str, Any] = {"emd": "approx", "figures": figures, "split": "last5k", "other_split": None}
     expected = {"method": "these samples", "1nna_cd": 50, "1nna_emd": 62.5, "cov_cd": 25, "cov_emd": 12.5}
-    assert table.own_row(full) == expected | {"split": "last5k"}
+    assert table.own_rows(full) == [expected | {"split": "last5k"}]
     for emd in ("exact", "none"):
-        row = table.own_row(full | {"emd": emd, "figures": {k: figures[k] for k in ("1nna_cd", "cov_cd")}})
+        (row,) = table.own_rows(full | {"emd": emd, "figures": {k: figures[k] for k in ("1nna_cd", "cov_cd")}})
         assert row == expected | {"1nna_emd": None, "cov_emd": None, "split": "last5k"}
+    other = {"split": "first10k", "figures": {name: value / 2 for name, value in figures.items()}}
+    both = table.own_rows(full | {"other_split": other})
+    assert [row["split"] for row in both] == ["last5k", "first10k"]
+    assert both[1]["1nna_emd"] == 31.25
 
 
 TABLE = """
@@ -347,15 +351,24 @@ split       first10k
 warning     Odd.
 note        Known.
 
-                                  CD   EMD, approx
-1-NNA         best 0.498      0.7500        0.8750
-COV           high            0.1250       0.06250
-MMD           low           0.001200      0.003400
-JSD           low            0.09876
-reconstruction, CD         0.0002100
-reconstruction, F-score       0.5000
-bound of the shape prior       1.500 nats/dim
-bound of both priors      not finite nats/dim
+                            best     figure  95% interval          floor
+1-NNA, CD                  0.498     0.7500  0.700 to 0.812        0.4600 fresh
+1-NNA, EMD approx          0.498     0.8750                        0.4980 halves
+COV, CD                     high     0.1250                        0.6000 fresh
+COV, EMD approx             high    0.06250
+MMD, CD                      low   0.001200                        0.0009000 fresh
+MMD, EMD approx              low   0.003400                        0.0002000 redrawn
+JSD                          low    0.09876
+thickness                      1      1.380  1.30 to 1.46
+reconstruction, CD           low  0.0002100
+reconstruction, F-score     high     0.5000
+bound of the shape prior     low      1.500  1.49 to 1.51 nats/dim
+bound of both priors         low not finite  nats/dim
+floor       fresh: other shapes of the references' generator, as many as there are samples
+floor       halves: one half of the references against the other, 20 each: means over halves drawn by lot
+floor       redrawn: the same references with other points: MMD, CD 0.0001000; MMD, EMD approx 0.0002000
+
+last5k      1-NNA, CD 0.7000; 1-NNA, EMD approx 0.8000; COV, CD 0.1000; COV, EMD approx 0.05000
 
 distance to the nearest other cloud of the set, of equally many of either (median Chamfer)
   samples                    0.02000
@@ -368,8 +381,10 @@ distance to the nearest training shape (median Chamfer)
   as near to a training shape as two draws of its points are: 4 of 50 samples and 3 of 40 references
 
 published   chair, in per cent; a table
+            a 1-NNA near 50 of 662 shapes against as many has a standard deviation of 1.4 or more
                     1-NNA, CD     EMD   COV, CD     EMD  split
   these samples         75.00   87.50     12.50    6.25  first10k
+  these samples         70.00   80.00     10.00    5.00  last5k
   PVD                   56.26   53.32         -       -  mostly last5k"""
 
 
@@ -385,8 +400,18 @@ def test_the_table_says_everything() -> None:
         "chance_1nna": 0.498,
         "figures": {
             **{"1nna_cd": 0.75, "1nna_emd": 0.875, "cov_cd": 0.125, "cov_emd": 0.0625},
-            **{"mmd_cd": 0.0012, "mmd_emd": 0.0034, "jsd": 0.09876},
+            **{"mmd_cd": 0.0012, "mmd_emd": 0.0034, "jsd": 0.09876, "thickness": 1.38},
             **{"reconstruction_cd": 0.00021, "reconstruction_f_score": 0.5, "bound_shape": 1.5, "bound_joint": None},
+        },
+        "intervals": {"1nna_cd": [0.7, 0.8123], "thickness": [1.3, 1.46], "bound_shape": [1.49, 1.51]},
+        "floors": {
+            "fresh": {"1nna_cd": 0.46, "cov_cd": 0.6, "mmd_cd": 0.0009, "cov_emd": None},
+            "halves": {"1nna_cd": 0.498, "1nna_emd": 0.498},
+            "redrawn": {"mmd_cd": 0.0001, "mmd_emd": 0.0002},
+        },
+        "other_split": {
+            "split": "last5k",
+            "figures": {"1nna_cd": 0.7, "1nna_emd": 0.8, "cov_cd": 0.1, "cov_emd": 0.05},
         },
         "memorising": {
             **{"samples_median": 0.011, "references_median": 0.022, "samples_nearer_than_any_reference": 9},
@@ -399,10 +424,11 @@ def test_the_table_says_everything() -> None:
     }
     assert table.render(full) == TABLE
     figures = {name: value for name, value in full["figures"].items() if not name.endswith("emd")}
-    less = full | {"emd": "none", "figures": figures, "published": []}
+    less = full | {"emd": "none", "figures": figures, "published": [], "floors": {}, "other_split": None}
     short = table.render(less)
     assert "EMD" not in short
     assert "per cent" not in short
+    assert "fresh" not in short
     assert "training" not in table.render(less | {"memorising": None})
 
 
