@@ -337,8 +337,8 @@ def test_missing_packages_are_told_from_failures() -> None:
 def test_a_step_is_stopped_at_its_limit_and_its_status_kept() -> None:
     start = time.monotonic()
     assert gpu.step("sleep", [sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
-    assert time.monotonic() - start < 5
-    assert gpu.step("status", [sys.executable, "-c", "raise SystemExit(3)"], 20) == 3
+    assert time.monotonic() - start < 30
+    assert gpu.step("status", [sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
 
 
 def test_make_gpu_says_so_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ WITHOUT_A_GPU = """
 import torch
 from unittest.mock import patch
 from triton.runtime.jit import JITFunction
-from lion_triton.kernels import _checks, census, gather
+from lion_triton.kernels import _checks, census, gather, neighborhood
 
 def refuse(self, *args, **kwargs):
     raise AssertionError("waits for the device")
@@ -29,7 +29,7 @@ def refuse(self, *args, **kwargs):
 for name in "item tolist numpy cpu nonzero unique __bool__ __int__ __float__ __index__ masked_select".split():
     setattr(torch.Tensor, name, refuse)
 
-gather.check_gather = lambda *args: None  # looks at indices on a CPU only
+gather.check_gather = neighborhood.check_gather = lambda *args: None  # looks at indices on a CPU only
 launches = 0
 
 def skip(self, *args, **kwargs):
