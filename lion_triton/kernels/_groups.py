@@ -20,7 +20,7 @@ from lion_triton.kernels._triton import tl, triton
 # a cloud's result may therefore depend on the size of its batch.
 _WARPS = 4
 _PROGRAMS, _LEAST_CHUNK, _MOST_CHUNKS = 1024, 4096, 128
-_CACHED = 1 << 18  # elements that a CPU works on at a time
+_CACHED = 1 << 20  # elements that a CPU works on at a time
 
 
 def group_mean(means: Float[Tensor, "B C"], num_groups: int) -> Float[Tensor, "B C"]:
