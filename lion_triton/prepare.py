@@ -4,7 +4,8 @@
 
 writes `DIR/<category>/{train,val,test}/<id>.npy`, each (P, 3) float32 with y up, in the units of the source
 (Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from, and the origin of
-those that lie too far out for float32.
+those that lie too far out for float32. With `--normals`, meshes also get `DIR/<category>/<split>/normals/<id>.npy`,
+(P, 3) float16: row for row the outward unit normals of the points.
 """
 
 from __future__ import annotations
@@ -28,13 +29,24 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32
 from numpy import ndarray
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.data.containers import close_archives
-from lion_triton.data.find import SPLITS, Failure, Found, Item, find_shapes, hash_of, one_line, safe_name, split_in_name
+from lion_triton.data.find import (
+    SPLITS,
+    Failure,
+    Found,
+    Item,
+    find_shapes,
+    hash_of,
+    normals_path,
+    one_line,
+    safe_name,
+    split_in_name,
+)
 from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
 from lion_triton.data.shape import Shape
 
@@ -61,6 +73,8 @@ class PrepareConfig:
     """Fraction of objects for testing, likewise."""
     seed: int = 0
     """Seed of the drawn points; the split does not depend on it."""
+    normals: bool = False
+    """Keep the normals of meshes, from which the stage `surface` learns."""
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -93,6 +107,9 @@ class Summary:
         if crossing:
             counted = f"{sum(crossing)}, in {len(crossing)} objects"
             lines.append(f"faces that cross themselves, of which the triangles are a guess: {counted}")
+        without = sum("points_in_file" in row for row in self.objects) if self.config.normals else 0
+        if without:
+            lines.append(f"clouds, which have no faces and so no normals: {without}")
         far = sum("origin" in row for row in self.objects)
         if far:
             lines.append(f"too far out for float32, moved by the origin in index.json: {far}")
@@ -152,7 +169,7 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
-            row, points = result
+            row, points, normals = result
             # Two names that differ in case alone are one file on some systems.
             key = f"{row['category']}/{row['split']}/{row['id']}".casefold()
             if key in taken:
@@ -161,9 +178,11 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
             taken[key] = row["path"]
             for split in SPLITS:
                 (folder / row["category"] / split).mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
-            np.save(buffer, points)
-            (folder / row["category"] / row["split"] / f"{row['id']}.npy").write_bytes(buffer.getvalue())
+            path = folder / row["category"] / row["split"] / f"{row['id']}.npy"
+            _save(path, points)
+            if normals is not None:
+                normals_path(path).parent.mkdir(exist_ok=True)
+                _save(normals_path(path), normals)
             objects.append(row)
     objects.sort(key=lambda row: (row["category"], row["id"]))
     failures.sort(key=lambda failure: failure.path)
@@ -182,7 +201,14 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
     return Summary(config, objects, failures)
 
 
-Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"]]  # an entry of the index, and its points
+def _save(path: Path, array: ndarray) -> None:
+    buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
+    np.save(buffer, array)
+    path.write_bytes(buffer.getvalue())
+
+
+# An entry of the index, its points, and their normals where they are kept.
+Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"], Float16[ndarray, "P 3"] | None]
 
 
 def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Prepared | Failure], None, None]:
@@ -239,7 +265,10 @@ def _prepare_one(item: Item, shape: Shape, config: PrepareConfig) -> Prepared | 
         origin = shape.origin()
         if origin is not None:
             shape = shape.moved(-origin)
-        points = shape.sample(config.points, hash_of(f"{config.seed}/{key}"))
+        seed = hash_of(f"{config.seed}/{key}")
+        points = shape.sample(config.points, seed)
+        with_normals = config.normals and shape.is_mesh
+        normals = shape.sample_normals(config.points, seed).astype(np.float16) if with_normals else None
     except Exception as error:
         return Failure(item.path, one_line(error))
     row = {
@@ -256,7 +285,7 @@ def _prepare_one(item: Item, shape: Shape, config: PrepareConfig) -> Prepared | 
         row["crossing_faces"] = shape.crossing_faces
     if origin is not None:
         row["origin"] = origin.tolist()
-    return row | item.details, points
+    return row | item.details, points, normals
 
 
 def split_of(key: str, config: PrepareConfig) -> str:

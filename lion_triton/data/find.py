@@ -242,6 +242,11 @@ def split_in_name(stem: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+def normals_path(cloud: Path) -> Path:
+    """Where the normals of the cloud `<category>/<split>/<id>.npy` are kept, if they are: rows as there."""
+    return cloud.parent / "normals" / cloud.name
+
+
 def safe_name(text: str) -> str:
     """`text` as a file name for any system: no separators, spaces or leading dots, at most 200 bytes."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int64
 from numpy import ndarray
+
+from lion_triton.data.orientation import inward_faces
 
 ROUNDING = 1e-5  # of its longest side: what float32 may take from a shape before it gets an origin of its own
 
@@ -73,7 +75,7 @@ class Shape:
         than `count` points is returned whole and in its own order.
         """
         if self.is_mesh:
-            points = self._sample_surface(count, np.random.default_rng(seed))
+            points, _ = self._sample_surface(count, np.random.default_rng(seed))
         elif len(self.coordinates) >= count:
             chosen = np.random.default_rng(seed).choice(len(self.coordinates), count, replace=False)
             points = self.coordinates[chosen]
@@ -81,15 +83,29 @@ class Shape:
             points = self.coordinates
         return np.ascontiguousarray(points, dtype=np.float32)
 
+    def sample_normals(self, count: int, seed: int) -> Float32[ndarray, "P 3"]:
+        """Of a mesh: for each of the points that `sample` draws, the unit normal of the triangle that it lies on,
+        outward where there is an outside (see `inward_faces`)."""
+        _, faces = self._sample_surface(count, np.random.default_rng(seed))
+        first, second, third = self.coordinates[faces].transpose(1, 0, 2)
+        normals = np.cross(second - first, third - first)
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        normals[inward_faces(self.coordinates)[faces]] *= -1
+        return normals.astype(np.float32)
+
     def _areas(self) -> Float64[ndarray, " F"]:
         """Twice the area of each triangle."""
         first, second, third = (self.coordinates[:, i] for i in range(3))
         return np.linalg.norm(np.cross(second - first, third - first), axis=1)
 
-    def _sample_surface(self, count: int, rng: np.random.Generator) -> Float64[ndarray, "count 3"]:
-        """Points that are independent and uniform over the triangles' area."""
+    def _sample_surface(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[Float64[ndarray, "count 3"], Int64[ndarray, " count"]]:
+        """Points that are independent and uniform over the triangles' area, and the triangle of each."""
         upto = np.cumsum(self._areas())
-        first, second, third = self.coordinates[np.searchsorted(upto, rng.random(count) * upto[-1])].transpose(1, 0, 2)
+        faces = np.searchsorted(upto, rng.random(count) * upto[-1])
+        first, second, third = self.coordinates[faces].transpose(1, 0, 2)
         u, v = rng.random((count, 2, 1)).transpose(1, 0, 2)
         over = u + v > 1  # in the other half of the parallelogram
-        return first + np.where(over, 1 - u, u) * (second - first) + np.where(over, 1 - v, v) * (third - first)
+        points = first + np.where(over, 1 - u, u) * (second - first) + np.where(over, 1 - v, v) * (third - first)
+        return points, faces

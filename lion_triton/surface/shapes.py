@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from lion_triton.data.clouds import Clouds
+from lion_triton.data.find import normals_path
 from lion_triton.data.procedural import oriented_furniture
 from lion_triton.data.sources import PROCEDURAL_SEEDS, load_sources
 from lion_triton.runs import Run
@@ -54,11 +55,6 @@ def _shapes(run: Run, part: Literal["train", "held_out"], count: int) -> Oriente
             "prepare the meshes anew with --normals"
         )
     return OrientedShapes(len(clouds), partial(_draw_stored, clouds))
-
-
-def normals_path(cloud: Path) -> Path:
-    """Where the normals of the cloud ``<category>/<split>/<id>.npy`` are kept: rows as there."""
-    return cloud.parent / "normals" / cloud.name
 
 
 def _draw_procedural(source: int, i: int, num_points: int, seed: int) -> Oriented:

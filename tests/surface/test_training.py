@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lion_triton.data.find import normals_path
 from lion_triton.runs import Checkpoint, Run, open_run
 from lion_triton.surface import SurfaceNetwork, storage, surface_config, training
 from lion_triton.surface.quality import mesh_quality
-from lion_triton.surface.shapes import held_out_shapes, normals_path, training_shapes
+from lion_triton.surface.shapes import held_out_shapes, training_shapes
 from lion_triton.surface.training import SurfaceObjective, surface_batch, train_surface
 from tests.surface.runs import POINTS, TRAINING, random_run
 
