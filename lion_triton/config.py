@@ -6,6 +6,7 @@ The networks' own sizes live beside the networks, in ``lion_triton.models``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import dacite
 import tyro
 
+from lion_triton.data.degraded import MOST_KEPT, InputKind
 from lion_triton.data.sources import DataConfig
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import DiffusionConfig, LIONConfig
@@ -76,6 +78,34 @@ class PriorTraining:
     standardize: bool = False
     cached_draws: int = 0
     shape_draws: int = 1
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """The stage ``encoder``: the encoders of a trained run learn to take degraded shapes for whole ones.
+
+    Attributes:
+        input: what they are given: a coarse grid of voxels, noisy points, or a part of a shape.
+        resolution: voxels along a shape's longest side.
+        noise: largest standard deviation of the noise, in shares of a shape's longest side.
+        kept: least share of its points in a part of a shape.
+        reconstruction: of the clean shape. Its points go with none of those given, so the terms compare sets; the KLs
+            weigh what they weigh in the run's own stage 1.
+    """
+
+    input: InputKind = "voxels"
+    resolution: int = 16
+    noise: float = 0.05
+    kept: float = 0.5
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    learning_rate_decay: Literal["constant", "cosine"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float | None = None
+    reconstruction: ReconstructionWeights = field(
+        default_factory=lambda: ReconstructionWeights(l1=0.0, chamfer=20.0, emd=2.0)
+    )
 
 
 @dataclass(frozen=True)
@@ -300,6 +330,27 @@ def check(config: TrainConfig) -> None:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
     check_sampling(config.sampling, config.model.diffusion, "sampling.")
+
+
+def check_encoder(training: EncoderTraining) -> None:
+    """Refuse what the stage ``encoder`` cannot be trained with.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
+    for name, least in (("steps", 1), ("batch_size", 1), ("resolution", 2)):
+        value = getattr(training, name)
+        if value < least:
+            raise ValueError(f"encoder.{name.replace('_', '-')}: expected at least {least}, got {value}")
+    for name in ("learning_rate", "noise"):
+        value = getattr(training, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"encoder.{name.replace('_', '-')}: expected a number above 0, got {value}")
+    if not 0 < training.kept <= MOST_KEPT:
+        raise ValueError(f"encoder.kept: expected a share above 0 and up to {MOST_KEPT}, got {training.kept}")
+    terms = training.reconstruction
+    if max(terms.chamfer, terms.emd) <= 0 or terms.l1 or terms.l2:
+        raise ValueError("encoder.reconstruction: expected chamfer or emd above 0, and l1 and l2 0")
 
 
 def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig, prefix: str = "") -> None:

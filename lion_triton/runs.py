@@ -6,6 +6,7 @@
     RUN/samples/*.png                      pictures
     RUN/checkpoints/step-<n>/              the newest two: model.safetensors, ema.safetensors (priors),
                                            optimizer.pt, state.json with every file's size and SHA-256
+    RUN/surface/, RUN/encoders/*/          networks trained later, see ``lion_triton.parts``
 
 A checkpoint folder appears under its name only when it is complete, so an interrupted run never leaves half of one.
 """
@@ -36,7 +37,7 @@ from lion_triton.data.clouds import Normalization
 from lion_triton.models.hub import CONFIG, WEIGHTS
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors", "surface"]
+Stage = Literal["vae", "priors", "surface", "encoder"]
 KEPT_CHECKPOINTS = 2
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 

@@ -1,4 +1,4 @@
-"""Train LION: ``python -m lion_triton.train [PRESET] [--data.source FOLDER] [--out RUN] ...``
+"""Train LION: ``python -m lion_triton.train [PRESET|RUN] [--data.source FOLDER] [--out RUN] ...``
 
 One command runs both stages (the VAE, then the two priors on its frozen latents), draws pictures on the way
 and ends with figures and a picture of what was learned. The same command again continues where it stopped: batches,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,11 +19,12 @@ from accelerate import Accelerator
 
 from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
+from lion_triton.config import PRESETS, EncoderTraining, TrainConfig, check, with_classes, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
+from lion_triton.models.hub import CONFIG
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.reconstruction import reconstruct
@@ -33,6 +34,7 @@ from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
+from lion_triton.training.encoders import train_encoders
 from lion_triton.training.stages import fit_priors, fit_vae
 
 
@@ -42,7 +44,9 @@ class Arguments:
 
     Attributes:
         out: run folder; default runs/PRESET.
-        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes.
+        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes (surface) or
+            the encoders of coarse, noisy or partial shapes that ``vary`` takes (encoder).
+        encoder: of the stage ``encoder``.
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
@@ -51,7 +55,8 @@ class Arguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
-    stage: Literal["all", "vae", "priors", "surface"] = "all"
+    stage: Literal["all", "vae", "priors", "surface", "encoder"] = "all"
+    encoder: EncoderTraining = field(default_factory=EncoderTraining)
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
     strict: bool = False
@@ -66,6 +71,11 @@ def train(args: Arguments) -> None:
     """
     if args.stage == "surface":
         train_surface(open_run(run_folder(args)), device=best_device())
+        return
+    if args.stage == "encoder":
+        run, free = open_run(run_folder(args)), args.config
+        config = replace(run.config, log_every=free.log_every, checkpoint_every=free.checkpoint_every)
+        train_encoders(replace(run, config=config), args.encoder, start_processes(config))
         return
     config = with_networks(args.config, args.attention, args.denoiser)
     check(config)
@@ -150,6 +160,8 @@ def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accel
         create_run(folder, decided, sources.train.classes, normalization)
     accelerator.wait_for_everyone()
     run = open_run(folder)
+    if run.pretrained:
+        raise ValueError(f"out: {folder} is of save_pretrained, with no training to continue: give another --out")
     check_same_run(run, config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
@@ -190,15 +202,19 @@ def finish(context: Context) -> None:
 
 
 def parse(args: list[str]) -> Arguments:
-    """``[PRESET] [options]``; the preset decides the defaults of all options."""
+    """``[PRESET|RUN] [options]``; the preset, or the configuration of the run, decides the defaults of all options."""
     name = "quickstart"
     if args and not args[0].startswith("-"):
         name, *args = args
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name}")
+    if name in PRESETS:
+        default = Arguments(PRESETS[name]())
+    elif (Path(name) / CONFIG).is_file():
+        default = Arguments(open_run(Path(name)).config, out=Path(name))
+    else:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or a run folder, got {name}")
     return tyro.cli(
         Arguments,
-        default=Arguments(PRESETS[name]()),
+        default=default,
         args=args,
         prog=f"python -m lion_triton.train {name}",
         config=(tyro.conf.AvoidSubcommands,),

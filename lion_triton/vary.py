@@ -14,6 +14,8 @@ from jaxtyping import Float32
 
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig
+from lion_triton.data.degraded import InputKind, holds_voxels
+from lion_triton.generation.encoders import diversity, trained_encoders, use_encoders
 from lion_triton.generation.inputs import (
     Given,
     Model,
@@ -22,12 +24,14 @@ from lion_triton.generation.inputs import (
     known_label,
     open_model,
     read_given,
+    read_voxels,
     reconstruct,
     with_class,
 )
 from lion_triton.generation.latents import Keep, decode, diffuse_denoise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import progress_bar
+from lion_triton.kernels import nearest_neighbor
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import draw_grid
 from lion_triton.runs import open_run
@@ -35,6 +39,11 @@ from lion_triton.sample import SampleArguments, resolved
 
 BATCH = 16  # clouds at a time
 COLUMNS, ROWS = 8, 4  # of variations in the picture
+WORDS = {
+    "diversity": "Chamfer distance between two variations {:.2g}",
+    "voxel_iou": "IoU of their voxels with those given {:.2f}",
+    "from_given": "squared distance from a point given to the nearest {:.2g}",
+}
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,15 @@ class VaryArguments:
     again.
 
     SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, xyz, txt), FILE:3 for one of several clouds, or
-    procedural:3 for one of the embedded shapes.
+    procedural:3 for one of the embedded shapes. With the run's encoders for such inputs (train RUN --stage encoder)
+    it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a noisy cloud or a part.
     Writes OUT/clouds.npz (with the shape and its reconstruction), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
         strength: share of the schedule, 0 (the reconstruction) to 1 (a new shape).
         num_samples: variations to generate.
+        input: what SHAPE is, if not a whole and clean shape; an npz with an array voxels need not be called so.
         keep: the latent that stays as it is: the shape's (other points of the same shape) or the points' (of another).
         label: class of the shape; default: as the file says, otherwise the likeliest.
         steps: network evaluations per prior for the whole schedule; default as the run's configuration.
@@ -64,6 +75,7 @@ class VaryArguments:
     shape: tyro.conf.Positional[str]
     strength: float = 0.2
     num_samples: int = 8
+    input: InputKind | None = None
     keep: Keep = "nothing"
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
     steps: int | None = None
@@ -96,15 +108,24 @@ def vary(args: VaryArguments) -> Variations:
     label = known_label(run, args.label)
     settings = resolved(run, SampleArguments(run.folder, sampler="ddim", steps=args.steps, eta=args.eta))
     kept = f"keep-{args.keep}" if args.keep != "nothing" else None
-    words = [args.shape, "varied", args.label, kept, args.checkpoint]
+    kind = kind_of(args)
+    encoders = None if kind is None else trained_encoders(run, kind)
+    words = [args.shape, "varied", kind, args.label, kept, args.checkpoint]
     numbers = {"strength": args.strength, "n": args.num_samples, "steps": args.steps, "eta": args.eta}
     out = args.out or default_out(run, words, numbers | {"points": args.num_points, "seed": args.seed})
     check_out(out)
-    given = read_given("shape", args.shape, run, check_points(run, args.num_points), args.seed)
+    count = check_points(run, args.num_points)
+    if encoders is not None and kind == "voxels":
+        given = read_voxels("shape", Path(args.shape), encoders, count, args.seed)
+    else:
+        given = read_given("shape", args.shape, run, count, args.seed)
 
     model = open_model(args.run, args.checkpoint)
+    if encoders is not None:
+        use_encoders(model.lion.vae, encoders)
     given = with_class(model, given, label)
-    points = run.normalization.invert(variations(model, given, settings, args))
+    clouds = variations(model, given, settings, args)
+    points = run.normalization.invert(clouds)
     check_finite(points)
     rebuilt, shape = reconstruct(model, given), run.normalization.invert(given.points)
     of_reconstruction, *others = distances(model, given, np.stack((rebuilt, *points)))
@@ -115,6 +136,14 @@ def vary(args: VaryArguments) -> Variations:
         "given": given.record | {"class": name, "reconstruction_chamfer": of_reconstruction},
         "chamfer": others,
     }
+    if encoders is not None:
+        figures = {"diversity": diversity(points[: COLUMNS * ROWS])}
+        if given.grid is not None:
+            figures["voxel_iou"] = float(np.mean([given.grid.iou(cloud) for cloud in clouds]))
+        else:
+            figures["from_given"] = from_given(shape, points)
+        record |= {"input": kind, **figures}
+        print("; ".join(WORDS[key].format(value) for key, value in figures.items()))
 
     def draw(path: Path) -> None:
         rows = [("given, rebuilt", np.stack((shape, rebuilt)))]
@@ -126,6 +155,22 @@ def vary(args: VaryArguments) -> Variations:
     more = {"given": shape, "reconstruction": rebuilt}
     write_results(out, points, labels, run.classes, record, more=more, draw=draw)
     return Variations(points, out)
+
+
+def kind_of(args: VaryArguments) -> InputKind | None:
+    """What SHAPE is: as ``args.input`` says or, of voxels, as their file does; None of a whole, clean shape."""
+    voxels = holds_voxels(Path(args.shape))
+    if args.input == "voxels" and not voxels:
+        raise ValueError(f"shape: expected an .npz with a boolean array voxels, got {args.shape}")
+    if voxels and args.input not in (None, "voxels"):
+        raise ValueError(f"input: {args.shape} holds voxels, got {args.input}")
+    return "voxels" if voxels else args.input
+
+
+def from_given(shape: Float32[np.ndarray, "N 3"], clouds: Float32[np.ndarray, "S N 3"]) -> float:
+    """Mean squared distance from a point of the shape to the nearest one of a cloud."""
+    x = torch.from_numpy(clouds)
+    return nearest_neighbor(torch.from_numpy(shape).expand(len(x), -1, -1), x)[0].mean().item()
 
 
 def variations(

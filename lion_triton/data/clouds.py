@@ -374,7 +374,7 @@ class TrainingStream(Dataset[tuple[Tensor, int, int]]):
         shape = self.shape(i)
         cloud = self.clouds[shape]
         center, scale = self.normalization.center_and_scale(cloud)
-        drawn = _draw(cloud[: self.draw_from], self.num_points, np.random.default_rng((self.seed, 1, i)))
+        drawn = draw(cloud[: self.draw_from], self.num_points, np.random.default_rng((self.seed, 1, i)))
         points = ((drawn - center) / scale).astype(np.float32)
         return torch.from_numpy(points), int(self.clouds.labels[shape]), shape
 
@@ -399,11 +399,11 @@ def fixed_batch(
     for row, i in zip(batch, indices, strict=True):
         cloud = clouds[i]
         center, scale = normalization.center_and_scale(cloud)
-        row[:] = (_draw(cloud, num_points, np.random.default_rng((seed, 2, i))) - center) / scale
+        row[:] = (draw(cloud, num_points, np.random.default_rng((seed, 2, i))) - center) / scale
     return torch.from_numpy(batch)
 
 
-def _draw(cloud: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
+def draw(cloud: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
     """``num_points`` random rows, in random order; repeated only where there are not enough."""
     return cloud.take(rng.choice(len(cloud), num_points, replace=len(cloud) < num_points), axis=0)
 

@@ -14,11 +14,14 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lion_triton.config import fewest_points
+from lion_triton.data.clouds import draw
 from lion_triton.data.containers import Container
+from lion_triton.data.degraded import VoxelGrid
 from lion_triton.data.find import one_line
 from lion_triton.data.meshes import read_shape
 from lion_triton.devices import autocast, best_device
 from lion_triton.evaluation.sets import open_clouds
+from lion_triton.generation.encoders import EncoderRun
 from lion_triton.generation.latents import decode, encode, likeliest_class
 from lion_triton.kernels import chamfer_distance
 from lion_triton.models.lion import LION, Latents
@@ -76,12 +79,14 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
 @dataclass(frozen=True)
 class Given:
     """A shape as given: its points in the model's units, and its class where that is known. ``seed`` decided which of
-    its points these are, and decides which of its latents are drawn."""
+    its points these are, and decides which of its latents are drawn. ``grid``, in these units: the voxels of which the
+    points were drawn."""
 
     name: str
     points: Float32[np.ndarray, "N 3"]
     label: int | None
     seed: int = 0
+    grid: VoxelGrid | None = None
 
     @property
     def record(self) -> dict[str, object]:
@@ -118,15 +123,33 @@ def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> 
     if len(cloud) < num_points:
         print(f"{option}: {text} has only {len(cloud)} points: some are taken twice")
     rng = np.random.default_rng(seed)
-    points = cloud
-    if len(cloud) != num_points:
-        points = cloud[rng.choice(len(cloud), num_points, replace=len(cloud) < num_points)]
+    points = cloud if len(cloud) == num_points else draw(cloud, num_points, rng)
     center, scale = run.normalization.center_and_scale(cloud)
     points = ((points - center) / scale).astype(np.float32)
     size = float(np.sqrt(np.square(points, dtype=np.float64).mean()))
     if run.normalization.kind == "global" and not 1 / UNLIKE < size < UNLIKE:
         print(f"{option}: {text} is {size:.2g} times as large as the shapes that the model knows: in other units?")
     return Given(text, points, label if run.config.model.shape_prior.num_classes else None, seed)
+
+
+def read_voxels(option: str, path: Path, encoders: EncoderRun, num_points: int, seed: int) -> Given:
+    """The .npz of a voxel grid (see ``VoxelGrid.load``) as ``num_points`` points.
+
+    Raises:
+        ValueError: naming ``option``: no such file or no such grid.
+    """
+    run, place, resolution = encoders.run, encoders.place, encoders.training.resolution
+    try:
+        grid = VoxelGrid.load(path, np.array(place.center), place.longest_side)
+    except Exception as error:  # whatever NumPy makes of a bad file
+        raise ValueError(f"{option}: {path}: {one_line(error)}") from None
+    if not 2 / 3 <= grid.extent / resolution <= 1.5:
+        wanted = f"its longest side is {grid.extent} voxels, the encoders know shapes of {resolution}"
+        print(f"{option}: {path}: {wanted}: --encoder.resolution trains others")
+    points = grid.sample(num_points, np.random.default_rng(seed)).astype(np.float32)
+    center, scale = run.normalization.center_and_scale(points)
+    points = ((points - center) / scale).astype(np.float32)
+    return Given(str(path), points, None, seed, grid.moved(center, scale))
 
 
 def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 3"], str]:

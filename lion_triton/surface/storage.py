@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import dacite
-
-from lion_triton import __version__
-from lion_triton.config import differences
-from lion_triton.runs import Run, commit, load_checkpoint, write_text
+from lion_triton.parts import check_same_settings, create_part, open_part
+from lion_triton.runs import Run, load_checkpoint
 from lion_triton.surface.config import SurfaceConfig, SurfaceTraining
 from lion_triton.surface.network import SurfaceNetwork
 
@@ -30,17 +26,7 @@ class SurfaceRun:
 
 def create_surface(run: Run, config: SurfaceConfig, training: SurfaceTraining, vae: str) -> SurfaceRun:
     """Make the folder; ``vae`` names the checkpoint whose VAE the network learns from."""
-    folder = run.folder / "surface"
-    folder.mkdir(exist_ok=True)
-    content = {
-        "lion_triton": __version__,
-        "commit": commit(),
-        "vae": vae,
-        "config": asdict(config),
-        "training": asdict(training),
-    }
-    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    return SurfaceRun(replace(run, folder=folder), config, training)
+    return SurfaceRun(create_part(run, "surface", vae, config=config, training=training), config, training)
 
 
 def open_surface(run: Run) -> SurfaceRun | None:
@@ -49,18 +35,8 @@ def open_surface(run: Run) -> SurfaceRun | None:
     Raises:
         ValueError: a ``config.json`` that is damaged or of another version's form.
     """
-    path = run.folder / "surface" / "config.json"
-    if not path.is_file():
-        return None
-    strict = dacite.Config(cast=[tuple], strict=True)
-    try:
-        content = json.loads(path.read_text())
-        config = dacite.from_dict(SurfaceConfig, content["config"], strict)
-        training = dacite.from_dict(SurfaceTraining, content["training"], strict)
-    except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"run: {path} is damaged or of another version ({reason})") from None
-    return SurfaceRun(replace(run, folder=path.parent), config, training)
+    found = open_part(run, "surface", config=SurfaceConfig, training=SurfaceTraining)
+    return None if found is None else SurfaceRun(found[0], **found[1])
 
 
 def check_same_surface(surface: SurfaceRun, training: SurfaceTraining) -> None:
@@ -70,11 +46,7 @@ def check_same_surface(surface: SurfaceRun, training: SurfaceTraining) -> None:
         ValueError: naming the first difference.
     """
     free = {"log_every": 1, "checkpoint_every": 1}
-    lines = differences(replace(training, **free), replace(surface.training, **free), "surface.")
-    if lines:
-        raise ValueError(
-            f"stage: {surface.folder} was started with other settings ({lines[0]}): remove it to start anew"
-        )
+    check_same_settings(surface.run, replace(training, **free), replace(surface.training, **free), "surface.")
 
 
 def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:

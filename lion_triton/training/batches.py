@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-
-from lion_triton.data.clouds import TrainingStream
+from torch.utils.data import DataLoader, Dataset
 
 Batch = dict[str, Tensor]
 
 
-def read(stream: TrainingStream, samples: list[range], workers: int) -> DataLoader[Any]:
-    """``(points, labels, indices of the clouds)`` of each range of sample numbers, in order."""
+def read(stream: Dataset[Any], samples: list[range], workers: int) -> DataLoader[Any]:
+    """What the stream holds at each range of sample numbers, in order; of a ``TrainingStream`` (points, labels, indices
+    of the clouds)."""
     batches: Any = samples  # ranges, not lists: the published recipe has hundreds of millions of sample numbers
     return DataLoader(stream, batch_sampler=batches, num_workers=workers)
 

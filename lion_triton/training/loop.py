@@ -1,11 +1,11 @@
-"""The loop that both stages of training run through: steps, logs, checkpoints, pictures, and how it is stopped."""
+"""The loop that the stages of training run through: steps, logs, checkpoints, pictures, and how it is stopped."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lion_triton.capture import Captured, why_uncaptured
-from lion_triton.config import PriorTraining, VAETraining
+from lion_triton.config import EncoderTraining, PriorTraining, VAETraining
 from lion_triton.runs import Checkpoint, Stage, save_checkpoint
 from lion_triton.training.batches import Batch, prefetch
 from lion_triton.training.context import Context
@@ -26,16 +26,18 @@ def fit(
     context: Context,
     stage: Stage,
     objective: nn.Module,
-    training: VAETraining | PriorTraining,
+    training: VAETraining | PriorTraining | EncoderTraining,
     batches: Callable[[int], Iterator[Batch]],
-    picture: Callable[[int], None],
+    picture: Callable[[int], None] | None,
     checkpoint: Checkpoint | None,
     average: Average | None = None,
+    state: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Train ``objective`` to the end of its stage, from ``checkpoint`` if that is one of this stage.
 
     ``batches(start)`` yields what the objective trains on in step ``start``, ``start + 1``, ... and nothing but the
-    step's number decides it. The device's results are waited for where they are logged or saved, and nowhere else.
+    step's number decides it. ``state`` makes what a checkpoint holds of the model, by default all of LION. The device's
+    results are waited for where they are logged or saved, and nowhere else.
     """
     config, accelerator = context.config, context.accelerator
     step = Step(context, stage, objective, training, average)
@@ -53,8 +55,9 @@ def fit(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             averaged = {} if average is None else average.state_dict()
-            state = Checkpoint(stage, done, context.lion.state_dict(), averaged, step.optimizer.state_dict())
-            save_checkpoint(context.run, before + done, state)
+            model = (state or context.lion.state_dict)()
+            reached = Checkpoint(stage, done, model, averaged, step.optimizer.state_dict())
+            save_checkpoint(context.run, before + done, reached)
         accelerator.wait_for_everyone()
 
     def finite(losses: dict[str, Tensor], done: int) -> None:
@@ -68,7 +71,7 @@ def fit(
     bar = tqdm(
         total=training.steps,
         initial=start,
-        desc={"vae": "stage 1, VAE", "priors": "stage 2, priors"}[stage],
+        desc={"vae": "stage 1, VAE", "priors": "stage 2, priors", "encoder": "stage 3, encoders"}[stage],
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )
@@ -94,7 +97,7 @@ def fit(
             if stopping:
                 accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues")
                 raise KeyboardInterrupt
-            if done % config.picture_every == 0 or done == training.steps:
+            if picture is not None and (done % config.picture_every == 0 or done == training.steps):
                 if accelerator.is_main_process:
                     objective.eval()
                     picture(before + done)

@@ -86,22 +86,27 @@ def vae_loss(
     lambda_h: float,
     reconstruction: ReconstructionWeights,
     occupancy_weight: float = 0.0,
+    target: Float[Tensor, "B N 3"] | None = None,
 ) -> VAELoss:
-    """Negative ELBO of one batch; the noise of both posteriors, and dropout, are drawn from ``key``."""
+    """Negative ELBO of one batch; the noise of both posteriors, and dropout, are drawn from ``key``.
+
+    target: the clouds to decode; by default those that are encoded.
+    """
+    target = points if target is None else target
     plan = vae.plan(points)
     z_mu, z_log_sigma = vae.encode_shape(points, plan, key=network_key(key, 1))
     z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
     h_mu, h_log_sigma = vae.encode_points(points, z, plan, key=network_key(key, 2))
     h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key(key))
 
-    error = reconstruction_loss(vae.decode(h, z, key=network_key(key, 3)), points, reconstruction).mean()
+    error = reconstruction_loss(vae.decode(h, z, key=network_key(key, 3)), target, reconstruction).mean()
     kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
     kl_h_xyz = gaussian_kl(h_mu[..., :3], h_log_sigma[..., :3]).mean()
     kl_h_feature = gaussian_kl(h_mu[..., 3:], h_log_sigma[..., 3:]).mean()
     loss = error + kl_coefficient * (lambda_z * kl_z + lambda_h * (kl_h_xyz + kl_h_feature))
     occupancy = torch.zeros_like(loss)
     if vae.occupancy_head is not None:
-        occupancy = occupancy_loss(vae.occupancy_head(z), points, vae.config.occupancy_resolution).mean()
+        occupancy = occupancy_loss(vae.occupancy_head(z), target, vae.config.occupancy_resolution).mean()
         loss = loss + occupancy_weight * occupancy
     return VAELoss(loss, error, kl_z, kl_h_xyz, kl_h_feature, occupancy)
 

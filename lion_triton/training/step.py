@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_triton.config import PriorTraining, VAETraining
+from lion_triton.config import EncoderTraining, PriorTraining, VAETraining
 from lion_triton.runs import Stage
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
@@ -37,7 +37,7 @@ class Step:
         context: Context,
         stage: Stage,
         objective: nn.Module,
-        training: VAETraining | PriorTraining,
+        training: VAETraining | PriorTraining | EncoderTraining,
         average: Average | None = None,
     ) -> None:
         device = context.device
@@ -81,7 +81,7 @@ class Step:
         return {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": norm}
 
 
-def learning_rate(training: VAETraining | PriorTraining, done: Tensor) -> Tensor:
+def learning_rate(training: VAETraining | PriorTraining | EncoderTraining, done: Tensor) -> Tensor:
     """Of the step after ``done`` steps (int64 scalar): float64 scalar."""
     rate = torch.full_like(done, training.learning_rate, dtype=torch.float64)
     if training.learning_rate_decay == "cosine":

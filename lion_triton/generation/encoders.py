@@ -1,0 +1,128 @@
+"""Encoders that take a degraded shape for the whole one, beside a run's own: RUN/encoders/{voxels,noisy,partial}.
+
+The idea is the paper's (Zeng et al. 2022, section 3.1): for another kind of input only the encoders are fine-tuned, so
+that decoder and priors serve it as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+from lion_triton.config import EncoderTraining
+from lion_triton.data.clouds import Clouds, draw
+from lion_triton.data.degraded import InputKind, VoxelGrid, add_noise, cut
+from lion_triton.kernels import pairwise_chamfer
+from lion_triton.models.vae import VAE
+from lion_triton.parts import create_part, open_part
+from lion_triton.runs import Run, load_checkpoint
+
+TYPICAL_SHAPES = 256  # enough for their mean place
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the data's shapes are on average, in its units: the centre of their boxes, and the boxes' longest side."""
+
+    center: tuple[float, float, float]
+    longest_side: float
+
+    @classmethod
+    def of(cls, clouds: Clouds) -> Place:
+        chosen = (clouds[i] for i in range(0, len(clouds), max(1, len(clouds) // TYPICAL_SHAPES)))
+        lows, highs = zip(*((cloud.min(axis=0), cloud.max(axis=0)) for cloud in chosen), strict=True)
+        low, high = np.stack(lows).astype(np.float64), np.stack(highs).astype(np.float64)
+        x, y, z = ((low + high) / 2).mean(axis=0).tolist()
+        return cls((x, y, z), float((high - low).max(axis=1).mean()))
+
+
+@dataclass(frozen=True)
+class EncoderRun:
+    """What ``config.json`` says; ``run`` is the run itself with RUN/encoders/INPUT as its folder."""
+
+    run: Run
+    training: EncoderTraining
+    place: Place
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+
+def create_encoders(run: Run, training: EncoderTraining, place: Place, vae: str | None) -> EncoderRun:
+    """Make the folder; ``vae`` names the checkpoint whose decoder the encoders are trained for."""
+    name = f"encoders/{training.input}"
+    return EncoderRun(create_part(run, name, vae, training=training, place=place), training, place)
+
+
+def open_encoders(run: Run, kind: InputKind) -> EncoderRun | None:
+    """The run's for such inputs, or None if it has none yet.
+
+    Raises:
+        ValueError: a ``config.json`` that is damaged or of another version's form.
+    """
+    found = open_part(run, f"encoders/{kind}", training=EncoderTraining, place=Place)
+    return None if found is None else EncoderRun(found[0], **found[1])
+
+
+def trained_encoders(run: Run, kind: InputKind) -> EncoderRun:
+    """Raises ``ValueError`` where the run has none for such inputs, or their training is not finished."""
+    encoders = open_encoders(run, kind)
+    checkpoint = None if encoders is None else encoders.run.checkpoint()
+    command = f"train {run.folder} --stage encoder --encoder.input {kind}"
+    if encoders is None or checkpoint is None:
+        raise ValueError(f"run: {run.folder} has no encoders for the input {kind} yet: {command}")
+    if checkpoint.name != f"step-{encoders.training.steps:08d}":
+        raise ValueError(f"run: the encoders of {encoders.folder} are not trained to the end: {command} goes on")
+    return encoders
+
+
+def use_encoders(vae: VAE, encoders: EncoderRun) -> None:
+    """Give the VAE the encoders of the newest checkpoint, in place of its own.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another architecture.
+    """
+    checkpoint = load_checkpoint(encoders.run, with_optimizer=False)
+    assert checkpoint is not None
+    load_tuned(vae, checkpoint.model, encoders)
+
+
+def load_tuned(vae: VAE, state: Mapping[str, Tensor], encoders: EncoderRun) -> None:
+    """Load the encoders' weights, or say in one line that they do not fit."""
+    try:
+        for name, module in tuned_modules(vae).items():
+            start = f"{name}."
+            part = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            module.load_state_dict(part)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"run: the checkpoint of {encoders.folder} is of another architecture ({reason})") from None
+
+
+def tuned_modules(vae: VAE) -> dict[str, nn.Module]:
+    """Both encoders of a VAE, in parts and by their names."""
+    return {name: getattr(vae, name) for name in ("shape_encoder", "shape_head", "point_encoder")}
+
+
+def degrade(
+    cloud: Float32[np.ndarray, "P 3"], num_points: int, training: EncoderTraining, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "N 3"], VoxelGrid | None]:
+    """``num_points`` points as the encoders are given of a shape, and the grid if they come of one."""
+    if training.input == "voxels":
+        grid = VoxelGrid.around(cloud, training.resolution, rng)
+        return grid.sample(num_points, rng), grid
+    given = add_noise(cloud, training.noise, rng) if training.input == "noisy" else cut(cloud, training.kept, rng)
+    return draw(given, num_points, rng), None
+
+
+def diversity(clouds: Float32[np.ndarray, "S N 3"]) -> float:
+    """Mean Chamfer distance between two of these clouds; 0 of one alone."""
+    x = torch.from_numpy(clouds)
+    return float(pairwise_chamfer(x, x).sum() / max(len(x) * (len(x) - 1), 1))

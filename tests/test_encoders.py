@@ -1,0 +1,198 @@
+"""The stage ``encoder``, and ``vary`` of coarse, noisy and partial shapes, on tiny runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lion_triton import runs, train, vary
+from lion_triton.data.degraded import VoxelGrid
+from lion_triton.data.procedural import furniture
+from lion_triton.generation.encoders import trained_encoders, use_encoders
+from lion_triton.models.lion import LION
+from lion_triton.training import encoders as stage
+from lion_triton.training import loop
+from tests.test_train import fails
+from tests.tiny import POINTS, tiny_run
+
+OPTIONS = "--encoder.steps 4 --encoder.batch-size 4 --checkpoint-every 2 --log-every 1".split()
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "JUDGED", 4)
+
+
+def tune(folder: Path, kind: str, *more: str) -> None:
+    train.main([str(folder), "--stage", "encoder", "--encoder.input", kind, *OPTIONS, *more])
+
+
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("runs") / "tiny").folder
+
+
+@pytest.fixture(scope="module")
+def tuned(untuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "tiny"
+    shutil.copytree(untuned, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "JUDGED", 4)
+        for kind in ("voxels", "noisy", "partial"):
+            tune(folder, kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["voxels", "noisy", "partial"])
+def test_the_folder_explains_itself_and_only_encoders_change(untuned: Path, tuned: Path, kind: str) -> None:
+    folder = tuned / "encoders" / kind
+    about = json.loads((folder / "config.json").read_text())
+    assert (about["training"]["input"], about["training"]["steps"], about["vae"]) == (kind, 4, "step-00000008")
+    assert about["place"]["longest_side"] == pytest.approx(1, abs=0.2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    figures = json.loads((folder / "figures.json").read_text())
+    assert (figures["input"], figures["held_out_shapes"]) == (kind, 4)
+    for name in ("tuned_varied", "untuned_varied"):
+        assert figures[name].keys() == {"chamfer", "diversity"} | ({"voxel_iou"} if kind == "voxels" else set())
+    assert figures["tuned_rebuilt"] != figures["untuned_rebuilt"]
+    assert (folder / "overview.png").stat().st_size > 1000
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+
+    run = runs.open_run(tuned)
+    before, after = runs.load_model(run), runs.load_model(run)
+    use_encoders(after.vae, trained_encoders(run, kind))  # type: ignore[arg-type]
+    changed = {name for name, x in after.state_dict().items() if not torch.equal(x, before.state_dict()[name])}
+    assert {name.split(".")[1] for name in changed} == {"shape_encoder", "shape_head", "point_encoder"}
+    # Trained in other units, kept in the run's own: four steps of Adam moved no weight by more than their rates.
+    out = "vae.point_encoder.out.weight"
+    moved = (after.state_dict()[out] - before.state_dict()[out]).abs()
+    assert moved[3:].max() < 8.1e-3
+    assert 64 * 1e-3 < moved[:3].max() < 64 * 8.1e-3
+    original = {p.relative_to(untuned): p.read_bytes() for p in untuned.rglob("*") if p.is_file()}
+    assert all((tuned / name).read_bytes() == content for name, content in original.items())
+
+
+def test_a_stopped_training_continues_as_if_unbroken(
+    untuned: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(untuned, folder)
+    save = loop.save_checkpoint
+
+    def save_and_stop(run: runs.Run, total_step: int, checkpoint: runs.Checkpoint) -> Path:
+        path = save(run, total_step, checkpoint)
+        if checkpoint.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        tune(folder, "voxels")
+    assert stop.value.code == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(stage, "JUDGED", 4)
+    np.savez(tmp_path / "grid.npz", voxels=np.ones((2, 2, 2), dtype=bool))
+    line = fails(capsys, vary.main, [str(folder), str(tmp_path / "grid.npz")])
+    assert "are not trained to the end" in line
+    assert "was started with other settings (encoder.noise: 0.1, was 0.05)" in fails(
+        capsys, tune, folder, "voxels", "--encoder.noise", "0.1"
+    )
+    tune(folder, "voxels")
+    parts = [root / "encoders" / "voxels" for root in (tuned, folder)]
+    a, b = (load_file(part / "checkpoints" / "step-00000004" / "model.safetensors") for part in parts)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert parts[0].joinpath("figures.json").read_bytes() == parts[1].joinpath("figures.json").read_bytes()
+
+
+def test_the_encoders_learn(untuned: Path, tmp_path: Path) -> None:
+    """What they make of noisy shapes comes nearer to the clean ones, with the decoder as it is."""
+    folder = tmp_path / "run"
+    shutil.copytree(untuned, folder)
+    options = "--encoder.steps 60 --encoder.noise 0.5 --encoder.learning-rate 0.004".split()
+    tune(folder, "noisy", *options)
+    figures = json.loads((folder / "encoders" / "noisy" / "figures.json").read_text())
+    assert figures["tuned_rebuilt"]["chamfer"] < 0.9 * figures["untuned_rebuilt"]["chamfer"]
+
+
+def test_vary_takes_voxels_noisy_and_partial_shapes(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloud = furniture(1, 2048, seed=1)[0][0]
+    grid = VoxelGrid.around(cloud, 16, np.random.default_rng(0))
+    grid.save(tmp_path / "coarse.npz")
+    np.save(tmp_path / "part.npy", cloud[cloud[:, 0] < 0])
+    options = ["--num-samples", "2", "--class", "chair", "--steps", "4"]
+    found = {}
+    for name, more in (("coarse.npz", []), ("part.npy", ["--input", "partial"]), ("part.npy", ["--input", "noisy"])):
+        out = tmp_path / "-".join(["out", name, *more[1:]])
+        for again in (out, out.with_name(f"{out.name}-again")):
+            vary.main([str(tuned), str(tmp_path / name), *more, *options, "--out", str(again)])
+        assert (out / "clouds.npz").read_bytes() == out.with_name(f"{out.name}-again").joinpath(
+            "clouds.npz"
+        ).read_bytes()
+        found[out.name] = json.loads((out / "samples.json").read_text())
+        assert np.load(out / "clouds.npz")["points"].shape == (2, POINTS, 3)
+    printed = capsys.readouterr().out
+    assert "IoU of their voxels with those given" in printed
+    assert "squared distance from a point given to the nearest" in printed
+    assert {name: record["input"] for name, record in found.items()} == {
+        "out-coarse.npz": "voxels",
+        "out-part.npy-partial": "partial",
+        "out-part.npy-noisy": "noisy",
+    }
+    assert 0 < found["out-coarse.npz"]["voxel_iou"] <= 1
+    # Each has its own encoders: the same points come out otherwise.
+    partial, noisy = (np.load(tmp_path / f"out-part.npy-{kind}" / "clouds.npz") for kind in ("partial", "noisy"))
+    np.testing.assert_array_equal(partial["given"], noisy["given"])
+    assert not np.allclose(partial["points"], noisy["points"], atol=1e-4)
+    # What is given is where the file says.
+    given = np.load(tmp_path / "out-coarse.npz" / "clouds.npz")["given"]
+    assert grid.voxels[tuple(np.clip(grid.index(given), 0, 15).T)].mean() > 0.98
+
+
+def test_errors_in_one_line(untuned: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "grid.npz", voxels=np.ones((2, 2, 2), dtype=bool))
+    grid = str(tmp_path / "grid.npz")
+    assert "no encoders for the input voxels yet: train" in fails(capsys, vary.main, [str(untuned), grid])
+    line = fails(capsys, vary.main, [str(tuned), grid, "--input", "noisy"])
+    assert line == f"error: input: {grid} holds voxels, got noisy"
+    line = fails(capsys, vary.main, [str(tuned), "procedural:0", "--input", "voxels"])
+    assert line == "error: shape: expected an .npz with a boolean array voxels, got procedural:0"
+    np.savez(tmp_path / "grid.npz", voxels=np.ones((2, 2, 2)))
+    assert "expected voxels as a boolean array" in fails(capsys, vary.main, [str(tuned), grid])
+    for option, value, wanted in (
+        ("resolution", "1", "at least 2"),
+        ("kept", "0.95", "up to 0.9"),
+        ("noise", "0", "above 0"),
+        ("steps", "0", "at least 1"),
+        ("reconstruction.l1", "1", "chamfer or emd above 0"),
+    ):
+        line = fails(capsys, tune, untuned, "voxels", f"--encoder.{option}", value)
+        assert line.startswith(f"error: encoder.{option.split('.')[0]}: expected")
+        assert wanted in line
+    assert not (untuned / "encoders").exists()
+    vae = tiny_run(tmp_path / "vae", stage="vae")
+    assert "no trained priors yet" in fails(capsys, tune, vae.folder, "voxels")
+
+
+def test_a_model_of_save_pretrained_gets_encoders_but_no_further_training(
+    untuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LION.from_pretrained(untuned).save_pretrained(tmp_path / "kept")
+    assert "with no training to continue" in fails(capsys, train.main, [str(tmp_path / "kept")])
+    tune(tmp_path / "kept", "noisy")
+    vary.main(
+        [str(tmp_path / "kept"), "procedural:0", "--input", "noisy", "--steps", "4", "--out", str(tmp_path / "out")]
+    )
+    assert (tmp_path / "out" / "clouds.npz").is_file()
