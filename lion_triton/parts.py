@@ -27,7 +27,7 @@ def create_part(run: Run, name: str, vae: str | None, **contents: DataclassInsta
     """Make the folder; ``vae`` names the checkpoint whose VAE the network is trained with."""
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"lion_triton": __version__, "commit": commit(), "vae": vae}
+    about: dict[str, Any] = {"lion_triton": __version__, "commit": commit(), "vae": vae}
     about |= {key: asdict(value) for key, value in contents.items()}
     write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
     return replace(run, folder=folder)
@@ -45,7 +45,7 @@ def open_part(run: Run, name: str, **kinds: type) -> tuple[Run, dict[str, Any]] 
     strict = dacite.Config(cast=[tuple], strict=True)
     try:
         about = json.loads(path.read_text())
-        contents = {key: dacite.from_dict(kind, about[key], strict) for key, kind in kinds.items()}
+        contents: dict[str, Any] = {key: dacite.from_dict(kind, about[key], strict) for key, kind in kinds.items()}
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"run: {path} is damaged or of another version ({reason})") from None

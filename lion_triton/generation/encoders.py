@@ -55,10 +55,9 @@ class EncoderRun:
         return self.run.folder
 
 
-def create_encoders(run: Run, training: EncoderTraining, place: Place, vae: str | None) -> EncoderRun:
+def create_encoders(run: Run, training: EncoderTraining, place: Place, vae: str | None) -> None:
     """Make the folder; ``vae`` names the checkpoint whose decoder the encoders are trained for."""
-    name = f"encoders/{training.input}"
-    return EncoderRun(create_part(run, name, vae, training=training, place=place), training, place)
+    create_part(run, f"encoders/{training.input}", vae, training=training, place=place)
 
 
 def open_encoders(run: Run, kind: InputKind) -> EncoderRun | None:

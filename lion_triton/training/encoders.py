@@ -27,7 +27,7 @@ from lion_triton.generation.encoders import (
     tuned_modules,
     use_encoders,
 )
-from lion_triton.generation.inputs import Model
+from lion_triton.generation.inputs import Model, open_model
 from lion_triton.generation.latents import decode, diffuse_denoise, encode
 from lion_triton.generation.progress import progress_bar
 from lion_triton.kernels import chamfer_distance
@@ -35,6 +35,7 @@ from lion_triton.models.lion import LION
 from lion_triton.parts import check_same_settings
 from lion_triton.pictures import draw_grid
 from lion_triton.runs import Run, load_checkpoint, load_model, write_text
+from lion_triton.sample import SampleArguments, resolved
 from lion_triton.training import report
 from lion_triton.training.batches import Batch, read
 from lion_triton.training.context import Context
@@ -131,16 +132,15 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
             f"encoder.batch-size: expected a multiple of the {processes} processes, got {training.batch_size}"
         )
     newest = run.checkpoint()
-    lion, sources = load_model(run, None if newest is None else newest.name), load_sources(run.config.data, JUDGED)
-    encoders = open_encoders(run, training.input)
+    name = None if newest is None else newest.name
+    lion, sources = load_model(run, name), load_sources(run.config.data, JUDGED)
+    started = open_encoders(run, training.input) is not None
+    accelerator.wait_for_everyone()  # all have looked
+    if not started and accelerator.is_main_process:
+        create_encoders(run, training, Place.of(sources.train), name)
     accelerator.wait_for_everyone()
-    if encoders is None:
-        encoders = EncoderRun(run, training, Place.of(sources.train))
-        if accelerator.is_main_process:
-            create_encoders(run, training, encoders.place, None if newest is None else newest.name)
-        accelerator.wait_for_everyone()
-        encoders = open_encoders(run, training.input)
-        assert encoders is not None
+    encoders = open_encoders(run, training.input)
+    assert encoders is not None
     check_same_settings(encoders.run, training, encoders.training, "encoder.")
     checkpoint = load_checkpoint(encoders.run)
     if checkpoint is not None:
@@ -160,7 +160,7 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
     fit(context, "encoder", objective, training, batches, None, checkpoint, state=objective.own_state)
     unfinished = checkpoint is None or checkpoint.step < training.steps
     if accelerator.is_main_process and (unfinished or not (encoders.folder / "figures.json").is_file()):
-        finish(run, encoders, sources.held_out)
+        _finish(open_model(run.folder, name), encoders, sources.held_out)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Judged:
             if grid is not None:
                 grids.append(grid.moved(*normalization.center_and_scale(points.astype(np.float32))))
         labels = torch.from_numpy(clouds.labels[chosen]) if model.conditional else None
-        return cls(*(torch.from_numpy(np.stack(x)) for x in (shapes, given)), grids or None, labels)
+        return cls(torch.from_numpy(np.stack(shapes)), torch.from_numpy(np.stack(given)), grids or None, labels)
 
     def figures(self, model: Model, clouds: list[Float32[Tensor, "K N 3"]]) -> dict[str, float]:
         """Of draws of clouds made of what is given; distances in data units where these are known."""
@@ -200,10 +200,12 @@ class _Judged:
         return found
 
 
-def finish(run: Run, encoders: EncoderRun, held_out: Clouds) -> None:
-    """Judge what is made of degraded held-out shapes, with the tuned encoders and with the run's own, and draw it."""
-    training, name = encoders.training, run.checkpoint()
-    model = Model(run, load_model(run), None if name is None else name.name)
+def _finish(model: Model, encoders: EncoderRun, held_out: Clouds) -> None:
+    """Judge what is made of degraded held-out shapes, with the run's own encoders and with the tuned ones, and draw it.
+
+    model: that of the run; it gets the tuned encoders.
+    """
+    training, normalization = encoders.training, model.run.normalization
     judged = _Judged.of(held_out, model, training)
     rows, results = {"given": judged.given}, {"given": judged.figures(model, [judged.given])}
     if judged.grids is not None:
@@ -211,14 +213,14 @@ def finish(run: Run, encoders: EncoderRun, held_out: Clouds) -> None:
     for which in ("untuned", "tuned"):
         if which == "tuned":
             use_encoders(model.lion.vae, encoders)
-        rebuilt, *varied = make(model, judged, which)
+        rebuilt, *varied = _make(model, judged, which)
         results[f"{which}_rebuilt"] = judged.figures(model, [rebuilt])
         results[f"{which}_varied"] = judged.figures(model, varied)
         rows |= {f"{which}, rebuilt": rebuilt, f"{which}, varied": varied[0]}
     rows["shape"] = judged.shapes
     record = {"input": training.input, "held_out_shapes": len(judged.shapes), "strength": STRENGTH, **results}
     write_text(encoders.folder / "figures.json", json.dumps(record, indent=2) + "\n")
-    shown = [(title, run.normalization.invert(x[: report.SHOWN].numpy())) for title, x in rows.items()]
+    shown = [(title, normalization.invert(x[: report.SHOWN].numpy())) for title, x in rows.items()]
     draw_grid(shown, encoders.folder / "overview.png")
     print(f"{len(judged.shapes)} held-out shapes, input {training.input}; varied: strength {STRENGTH}")
     for title, figures in results.items():
@@ -228,9 +230,9 @@ def finish(run: Run, encoders: EncoderRun, held_out: Clouds) -> None:
 
 
 @torch.no_grad()
-def make(model: Model, judged: _Judged, title: str) -> list[Float32[Tensor, "K N 3"]]:
+def _make(model: Model, judged: _Judged, title: str) -> list[Float32[Tensor, "K N 3"]]:
     """Of what is given: the reconstructions, and two draws of variations."""
-    settings = replace(model.run.config.sampling, sampler="ddim", steps=model.run.config.sampling.steps or 50)
+    settings = resolved(model.run, SampleArguments(model.run.folder, sampler="ddim"))
     made: list[list[Tensor]] = [[], [], []]
     generator = torch.Generator().manual_seed(model.run.config.seed)
     parts = range(0, len(judged.given), BATCH)

@@ -96,3 +96,13 @@ def test_other_files_hold_no_voxels(tmp_path: Path) -> None:
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 no more")
     for name in ("cloud.npz", "damaged.npz", "missing.npz", "cloud.npy"):
         assert not holds_voxels(tmp_path / name)
+
+
+def test_the_documentation_makes_such_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    assert VoxelGrid.load(tmp_path / "coarse.npz", np.zeros(3), 1.0).iou(CLOUD) == 1
+    assert np.load("noisy.npy").shape == CLOUD.shape
+    assert 500 < len(np.load("part.npy")) < 1900

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import trimesh
 
+from lion_triton.config import quickstart
+from lion_triton.data.clouds import Normalization
 from lion_triton.data.find import normals_path
 from lion_triton.data.orientation import inward_faces
 from lion_triton.data.sources import DataConfig
 from lion_triton.prepare import PrepareConfig, prepare
+from lion_triton.runs import Run
 from lion_triton.surface.shapes import training_shapes
-from tests.surface.runs import random_run
 
 
 def scrambled(mesh: trimesh.Trimesh, seed: int, share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +101,7 @@ def test_the_surface_stage_reads_them(tmp_path: Path) -> None:
             source / f"{i}.ply"
         )
     prepare(PrepareConfig(source.parent, tmp_path / "data", points=300, val=0.0, test=0.0, normals=True))
-    run = random_run(tmp_path / "run")
-    run = replace(run, config=replace(run.config, data=DataConfig(str(tmp_path / "data"), num_points=100)))
+    config = replace(quickstart(), data=DataConfig(str(tmp_path / "data"), num_points=100))
+    run = Run(tmp_path / "run", config, ("balls",), Normalization("box"))
     points, normals = training_shapes(run).draw(0, 200, 0)
     assert (points * normals).sum(1).min() > 0.98
