@@ -97,7 +97,7 @@ class EncoderTraining:
     resolution: int = 16
     noise: float = 0.05
     kept: float = 0.5
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 16
     learning_rate: float = 2e-3
     learning_rate_decay: Literal["constant", "cosine"] = "cosine"

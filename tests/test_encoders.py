@@ -23,10 +23,11 @@ from lion_triton.models.lion import LION
 from lion_triton.training import encoders as stage
 from lion_triton.training import loop
 from tests.test_train import fails
-from tests.tiny import POINTS, tiny_run
+from tests.tiny import POINTS, tiny_config, tiny_run
 
 OPTIONS = "--encoder.batch-size 4 --checkpoint-every 2 --log-every 1".split()
 STEPS = {"voxels": 4, "noisy": 50, "partial": 4}
+CONFIG = replace(tiny_config(), mixed_precision="auto")  # Accelerate keeps one a process, and other tests take this
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def tune(folder: Path, kind: str, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def untuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("runs") / "tiny").folder
+    return tiny_run(tmp_path_factory.mktemp("runs") / "tiny", CONFIG).folder
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_errors_in_one_line(untuned: Path, tuned: Path, tmp_path: Path, capsys: 
         with pytest.raises(ValueError, match=rf"^encoder\.{name}: expected"):
             check_encoder(EncoderTraining(**{name: value}))  # type: ignore[arg-type]
     assert not (untuned / "encoders").exists()
-    vae = tiny_run(tmp_path / "vae", stage="vae")
+    vae = tiny_run(tmp_path / "vae", CONFIG, stage="vae")
     assert "no trained priors yet" in fails(capsys, tune, vae.folder, "voxels")
 
 
