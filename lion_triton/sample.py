@@ -19,7 +19,9 @@ from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
-from lion_triton.models.lion import LION, default_steps
+from lion_triton.kernels.noise import new_key
+from lion_triton.models.lion import LION, default_steps, keys_per_batch
+from lion_triton.processes import ALONE, Processes
 from lion_triton.runs import Run, load_model, open_run
 
 
@@ -65,8 +67,10 @@ class Samples:
     folder: Path
 
 
-def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
+def sample(args: SampleArguments, lion: LION | None = None, processes: Processes = ALONE) -> Samples:
     """Run the command; see :class:`SampleArguments`. ``lion``: the run's model, where it is loaded already.
+
+    ``processes`` that share the work get the clouds that one alone would make; the main one writes them.
 
     Raises:
         ValueError: no run, no trained priors, a damaged checkpoint, an unknown class, options out of range.
@@ -79,14 +83,15 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
-    newest = run.checkpoint(args.checkpoint)
+    newest = processes.agreed(run.checkpoint(args.checkpoint))
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         lion = load_model(run, args.checkpoint).to(best_device())
-    points = run.normalization.invert(generate(run, lion, args, labels))
+    points = run.normalization.invert(generate(run, lion, args, labels, processes=processes))
     check_finite(points)
-    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
+    if processes.main:
+        write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
     return Samples(points, labels, out)
 
 
@@ -110,33 +115,48 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
 
 
 def generate(
-    run: Run, lion: LION, args: SampleArguments, labels: np.ndarray, title: str = "sampling"
+    run: Run,
+    lion: LION,
+    args: SampleArguments,
+    labels: np.ndarray,
+    title: str = "sampling",
+    processes: Processes = ALONE,
 ) -> Float32[np.ndarray, "S P 3"]:
-    """Clouds in the model's units, with a progress bar called ``title``."""
+    """Clouds in the model's units, with a progress bar called ``title``.
+
+    Processes take whole batches in turn: a cloud's last bits may depend on the size of the batch that it is made in.
+    """
     settings, device = resolved(run, args), lion.z_mean.device
     generator = torch.Generator().manual_seed(args.seed)
+    batches = [range(args.num_samples)[i : i + args.batch_size] for i in range(0, args.num_samples, args.batch_size)]
+    if len(batches) < processes.count:
+        print(f"{len(batches)} of {processes.count} processes have a batch of {args.batch_size} clouds to generate")
+    mine = sum(len(batch) for number, batch in enumerate(batches) if processes.mine(number))
     clouds = []
-    with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
-        for start in range(0, args.num_samples, args.batch_size):
-            count = min(args.batch_size, args.num_samples - start)
+    with tqdm(total=mine, desc=title, bar_format=BAR, disable=None) as bar:
+        for number, batch in enumerate(batches):
+            if not processes.mine(number):
+                for _ in range(keys_per_batch(settings.sampler)):
+                    new_key(device, generator)
+                continue
 
-            def advance(done: int, total: int, start: int = start, count: int = count) -> None:
+            def advance(done: int, total: int, start: float = bar.n, count: int = len(batch)) -> None:
                 bar.update(start + count * done / total - bar.n)
 
             with autocast(run.config.mixed_precision, device):
-                batch = lion.sample(
-                    count,
+                made = lion.sample(
+                    len(batch),
                     steps=settings.steps,
                     sampler=settings.sampler,
                     eta=settings.eta,
                     num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
-                    labels=_tensor(labels[start : start + count], device),
+                    labels=_tensor(labels[batch.start : batch.stop], device),
                     clip_x0=settings.clip_x0,
                     callback=advance,
                 )
-            clouds.append(batch.float().cpu().numpy())
-    return np.concatenate(clouds)
+            clouds.append(made.float().cpu().numpy())
+    return np.concatenate(processes.gathered(clouds))
 
 
 def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:
@@ -167,7 +187,11 @@ def _default_name(args: SampleArguments) -> str:
 def main(args: list[str] | None = None) -> None:
     """The command line."""
     args = sys.argv[1:] if args is None else args
-    run_cli(lambda: sample(tyro.cli(SampleArguments, args=args, prog="python -m lion_triton.sample")))
+
+    def command() -> None:
+        sample(tyro.cli(SampleArguments, args=args, prog="python -m lion_triton.sample"), processes=Processes.join())
+
+    run_cli(command)
 
 
 if __name__ == "__main__":

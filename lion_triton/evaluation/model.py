@@ -18,6 +18,7 @@ from lion_triton.devices import resolve_precision
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION, Posterior, posterior
+from lion_triton.processes import ALONE, Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
@@ -33,14 +34,14 @@ class ScoredRun:
     weights_sha256: dict[str, str]
 
     @classmethod
-    def load(cls, run: Run, checkpoint: str | None, device: torch.device) -> ScoredRun:
+    def load(cls, run: Run, checkpoint: str | None, device: torch.device, processes: Processes = ALONE) -> ScoredRun:
         """The weights of the checkpoint, or of the newest; all that is needed of its folder, as a run that goes on
-        will remove it.
+        will remove it. The same for all ``processes``.
 
         Raises:
             ValueError: see ``runs.load_model``.
         """
-        newest = run.checkpoint(checkpoint)
+        newest = processes.agreed(run.checkpoint(checkpoint))
         name = None if newest is None else newest.name
         lion = load_model(run, name)
         return cls(run, lion.to(device), newest or run.folder, weights_sha256(run, name))
@@ -62,14 +63,14 @@ class ScoredRun:
         return torch.from_numpy(((points - np.array(normalization.mean)) / normalization.scale).astype(np.float32))
 
     def sample(
-        self, options: SampleArguments, references: Clouds, title: str
+        self, options: SampleArguments, references: Clouds, title: str, processes: Processes = ALONE
     ) -> tuple[Float32[Array, "S N 3"], dict[str, Any]]:
         """Clouds in the units of ``Preparation`` without a box, and how they were made; classes as the references'."""
         labels, known = class_labels(self.run, options), self.labels(references)
         if known is not None:
             labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
-        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title))
+        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title, processes))
         return points, {
             **asdict(settings),
             "seed": options.seed,

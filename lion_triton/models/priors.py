@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lion_triton.kernels import dropout
+from lion_triton.kernels.noise import Key, later_keys
 from lion_triton.models.attention import softmax_attention
 from lion_triton.models.layers import SqueezeExcite, sinusoidal_embedding
-from lion_triton.models.modulation import dropout_key, layer_keys
+from lion_triton.models.modulation import dropout_key, layer_offsets
 from lion_triton.models.precision import compute_dtype
 from lion_triton.models.unet import UNet, UNetConfig, published_unet
 
@@ -73,8 +74,8 @@ class ShapePrior(nn.Module):
         condition_dim = width if config.clip else 0
         self.blocks = nn.ModuleList(_ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks))
         self.output = nn.Linear(width, shape_dim)
-        self.keys: Tensor
-        self.register_buffer("keys", layer_keys(config.blocks), persistent=False)
+        self.key_offsets: Tensor
+        self.register_buffer("key_offsets", layer_offsets(config.blocks), persistent=False)
 
     def forward(
         self,
@@ -83,7 +84,7 @@ class ShapePrior(nn.Module):
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B Z"]:
         """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it.
 
@@ -91,7 +92,9 @@ class ShapePrior(nn.Module):
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         key = dropout_key(self, self.config.dropout, key, z_t.device)
-        keys: Sequence[Tensor | None] = [None] * len(self.blocks) if key is None else (key + self.keys).unbind()
+        keys: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if key is not None:
+            keys = later_keys(key, self.key_offsets).unbind()
         with compute_dtype(self, z_t.device) as dtype:
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:
@@ -165,7 +168,7 @@ class PointPrior(nn.Module):
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N H"]:
         """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it.
 
@@ -235,7 +238,7 @@ class PointTransformer(nn.Module):
         style: Float[Tensor, "B S"],
         t: Float[Tensor, " B"],
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N H"]:
         with compute_dtype(self, h_t.device) as dtype:
             time = sinusoidal_embedding(t, self.time_dim).to(dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_triton.config import PriorTraining, VAETraining
+from lion_triton.kernels.noise import later_key
 from lion_triton.runs import Stage
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
@@ -24,7 +25,8 @@ KEYS_PER_STEP = 4  # noise keys that one step may use
 class Step:
     """Forward, backward, gradient norm and clipping, Adam, averaged weights.
 
-    Calling it does the next step on ``batch``, which ``load`` fills, and returns the losses and the gradient norm.
+    Calling it does the next step on ``batch``, this process's part, which ``load`` fills. It returns the losses, means
+    over all processes, and the gradient norm.
 
     Args:
         objective: ``objective(batch, key, number)`` returns losses by name, of which "loss" is minimised; ``number`` is
@@ -43,8 +45,7 @@ class Step:
         device = context.device
         self.accelerator, self.training, self.average = context.accelerator, training, average
         self.number = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_key = context.key(stage, 0)
-        self.next_key = torch.tensor([0, KEYS_PER_STEP], device=device)
+        self.first_key = context.key(stage, training.batch_size)
         self.learning_rate = torch.tensor(training.learning_rate, device=device)
         self.batch: Batch = {}
         # Fused: it takes its learning rate from a tensor on every device.
@@ -70,7 +71,8 @@ class Step:
     def __call__(self) -> dict[str, Tensor]:
         self.optimizer.zero_grad()
         self.learning_rate.copy_(learning_rate(self.training, self.number))
-        losses = self.objective(self.batch, self.first_key + self.number * self.next_key, self.number)
+        key = later_key(self.first_key, self.number * KEYS_PER_STEP)
+        losses = self.objective(self.batch, key, self.number)
         self.accelerator.backward(losses["loss"])
         limit = self.training.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), math.inf if limit is None else limit)
@@ -78,7 +80,11 @@ class Step:
         if self.average is not None:
             self.average.update(self.number)
         self.number += 1
-        return {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": norm}
+        found = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": norm}
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(torch.stack([x.double() for x in found.values()]), "mean")
+            found = dict(zip(found, means, strict=True))
+        return found
 
 
 def learning_rate(training: VAETraining | PriorTraining, done: Tensor) -> Tensor:
