@@ -1,6 +1,7 @@
 """The processes that torchrun or ``accelerate launch`` starts together to do one command's work.
 
-The launcher tells each its number by RANK and how many there are by WORLD_SIZE; without these a process is alone.
+The launcher tells each its number by RANK, that on its machine by LOCAL_RANK, and how many there are by WORLD_SIZE;
+without these a process is alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Processes:
     @classmethod
     def launched(cls) -> Processes:
         """As the launcher says; nothing is connected yet."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        told = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        return cls(int(told[0]), int(told[2])) if all(told) else cls()
 
     @classmethod
     def join(cls) -> Processes:

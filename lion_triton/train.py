@@ -26,6 +26,7 @@ from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
+from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
 from lion_triton.sample import SampleArguments, sample
@@ -65,6 +66,8 @@ def train(args: Arguments) -> None:
         ValueError: bad data, a run folder of another configuration, a damaged checkpoint, a loss that is not finite.
     """
     if args.stage == "surface":
+        if (count := Processes.launched().count) > 1:
+            raise ValueError(f"stage: surface trains in one process, got {count}")
         train_surface(open_run(run_folder(args)), device=best_device())
         return
     config = with_networks(args.config, args.attention, args.denoiser)
