@@ -129,8 +129,8 @@ def prior_loss(
 
     Times are uniform on 1..T and stratified over the batch: one offset, evenly spaced, so that a batch sees early and
     late times in equal parts and its loss varies less (low-discrepancy sampling, Kingma et al. 2021, VDM, appendix I).
-    ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud. ``drop_condition``: the
-    probability that both priors are not told a cloud's class (Ho & Salimans 2022, algorithm 1).
+    ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
+    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
