@@ -125,6 +125,7 @@ def prior_loss(
     *,
     shape_draws: int = 1,
     batch_size: int | None = None,
+    drop_condition: float = 0.0,
 ) -> PriorLoss:
     """Weighted eps-MSE of both priors on latents drawn from the posterior.
 
@@ -133,6 +134,7 @@ def prior_loss(
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
     ``batch_size``: of the whole batch, of which ``latents`` are the clouds from the key's third number on; None: of
     ``latents``, all that there are.
+    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
@@ -150,6 +152,10 @@ def prior_loss(
     # Each latent's draws lie far apart.
     draws = numbers[:, None] + batch_size * torch.arange(shape_draws, device=device)
     t_shape = times(draws.flatten(), batch_size * shape_draws, offsets[1])
+
+    if drop_condition and labels is not None:
+        dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
+        labels = labels.masked_fill(dropped, -1)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -222,6 +228,13 @@ class PriorObjective(nn.Module):
         else:
             latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
         training = self.training_config
-        draws, size = training.shape_draws, training.batch_size
-        loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=draws, batch_size=size)
+        loss = prior_loss(
+            lion,
+            latents,
+            key,
+            batch.get("labels"),
+            shape_draws=training.shape_draws,
+            batch_size=training.batch_size,
+            drop_condition=training.drop_condition,
+        )
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
