@@ -79,6 +79,30 @@ class PriorTraining:
 
 
 @dataclass(frozen=True)
+class DistillTraining:
+    """The stage that makes priors for few steps out of a run's: each round halves the number of steps.
+
+    Attributes:
+        first: steps of DDIM that the first round's priors take, a power of 2; they learn from the run's own, which take
+            twice as many.
+        kept: numbers of steps whose priors are kept, powers of 2; the rounds go down to the least.
+        steps, batch_size, learning_rate: of each round; the rate falls to 0, by a cosine. All else is as in the
+            training of the priors.
+    """
+
+    first: int = 16
+    kept: tuple[int, ...] = (8, 4, 2, 1)
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+
+    @property
+    def rounds(self) -> list[int]:
+        """Steps that each round's priors take."""
+        return [self.first >> i for i in range(self.first.bit_length()) if self.first >> i >= min(self.kept)]
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``."""
 
@@ -107,6 +131,7 @@ class TrainConfig:
     vae: VAETraining
     priors: PriorTraining
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    distill: DistillTraining = field(default_factory=DistillTraining)
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -177,6 +202,7 @@ def quickstart() -> TrainConfig:
             shape_draws=8,
         ),
         sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
+        distill=DistillTraining(steps=300, learning_rate=1e-3),
         log_every=10,
         picture_every=1000,
         checkpoint_every=500,
@@ -300,6 +326,28 @@ def check(config: TrainConfig) -> None:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
     check_sampling(config.sampling, config.model.diffusion, "sampling.")
+
+
+def check_distill(distill: DistillTraining, diffusion: DiffusionConfig) -> None:
+    """Refuse what a model of this diffusion cannot be distilled with.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
+    if diffusion.prediction != "v":
+        why = "eps says nothing of x_0 at the noise where few steps begin"
+        raise ValueError(f"stage: distill needs a model that predicts v, as {why}; this one predicts eps")
+    for name in ("steps", "batch_size"):
+        if getattr(distill, name) < 1:
+            raise ValueError(f"distill.{name.replace('_', '-')}: expected at least 1, got {getattr(distill, name)}")
+    if not distill.learning_rate > 0:
+        raise ValueError(f"distill.learning-rate: expected a number above 0, got {distill.learning_rate}")
+    powers = [1 << i for i in range((diffusion.num_train_timesteps // 2).bit_length())]
+    if distill.first not in powers:
+        raise ValueError(f"distill.first: expected a power of 2 up to {powers[-1]}, got {distill.first}")
+    if not distill.kept or not set(distill.kept) <= {n for n in powers if n <= distill.first}:
+        got = " ".join(map(str, distill.kept)) or "none"
+        raise ValueError(f"distill.kept: expected powers of 2 up to distill.first, {distill.first}, got {got}")
 
 
 def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig, prefix: str = "") -> None:

@@ -32,7 +32,7 @@ ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
 Prediction = Literal["eps", "v"]
 WeightKind = Literal["uniform", "variational"]
-Spacing = Literal["uniform", "quadratic"]
+Spacing = Literal["uniform", "quadratic", "trailing"]
 
 Data = Float[Tensor, "B ..."]
 PerCloud = Float[Tensor, " B"]
@@ -216,7 +216,9 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     """``steps`` strictly decreasing times from T to 1, both visited; ``steps`` = 1 gives T alone.
 
     ``uniform``: equally spaced. ``quadratic``: t - 1 grows with the square of the rank, but by at least one
-    (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
+    (DDIM appendix D.2, stretched to both ends). ``trailing``: from T to T / steps, so that the step to 0 is as long as
+    the others (Lin et al. 2024, 2305.08891, section 3.3), and every second time of 2N is one of N. Raises
+    ``ValueError`` unless 1 <= steps <= T.
     """
     _check_choice("spacing", spacing, Spacing)
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, least=1)
@@ -225,7 +227,10 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     if steps == 1:
         return torch.tensor([num_train_timesteps])
     rank = np.arange(steps)
-    curve = 1 + (num_train_timesteps - 1) * (rank / (steps - 1)) ** (1 if spacing == "uniform" else 2)
+    if spacing == "trailing":
+        curve = num_train_timesteps * (rank + 1) / steps
+    else:
+        curve = 1 + (num_train_timesteps - 1) * (rank / (steps - 1)) ** (1 if spacing == "uniform" else 2)
     # The curve is convex: where it is above the line rank + 1 it climbs by more than 1, so nothing repeats.
     times = np.maximum(np.floor(curve + 0.5).astype(np.int64), rank + 1)
     return torch.from_numpy(times[::-1].copy())
@@ -270,6 +275,56 @@ def ddim_steps(schedule: Schedule, steps: int = 50, eta: float = 0.0, spacing: S
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
     return _steps(schedule, timesteps(schedule.num_train_timesteps, steps, spacing), eta, "fixed_small")
+
+
+@dataclass(frozen=True)
+class StepPairs:
+    """Pairs of neighbouring steps of DDIM, t -> t' -> t'', each of which is to become one step t -> t''."""
+
+    times: Int64[Tensor, "S 2"]  # t and t'; the last t'' is 0
+    coefficients: Float[Tensor, "S 5"]  # alpha and sigma of t, of t', and the share of the second x_0; float64
+
+
+def step_pairs(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> StepPairs:
+    """Of DDIM with 2 * ``steps`` steps; the t are the times of DDIM with ``steps`` if the spacing is "trailing".
+
+    One step whose prediction of x_0 is ``x~ = (1 - share) x_0(t) + share x_0(t')``, with ``r = alpha / sigma`` and
+    ``share = (r'' - r') / (r'' - r)``, ends where the teacher's two do: v, algorithm 2, whose x~ this is with its
+    fractions cleared. So x~ lies between two predictions, and within the bounds that they are clamped to.
+    """
+    times = timesteps(schedule.num_train_timesteps, 2 * steps, spacing).view(steps, 2)
+    log = schedule.log_abar[times]
+    alpha, sigma = (log / 2).exp(), (-torch.expm1(log)).sqrt()
+    ratio = alpha / sigma
+    end = torch.cat([ratio[1:, 0], torch.full_like(ratio[:1, 0], math.inf)])  # sigma_0 = 0
+    share = 1 - (ratio[:, 1] - ratio[:, 0]) / (end - ratio[:, 0])
+    return StepPairs(times, torch.stack([alpha[:, 0], sigma[:, 0], alpha[:, 1], sigma[:, 1], share], 1))
+
+
+@torch.no_grad()
+def two_step_v(
+    eps_model: Model,
+    x_t: Data,
+    times: Int64[Tensor, "B 2"],
+    coefficients: Float[Tensor, "B 5"],
+    clip: float | None = None,
+) -> Data:
+    """The v of x~ at x_t: what the student is to predict where the teacher is ``eps_model`` (see ``step_pairs``).
+
+    A row of times and coefficients for each cloud. ``clip``: clamp both predictions of x_0, as ``Chain`` does in the
+    steps that are to be replaced. Float32 (float64 if x_t is), no gradient.
+    """
+    x_t = _at_least_float32(x_t)
+    alpha, sigma, alpha_mid, sigma_mid, share = (_over(c, x_t) for c in coefficients.to(x_t.dtype).unbind(1))
+
+    def predict(x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        x_0 = (x - sigma * eps_model(x, t).to(x.dtype)) / alpha
+        return x_0 if clip is None else x_0.clamp(-clip, clip)
+
+    x_0 = predict(x_t, times[:, 0], alpha, sigma)
+    x_mid = alpha_mid * x_0 + sigma_mid * (x_t - alpha * x_0) / sigma
+    x_0 = torch.lerp(x_0, predict(x_mid, times[:, 1], alpha_mid, sigma_mid), share)
+    return (alpha * x_t - x_0) / sigma
 
 
 class Chain:

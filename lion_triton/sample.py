@@ -114,6 +114,7 @@ def generate(
 ) -> Float32[np.ndarray, "S P 3"]:
     """Clouds in the model's units, with a progress bar called ``title``."""
     settings, device = resolved(run, args), lion.z_mean.device
+    say_which_priors(lion, settings)
     generator = torch.Generator().manual_seed(args.seed)
     clouds = []
     with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
@@ -137,6 +138,15 @@ def generate(
                 )
             clouds.append(batch.float().cpu().numpy())
     return np.concatenate(clouds)
+
+
+def say_which_priors(lion: LION, settings: SamplingConfig) -> None:
+    """Where a model has distilled priors, whether these sample."""
+    few = lion.few_step(settings.steps, settings.sampler, settings.eta)
+    if few is not lion:
+        print(f"steps: {settings.steps}, by the priors distilled for so many")
+    elif lion.distilled:
+        print(f"steps: {settings.steps}, by the priors themselves; distilled ones take {', '.join(lion.distilled)}")
 
 
 def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:

@@ -131,13 +131,12 @@ def prior_loss(
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
     """
     config, schedule = lion.config.diffusion, lion.schedule
-    batch, device = latents.z.shape[0], latents.z.device
+    batch = latents.z.shape[0]
     keys = [key, next_key(key), next_key(next_key(key))]
     offsets = torch.special.ndtr(normal_noise((2,), keys[0]))  # uniform, from the key like all else in a step
 
     def times(count: int, offset: Tensor) -> Tensor:
-        fraction = (torch.arange(count, device=device) + offset) / count
-        return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+        return stratified(count, schedule.num_train_timesteps, offset) + 1
 
     t_point, t_shape = times(batch, offsets[0]), times(batch * shape_draws, offsets[1])
 
@@ -163,6 +162,19 @@ def prior_loss(
         *common,
     ).mean()
     return PriorLoss(shape + point, shape, point)
+
+
+def stratified(count: int, among: int, offset: Tensor) -> Int[Tensor, " count"]:
+    """Whole numbers in 0..among - 1, evenly spaced: of ``offset`` uniform in [0, 1) all are as likely."""
+    fraction = (torch.arange(count, device=offset.device) + offset) / count
+    return (fraction * among).long().clamp_max(among - 1)
+
+
+def latents_of(vae: VAE, batch: Mapping[str, Tensor], key: Int[Tensor, " 2"]) -> tuple[Posterior, Int[Tensor, " 2"]]:
+    """The latents in a batch, or those of its points; and the first key that they leave free."""
+    if "points" in batch:
+        return posterior(vae, batch["points"], key), next_key(key)
+    return Posterior(*(batch[f.name] for f in fields(Posterior))), key
 
 
 def next_key(key: Int[Tensor, " 2"]) -> Int[Tensor, " 2"]:
@@ -212,9 +224,6 @@ class PriorObjective(nn.Module):
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
         classes."""
         (lion,) = self._lion
-        if "points" in batch:
-            latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
-        else:
-            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        latents, key = latents_of(lion.vae, batch, key)
         loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=self.training_config.shape_draws)
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
