@@ -34,7 +34,8 @@ class SampleArguments:
         num_samples: clouds to generate.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.
-        steps: network evaluations per prior; default as the run's configuration.
+        steps: network evaluations per prior; default as the run's configuration. DDIM with eta 0 takes the priors that
+            are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
@@ -84,9 +85,10 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         lion = load_model(run, args.checkpoint).to(best_device())
+    record = record_of("sample", args, args.checkpoint, settings) | {"distilled": by_distilled(lion, settings)}
     points = run.normalization.invert(generate(run, lion, args, labels))
     check_finite(points)
-    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
+    write_results(out, points, labels, run.classes, record)
     return Samples(points, labels, out)
 
 
@@ -114,7 +116,6 @@ def generate(
 ) -> Float32[np.ndarray, "S P 3"]:
     """Clouds in the model's units, with a progress bar called ``title``."""
     settings, device = resolved(run, args), lion.z_mean.device
-    say_which_priors(lion, settings)
     generator = torch.Generator().manual_seed(args.seed)
     clouds = []
     with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
@@ -140,13 +141,15 @@ def generate(
     return np.concatenate(clouds)
 
 
-def say_which_priors(lion: LION, settings: SamplingConfig) -> None:
-    """Where a model has distilled priors, whether these sample."""
-    few = lion.few_step(settings.steps, settings.sampler, settings.eta)
-    if few is not lion:
+def by_distilled(lion: LION, settings: SamplingConfig) -> bool:
+    """Whether distilled priors sample like this; said of a model that has such."""
+    distilled = lion.few_step(settings.steps, settings.sampler, settings.eta) is not lion
+    if distilled:
         print(f"steps: {settings.steps}, by the priors distilled for so many")
     elif lion.distilled:
-        print(f"steps: {settings.steps}, by the priors themselves; distilled ones take {', '.join(lion.distilled)}")
+        which = f"distilled ones take {', '.join(lion.distilled)} of ddim with eta 0"
+        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; {which}")
+    return distilled
 
 
 def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:

@@ -78,7 +78,12 @@ class Pretrained(PyTorchModelHubMixin):
 
     def remember(self, folder: Path) -> None:
         """Keep what the folder of a model or of a run says of it, for ``save_pretrained``."""
+        model: Any = self
         self.about = read_about(folder)
+        if not model.distilled:
+            self.about.pop(DISTILLED, None)
+        elif DISTILLED in self.about:
+            self.about[DISTILLED]["steps"] = [int(steps) for steps in model.distilled]
         drawn = next((p for p in (folder / PICTURE, folder / "samples" / "overview.png") if p.is_file()), None)
         self.picture = None if drawn is None else drawn.read_bytes()
 
@@ -153,7 +158,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:
-    """The files of priors that were distilled from a run's checkpoint, by their number of steps, most first.
+    """The files of priors that were distilled from a run's checkpoint, by their number of steps.
 
     Raises:
         ValueError: a damaged ``config.json``.
@@ -164,8 +169,7 @@ def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:
     if (theirs := about.get("checkpoint")) != checkpoint:
         print(f"{folder / DISTILLED} is of {theirs}: not used, as these are the weights of {checkpoint}")
         return {}
-    found = {int(p.stem.removeprefix("steps-")): p for p in (folder / DISTILLED).glob("steps-*.safetensors")}
-    return dict(sorted(found.items(), reverse=True))
+    return {int(p.stem.removeprefix("steps-")): p for p in (folder / DISTILLED).glob("steps-*.safetensors")}
 
 
 def read_distilled(folder: Path, checkpoint: str) -> dict[str, Tensor]:

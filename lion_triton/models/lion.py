@@ -117,9 +117,9 @@ class LION(nn.Module, Pretrained):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also distilled priors that this model has none of yet."""
-        for steps in dict.fromkeys(name.split(".")[1] for name in state_dict if name.startswith("distilled.")):
-            if steps not in self.distilled:
-                self.add_distilled(int(steps), self)
+        for steps in sorted({int(name.split(".")[1]) for name in state_dict if name.startswith("distilled.")})[::-1]:
+            if str(steps) not in self.distilled:
+                self.add_distilled(steps, self)
         return super().load_state_dict(state_dict, strict, assign)
 
     def add_distilled(self, steps: int, teacher: LION) -> LION:
