@@ -80,26 +80,21 @@ class PriorTraining:
 
 @dataclass(frozen=True)
 class DistillTraining:
-    """The stage that makes priors for few steps out of a run's: each round halves the number of steps.
+    """The stage that makes priors for few steps out of a run's, in rounds of which each learns from the one before.
 
     Attributes:
-        first: steps of DDIM that the first round's priors take, a power of 2; they learn from the run's own, which take
-            twice as many.
-        kept: numbers of steps whose priors are kept, powers of 2; the rounds go down to the least.
-        steps, batch_size, learning_rate: of each round; the rate falls to 0, by a cosine. All else is as in the
-            training of the priors.
+        teacher_steps: of DDIM, by the run's own priors, for the first round to learn from.
+        counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first of
+            teacher_steps.
+        steps, batch_size, learning_rate: of each round's training; the rate falls to 0, by a cosine. All else is as in
+            the training of the priors.
     """
 
-    first: int = 16
-    kept: tuple[int, ...] = (8, 4, 2, 1)
+    teacher_steps: int = 64
+    counts: tuple[int, ...] = (8, 4, 2, 1)
     steps: int = 10_000
     batch_size: int = 32
     learning_rate: float = 2e-4
-
-    @property
-    def rounds(self) -> list[int]:
-        """Steps that each round's priors take."""
-        return [self.first >> i for i in range(self.first.bit_length()) if self.first >> i >= min(self.kept)]
 
 
 @dataclass(frozen=True)
@@ -342,12 +337,14 @@ def check_distill(distill: DistillTraining, diffusion: DiffusionConfig) -> None:
             raise ValueError(f"distill.{name.replace('_', '-')}: expected at least 1, got {getattr(distill, name)}")
     if not distill.learning_rate > 0:
         raise ValueError(f"distill.learning-rate: expected a number above 0, got {distill.learning_rate}")
-    powers = [1 << i for i in range((diffusion.num_train_timesteps // 2).bit_length())]
-    if distill.first not in powers:
-        raise ValueError(f"distill.first: expected a power of 2 up to {powers[-1]}, got {distill.first}")
-    if not distill.kept or not set(distill.kept) <= {n for n in powers if n <= distill.first}:
-        got = " ".join(map(str, distill.kept)) or "none"
-        raise ValueError(f"distill.kept: expected powers of 2 up to distill.first, {distill.first}, got {got}")
+    T = diffusion.num_train_timesteps
+    if not 1 <= distill.teacher_steps <= T:
+        raise ValueError(f"distill.teacher-steps: expected 1 to {T}, got {distill.teacher_steps}")
+    before = (distill.teacher_steps, *distill.counts)
+    if not distill.counts or any(n < 1 or m % n or m == n for m, n in zip(before, distill.counts, strict=False)):
+        got = " ".join(map(str, distill.counts)) or "none"
+        what = f"divisors of distill.teacher-steps, {distill.teacher_steps}, each of the one before it"
+        raise ValueError(f"distill.counts: expected {what}, got {got}")
 
 
 def check_sampling(sampling: SamplingConfig, diffusion: DiffusionConfig, prefix: str = "") -> None:

@@ -278,53 +278,53 @@ def ddim_steps(schedule: Schedule, steps: int = 50, eta: float = 0.0, spacing: S
 
 
 @dataclass(frozen=True)
-class StepPairs:
-    """Pairs of neighbouring steps of DDIM, t -> t' -> t'', each of which is to become one step t -> t''."""
+class MergedSteps:
+    """S stretches of K steps of DDIM, each of which is to become one step."""
 
-    times: Int64[Tensor, "S 2"]  # t and t'; the last t'' is 0
-    coefficients: Float[Tensor, "S 5"]  # alpha and sigma of t, of t', and the share of the second x_0; float64
+    times: Int64[Tensor, "S K"]  # of each stretch's steps, first to last; the last stretch ends at 0
+    coefficients: Float[Tensor, "S K 3"]  # alpha, sigma, and the share of this prediction of x_0; float64
 
 
-def step_pairs(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> StepPairs:
-    """Of DDIM with 2 * ``steps`` steps; the t are the times of DDIM with ``steps`` if the spacing is "trailing".
+def merged_steps(schedule: Schedule, steps: int, substeps: int = 2, spacing: Spacing = "trailing") -> MergedSteps:
+    """Of DDIM with ``steps * substeps`` steps; if ``spacing`` is "trailing" stretches begin at the times of ``steps``.
 
-    One step whose prediction of x_0 is ``x~ = (1 - share) x_0(t) + share x_0(t')``, with ``r = alpha / sigma`` and
-    ``share = (r'' - r') / (r'' - r)``, ends where the teacher's two do: v, algorithm 2, whose x~ this is with its
-    fractions cleared. So x~ lies between two predictions, and within the bounds that they are clamped to.
+    With ``r = alpha / sigma`` a step of DDIM adds ``(r_s - r_t) x_0(t)`` to ``x / sigma``. So one step over a stretch
+    ends where its K steps do if it predicts their mean x~, each weighted by its part of the way in r; and x~ lies
+    within the bounds that they are clamped to. With K = 2 it is that of v, algorithm 2, its fractions cleared. The mean
+    of k + 1 predictions is that of k moved to the last by a share of ``(r_{k+1} - r_k) / (r_{k+1} - r_0)``.
     """
-    times = timesteps(schedule.num_train_timesteps, 2 * steps, spacing).view(steps, 2)
+    times = timesteps(schedule.num_train_timesteps, steps * substeps, spacing).view(steps, substeps)
     log = schedule.log_abar[times]
     alpha, sigma = (log / 2).exp(), (-torch.expm1(log)).sqrt()
     ratio = alpha / sigma
-    end = torch.cat([ratio[1:, 0], torch.full_like(ratio[:1, 0], math.inf)])  # sigma_0 = 0
-    share = 1 - (ratio[:, 1] - ratio[:, 0]) / (end - ratio[:, 0])
-    return StepPairs(times, torch.stack([alpha[:, 0], sigma[:, 0], alpha[:, 1], sigma[:, 1], share], 1))
+    ends = torch.cat([ratio.flatten()[1:], torch.full((1,), math.inf)]).view_as(ratio)  # sigma_0 = 0
+    share = 1 - (ratio - ratio[:, :1]) / (ends - ratio[:, :1])
+    return MergedSteps(times, torch.stack([alpha, sigma, share], -1))
 
 
 @torch.no_grad()
-def two_step_v(
+def merged_v(
     eps_model: Model,
     x_t: Data,
-    times: Int64[Tensor, "B 2"],
-    coefficients: Float[Tensor, "B 5"],
+    times: Int64[Tensor, "B K"],
+    coefficients: Float[Tensor, "B K 3"],
     clip: float | None = None,
 ) -> Data:
-    """The v of x~ at x_t: what the student is to predict where the teacher is ``eps_model`` (see ``step_pairs``).
+    """The v of x~ at x_t: what a step is to predict that ends where the K of ``eps_model`` do (see ``merged_steps``).
 
-    A row of times and coefficients for each cloud. ``clip``: clamp both predictions of x_0, as ``Chain`` does in the
-    steps that are to be replaced. Float32 (float64 if x_t is), no gradient.
+    A row of times and coefficients for each cloud. ``clip``: clamp every prediction of x_0, as ``Chain`` does in the
+    steps that are to be merged. Float32 (float64 if x_t is), no gradient.
     """
     x_t = _at_least_float32(x_t)
-    alpha, sigma, alpha_mid, sigma_mid, share = (_over(c, x_t) for c in coefficients.to(x_t.dtype).unbind(1))
-
-    def predict(x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        x_0 = (x - sigma * eps_model(x, t).to(x.dtype)) / alpha
-        return x_0 if clip is None else x_0.clamp(-clip, clip)
-
-    x_0 = predict(x_t, times[:, 0], alpha, sigma)
-    x_mid = alpha_mid * x_0 + sigma_mid * (x_t - alpha * x_0) / sigma
-    x_0 = torch.lerp(x_0, predict(x_mid, times[:, 1], alpha_mid, sigma_mid), share)
-    return (alpha * x_t - x_0) / sigma
+    alpha_t, sigma_t = (_over(c, x_t) for c in coefficients[:, 0, :2].to(x_t).unbind(1))
+    mean = torch.zeros_like(x_t)
+    for k in range(times.shape[1]):
+        alpha, sigma, share = (_over(c, x_t) for c in coefficients[:, k].to(x_t).unbind(1))
+        # One step by the mean so far ends where the k steps so far do.
+        x = x_t if k == 0 else alpha * mean + sigma / sigma_t * (x_t - alpha_t * mean)
+        x_0 = (x - sigma * eps_model(x, times[:, k]).to(x.dtype)) / alpha
+        mean = torch.lerp(mean, x_0 if clip is None else x_0.clamp(-clip, clip), share)
+    return (alpha_t * x_t - mean) / sigma_t
 
 
 class Chain:

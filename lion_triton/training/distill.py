@@ -1,10 +1,11 @@
 """The stage that makes priors for few steps out of a run's: progressive distillation (Salimans and Ho 2022).
 
-Each round trains priors that do in one step of DDIM what the round before does in two, from the weights of that one;
-the first learns from the run's own (averaged) weights. For noised latents x_t of training shapes the teacher takes two
-steps, and the student is to predict the x~ with which one step ends at the same place (``diffusion.step_pairs``). The
-error is that of v, which weighs the error of x_0 by SNR + 1 (ibid., section 4). The shape prior and the point prior
-learn side by side, the latter given the shape latent of the posterior, as in stage 2.
+Each round trains priors that do in one step of DDIM what its teacher does in several, from the teacher's weights: that
+of the first is the run's own (averaged) priors, then that of each is the round before, which takes twice as many steps
+unless the configuration says otherwise. For noised latents x_t of training shapes the teacher takes its steps, and the
+student is to predict the x~ with which one step ends at the same place (``diffusion.merged_steps``). The error is that
+of v, which weighs the error of x_0 by SNR + 1 (ibid., section 4). The shape prior and the point prior learn side by
+side, the latter given the shape latent of the posterior, as in stage 2.
 
     RUN/distilled/config.json              the checkpoint that the rounds began from, and how they are trained
     RUN/distilled/steps-<n>.safetensors    both priors of a round, averaged
@@ -33,7 +34,7 @@ from lion_triton import __version__
 from lion_triton.capture import Captured, why_uncaptured
 from lion_triton.config import DistillTraining, check_distill, differences
 from lion_triton.data.sources import load_sources
-from lion_triton.diffusion import Model, StepPairs, step_pairs, two_step_v
+from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
 from lion_triton.models.hub import CONFIG, DISTILLED
 from lion_triton.models.lion import LION, Posterior
@@ -57,7 +58,7 @@ class DistillObjective(nn.Module):
     Args:
         student, teacher: LIONs with one VAE and the same latent statistics. Of the teacher the denoisers are called, as
             samplers call them.
-        pairs: of the student's number of steps.
+        merged: the student's steps.
         clip_x0: clamps the teacher's predictions, as in sampling.
         shape_draws: as in ``PriorTraining``.
     """
@@ -66,34 +67,37 @@ class DistillObjective(nn.Module):
     coefficients: Tensor
 
     def __init__(
-        self, student: LION, teacher: LION, pairs: StepPairs, clip_x0: float | None = None, shape_draws: int = 1
+        self, student: LION, teacher: LION, merged: MergedSteps, clip_x0: float | None = None, shape_draws: int = 1
     ) -> None:
         super().__init__()
         self.shape_prior, self.point_prior = student.shape_prior, student.point_prior
         self.clip_x0, self.shape_draws = clip_x0, shape_draws
         self._teacher = [teacher]  # in a list, so that it is no part of this module
-        self.register_buffer("times", pairs.times, persistent=False)
-        self.register_buffer("coefficients", pairs.coefficients.float(), persistent=False)
+        self.register_buffer("times", merged.times, persistent=False)
+        self.register_buffer("coefficients", merged.coefficients.float(), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
-        """``batch``: as that of ``PriorObjective``. Returns the errors of v of both priors, and their sum as "loss"."""
+        """``batch``: as that of ``PriorObjective``, with "clip" (B, 512) of a model that is conditioned on it.
+
+        Returns the errors of v of both priors, and their sum as "loss"."""
         (teacher,) = self._teacher
         latents, key = latents_of(teacher.vae, batch, key)
         offsets = torch.special.ndtr(normal_noise((2,), key))  # as in ``prior_loss``
         z = ((latents.z - teacher.z_mean) / teacher.z_std).repeat(self.shape_draws, 1)
         h = (latents.h_mu - teacher.h_mean) / teacher.h_std, latents.h_log_sigma - teacher.h_std.log()
         z_key, h_key = next_key(key), next_key(next_key(key))
-        labels, given = batch.get("labels"), z[: len(h[0])]
-        repeated = None if labels is None else labels.repeat(self.shape_draws)
+        labels, clip, given = batch.get("labels"), batch.get("clip"), z[: len(h[0])]
+        many_labels = None if labels is None else labels.repeat(self.shape_draws)
+        many_clips = None if clip is None else clip.repeat(self.shape_draws, 1)
         shape = self._error(
-            lambda z_t, t: self.shape_prior(z_t, t, None, repeated),
-            teacher.shape_denoiser(repeated),
+            lambda z_t, t: self.shape_prior(z_t, t, many_clips, many_labels),
+            teacher.shape_denoiser(many_labels, many_clips),
             lambda alpha, sigma: q_sample(z, alpha, sigma, z_key),
             stratified(len(z), len(self.times), offsets[1]),
         )
         point = self._error(
-            lambda h_t, t: self.point_prior(h_t, t, given, None, labels),
-            teacher.point_denoiser(given, labels),
+            lambda h_t, t: self.point_prior(h_t, t, given, clip, labels),
+            teacher.point_denoiser(given, labels, clip),
             lambda alpha, sigma: posterior_q_sample(*h, alpha, sigma, h_key),
             stratified(len(given), len(self.times), offsets[0]),
         )
@@ -104,8 +108,8 @@ class DistillObjective(nn.Module):
     ) -> Tensor:
         """Mean square of v's. ``noised``: the x_t of (alpha, sigma); ``index``: from which of the student's steps."""
         times, coefficients = self.times[index], self.coefficients[index]
-        x_t = noised(coefficients[:, 0], coefficients[:, 1])
-        v = two_step_v(teacher, x_t, times, coefficients, self.clip_x0)
+        x_t = noised(coefficients[:, 0, 0], coefficients[:, 0, 1])
+        v = merged_v(teacher, x_t, times, coefficients, self.clip_x0)
         return (student(x_t, times[:, 0]) - v).square().mean()
 
 
@@ -124,13 +128,10 @@ def distill(run: Run, training: DistillTraining, accelerator: Accelerator) -> LI
     checkpoint, folder = trained_priors(run), run.folder / DISTILLED
     begin(folder, training, checkpoint)
     lion = load_model(run, checkpoint).to(accelerator.device)
-    if {str(steps) for steps in training.kept} <= set(lion.distilled):
+    if {str(steps) for steps in training.counts} <= set(lion.distilled):
         print(f"{folder}: all rounds are done")
         return lion
     train_rounds(run, training, accelerator, lion)
-    for steps in set(training.rounds) - set(training.kept):
-        del lion.distilled[str(steps)]
-        (folder / file_name(steps)).unlink()
     draw(run, lion, folder / "overview.png")
     print(f"priors for {' and '.join(lion.distilled)} steps: {folder}; --steps of every command takes them")
     print(f"picture: {folder / 'overview.png'}")
@@ -186,14 +187,18 @@ def train_rounds(run: Run, training: DistillTraining, accelerator: Accelerator, 
     context = Context(run, sources, accelerator, lion.requires_grad_(False))
     draws = run.config.priors.cached_draws
     cache = encode_all(context, draws) if draws else None
-    for number, steps in enumerate(training.rounds):
+    teachers = (training.teacher_steps, *training.counts)
+    for number, (before, steps) in enumerate(zip(teachers, training.counts, strict=False)):
         if str(steps) not in lion.distilled:
-            train_round(context, training, number, cache)
+            train_round(context, training, number, before // steps, cache)
 
 
-def train_round(context: Context, training: DistillTraining, number: int, cache: Posterior | None) -> None:
-    """Add the priors of round ``number`` to the context's LION, and write their file."""
-    run, lion, steps = context.run, context.lion, training.rounds[number]
+def train_round(
+    context: Context, training: DistillTraining, number: int, substeps: int, cache: Posterior | None
+) -> None:
+    """Add the priors of round ``number`` to the context's LION, and write their file. ``substeps``: of their teacher,
+    in each of their steps."""
+    run, lion, steps = context.run, context.lion, training.counts[number]
     settings = replace(
         run.config.priors,
         steps=training.steps,
@@ -201,10 +206,10 @@ def train_round(context: Context, training: DistillTraining, number: int, cache:
         learning_rate=training.learning_rate,
         learning_rate_decay="cosine",
     )
-    teacher = lion.few_step(2 * steps)  # in the first round the LION itself
+    teacher = lion.few_step(training.counts[number - 1]) if number else lion
     student = lion.add_distilled(steps, teacher)
-    pairs = step_pairs(lion.schedule, steps, student.spacing)
-    objective = DistillObjective(student, teacher, pairs, run.config.sampling.clip_x0, settings.shape_draws)
+    merged = merged_steps(lion.schedule, steps, substeps, student.spacing)
+    objective = DistillObjective(student, teacher, merged, run.config.sampling.clip_x0, settings.shape_draws)
     # Without dropout: what is to be learned is a function, with no noise to overfit to.
     objective.to(context.device).requires_grad_(True).eval()
     average = Average(objective, settings.ema_decay)

@@ -20,16 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lion_triton import evaluate, interpolate, sample, train
+from lion_triton.capture import WARM_UPS
 from lion_triton.config import DistillTraining, check_distill
-from lion_triton.diffusion import Schedule, ddim, step_pairs, timesteps, to_eps, two_step_v
+from lion_triton.diffusion import Schedule, ddim, merged_steps, merged_v, timesteps, to_eps
 from lion_triton.models.lion import LION, DiffusionConfig
 from lion_triton.runs import Run, load_checkpoint, load_model, open_run, save_checkpoint
 from lion_triton.training import distill as stage
 from lion_triton.training.distill import DistillObjective, distill
+from tests.cuda_graphs import Graph, pretend
 from tests.test_train import fails
 from tests.tiny import tiny_config, tiny_run
 
-TRAINING = DistillTraining(first=4, kept=(4, 1), steps=2, batch_size=4, learning_rate=1e-3)
+TRAINING = DistillTraining(teacher_steps=12, counts=(4, 2, 1), steps=2, batch_size=4, learning_rate=1e-3)
 KEY = torch.zeros(2, dtype=torch.int64)
 
 
@@ -46,23 +48,25 @@ def gaussian_eps(schedule: Schedule, mean: float, std: float) -> object:
 
 @pytest.mark.parametrize("clip", [None, 0.7])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_a_student_that_predicts_the_target_does_both_steps_in_one(kind: str, steps: int, clip: float | None) -> None:
-    """All of the chain: its N steps by what ``two_step_v`` says, against the teacher's 2N."""
+@pytest.mark.parametrize(("steps", "substeps"), [(1, 2), (3, 2), (8, 2), (4, 5), (1, 64)])
+def test_a_student_that_predicts_the_target_does_all_steps_in_one(
+    kind: str, steps: int, substeps: int, clip: float | None
+) -> None:
+    """All of the chain: its steps by what ``merged_v`` says, against the teacher's."""
     schedule = Schedule(kind, 200)  # type: ignore[arg-type]
     teacher = gaussian_eps(schedule, 0.4, 0.6)
     x_T = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pairs = step_pairs(schedule, steps)
-    row = {int(t): i for i, t in enumerate(pairs.times[:, 0])}
+    merged = merged_steps(schedule, steps, substeps)
+    row = {int(t): i for i, t in enumerate(merged.times[:, 0])}
 
     def student(x: Tensor, t: Tensor) -> Tensor:
         i = torch.tensor([row[int(s)] for s in t])
-        v = two_step_v(teacher, x, pairs.times[i], pairs.coefficients[i], clip)  # type: ignore[arg-type]
-        alpha, sigma = pairs.coefficients[i, 0, None], pairs.coefficients[i, 1, None]
+        v = merged_v(teacher, x, merged.times[i], merged.coefficients[i], clip)  # type: ignore[arg-type]
+        alpha, sigma = merged.coefficients[i, 0, :2, None].unbind(1)
         return alpha * v + sigma * x
 
     options = {"spacing": "trailing", "clip": clip}
-    expected = ddim(teacher, x_T, schedule, KEY, steps=2 * steps, **options)  # type: ignore[arg-type]
+    expected = ddim(teacher, x_T, schedule, KEY, steps=steps * substeps, **options)  # type: ignore[arg-type]
     found = ddim(student, x_T, schedule, KEY, steps=steps, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     if clip is not None:  # and it was reached
@@ -72,8 +76,8 @@ def test_a_student_that_predicts_the_target_does_both_steps_in_one(kind: str, st
 def test_the_target_is_the_papers() -> None:
     """Salimans and Ho 2022, algorithm 2, as printed; and v of it as the network's output means it."""
     schedule = Schedule("cosine", 100)
-    pairs = step_pairs(schedule, 5)
-    assert pairs.times.tolist() == [[100, 90], [80, 70], [60, 50], [40, 30], [20, 10]]
+    merged = merged_steps(schedule, 5)
+    assert merged.times.tolist() == [[100, 90], [80, 70], [60, 50], [40, 30], [20, 10]]
     x_t = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def alpha_sigma(t: int) -> tuple[float, float]:
@@ -87,14 +91,14 @@ def test_the_target_is_the_papers() -> None:
         alpha, sigma = alpha_sigma(int(t[0]))
         return (x - alpha * model(x, t)) / sigma
 
-    for i, (t, middle) in enumerate(pairs.times.tolist()):
+    for i, (t, middle) in enumerate(merged.times.tolist()):
         (a, s), (a1, s1), (a2, s2) = map(alpha_sigma, (t, middle, t - 20))
         x_0 = model(x_t, torch.full((4,), t))
         x_1 = a1 * x_0 + s1 / s * (x_t - a * x_0)
         x_01 = model(x_1, torch.full((4,), middle))
         x_2 = a2 * x_01 + s2 / s1 * (x_1 - a1 * x_01)
         expected = (x_2 - s2 / s * x_t) / (a2 - s2 / s * a)
-        v = two_step_v(eps, x_t, pairs.times[[i] * 4], pairs.coefficients[[i] * 4])
+        v = merged_v(eps, x_t, merged.times[[i] * 4], merged.coefficients[[i] * 4])
         torch.testing.assert_close(a * x_t - s * v, expected, rtol=0, atol=1e-10)
         back = to_eps(v, x_t, torch.full((4,), t), schedule, "v")
         torch.testing.assert_close((x_t - s * back) / a, expected, rtol=0, atol=1e-4)  # by the schedule's float32
@@ -125,10 +129,10 @@ class Affine(nn.Module):
 def test_the_loss_of_the_exact_student_of_gaussians_is_zero() -> None:
     """Where the data are Gaussian a step is affine, and so is what the student is to learn: found from x = 0 and 1."""
     schedule, mean, std, steps = Schedule("cosine", 64), 0.3, 0.5, 4
-    eps, pairs = gaussian_eps(schedule, mean, std), step_pairs(schedule, steps)
+    eps, merged = gaussian_eps(schedule, mean, std), merged_steps(schedule, steps)
     slopes, constants = torch.zeros(65), torch.zeros(65)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None]
-    for t, middle in pairs.times.tolist():
+    for t, middle in merged.times.tolist():
         logs = schedule.log_abar[torch.tensor([t, middle, t - 16])]
         (a, s), (a1, s1), (a2, s2) = zip((logs / 2).exp().tolist(), (-torch.expm1(logs)).sqrt().tolist(), strict=True)
         first = eps(ends, torch.tensor([t, t]))  # type: ignore[operator]
@@ -148,10 +152,10 @@ def test_the_loss_of_the_exact_student_of_gaussians_is_zero() -> None:
         z_std=torch.tensor(2.0),
         h_mean=torch.tensor(-1.0),
         h_std=torch.tensor(0.5),
-        shape_denoiser=lambda labels: denoiser,
-        point_denoiser=lambda z, labels: denoiser,
+        shape_denoiser=lambda labels, clip: denoiser,
+        point_denoiser=lambda z, labels, clip: denoiser,
     )
-    objective = DistillObjective(student, teacher, pairs, shape_draws=2)  # type: ignore[arg-type]
+    objective = DistillObjective(student, teacher, merged, shape_draws=2)  # type: ignore[arg-type]
     batch = {"z": torch.full((200, 3), 5.0), "h_mu": torch.full((200, 4, 3), 0.5)}
     batch["h_log_sigma"] = torch.full((200, 4, 3), -3.0)
     losses = objective(batch, KEY, KEY[0])
@@ -159,10 +163,10 @@ def test_the_loss_of_the_exact_student_of_gaussians_is_zero() -> None:
     assert losses["point"] < 1e-9
     for prior, x_0, count in ((student.shape_prior, 2.0, 400), (student.point_prior, 3.0, 200)):
         x_t, t = prior.given
-        for i, time in enumerate(pairs.times[:, 0].tolist()):  # all of the steps, equally often
+        for i, time in enumerate(merged.times[:, 0].tolist()):  # all of the steps, equally often
             chosen = x_t[t == time]
             assert len(chosen) == count / steps
-            assert chosen.mean() == pytest.approx(float(pairs.coefficients[i, 0]) * x_0, abs=0.2)
+            assert chosen.mean() == pytest.approx(float(merged.coefficients[i, 0, 0]) * x_0, abs=0.2)
     with torch.no_grad():
         student.point_prior.slopes[16] += 0.1
     changed = objective(batch, KEY, KEY[0])
@@ -206,12 +210,13 @@ def test_the_folder_holds_what_is_kept_and_explains_itself(finished: Path) -> No
         "tensorboard",
         "overview.png",
         "steps-4.safetensors",
+        "steps-2.safetensors",
         "steps-1.safetensors",
     }
     assert {p.name for p in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["checkpoint"] == "step-00000009"
-    assert config["training"]["kept"] == [4, 1]
+    assert config["training"]["counts"] == [4, 2, 1]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["total_step"], line["step"]) for line in lines] == [(2, 2), (4, 2), (6, 2)]
     assert {"loss", "shape", "point", "grad_norm"} < lines[0].keys()
@@ -236,9 +241,21 @@ def test_a_stopped_stage_goes_on_with_its_round(
     with (folder / "distilled" / "metrics.jsonl").open("a") as file:
         file.write('{"total_step": 5, "ste')  # as a killed process may leave it
     go(folder)
-    for name in ("config.json", "metrics.jsonl", "overview.png", "steps-4.safetensors", "steps-1.safetensors"):
+    for name in ("config.json", "metrics.jsonl", "overview.png", "steps-4.safetensors", "steps-2.safetensors"):
         ours, theirs = (f / "distilled" / name for f in (folder, finished))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_captured_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(TRAINING, counts=(2,), steps=5)
+    folders = [trained(tmp_path / name).folder for name in ("plain", "captured")]
+    go(folders[0], training)
+    with monkeypatch.context() as patch:
+        pretend(patch, stage)
+        go(folders[1], training)
+    assert (Graph.captured, Graph.replayed) == (1, training.steps - WARM_UPS)
+    plain, captured = (folder / "distilled" / "steps-2.safetensors" for folder in folders)
+    assert plain.read_bytes() == captured.read_bytes()
 
 
 def test_a_finished_stage_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,12 +267,12 @@ def test_a_finished_stage_is_left_as_it_is(finished: Path, capsys: pytest.Captur
 
 def test_few_steps_are_taken_by_their_own_priors(finished: Path) -> None:
     lion, files = load_model(open_run(finished)), finished / "distilled"
-    assert list(lion.distilled) == ["4", "1"]
+    assert list(lion.distilled) == ["4", "2", "1"]
     plain = load_model(open_run(finished))
     plain.distilled = nn.ModuleDict()
-    for options in ({"steps": 2}, {"eta": 0.5}, {"sampler": "ddpm"}):
+    for options in ({"steps": 3}, {"eta": 0.5}, {"sampler": "ddpm"}):
         assert torch.equal(clouds(lion, **options), clouds(plain, **options))
-    for steps in (4, 1):
+    for steps in (4, 2, 1):
         priors = load_file(files / f"steps-{steps}.safetensors")
         few = copy.deepcopy(plain)
         few.load_state_dict(plain.state_dict() | priors)
@@ -269,10 +286,10 @@ def test_a_saved_model_has_them_too(finished: Path, tmp_path: Path) -> None:
     LION.from_pretrained(finished).save_pretrained(tmp_path / "saved")
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     lion = LION.from_pretrained(tmp_path / "saved")
-    assert list(lion.distilled) == ["4", "1"]
+    assert list(lion.distilled) == ["4", "2", "1"]
     assert torch.equal(clouds(lion), clouds(load_model(open_run(finished))))
-    assert "`sampler='ddim'` with `steps` 4, 1" in (tmp_path / "saved" / "README.md").read_text()
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["distilled"]["training"]["first"] == 4
+    assert "`sampler='ddim'` with `steps` 4, 2, 1" in (tmp_path / "saved" / "README.md").read_text()
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["distilled"]["training"]["teacher_steps"] == 12
     message = "folder of save_pretrained"
     with pytest.raises(ValueError, match=message):
         go(tmp_path / "saved")
@@ -322,7 +339,7 @@ def test_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     line = fails(capsys, train.main, ["furniture", *command])
     assert line == f"error: preset: {tmp_path / 'run'} is a run of quickstart, got furniture"
     line = fails(capsys, train.main, ["quickstart", *command, "--distill.steps", "7"])
-    assert "was started with another distill.first: 16, was 4: remove it" in line
+    assert "was started with another distill.teacher_steps: 64, was 12; " in line
     (tmp_path / "run" / "distilled" / "steps-1.safetensors").write_bytes(b"nothing")
     line = fails(capsys, sample.main, [str(tmp_path / "run")])
     assert line.startswith(f"error: distilled: {tmp_path / 'run' / 'distilled' / 'steps-1.safetensors'} is damaged")
@@ -337,11 +354,12 @@ def test_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"first": 6}, "distill.first: expected a power of 2 up to 256, got 6"),
-        ({"first": 512}, "distill.first: expected a power of 2 up to 256, got 512"),
-        ({"kept": ()}, "distill.kept: expected powers of 2 up to distill.first, 4, got none"),
-        ({"kept": (8, 1)}, "distill.kept: expected powers of 2 up to distill.first, 4, got 8 1"),
-        ({"kept": (0,)}, "distill.kept: expected powers of 2 up to distill.first, 4, got 0"),
+        ({"teacher_steps": 1001}, "distill.teacher-steps: expected 1 to 1000, got 1001"),
+        *(
+            ({"counts": counts}, f"distill.counts: expected divisors of distill.teacher-steps, 12, {each}, got {got}")
+            for each in ("each of the one before it",)
+            for counts, got in (((), "none"), ((5, 1), "5 1"), ((4, 4), "4 4"), ((2, 0), "2 0"), ((12,), "12"))
+        ),
         ({"steps": 0}, "distill.steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "distill.batch-size: expected at least 1, got 0"),
         ({"learning_rate": math.nan}, "distill.learning-rate: expected a number above 0, got nan"),
