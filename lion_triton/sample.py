@@ -37,6 +37,7 @@ class SampleArguments:
         steps: network evaluations per prior; default as the run's configuration. DDIM with eta 0 takes the priors that
             are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
+        guidance: w of classifier-free guidance by class, 0 for none; for runs trained with priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
@@ -50,6 +51,7 @@ class SampleArguments:
     sampler: Literal["ddpm", "ddim", "ode"] | None = None
     steps: int | None = None
     eta: float | None = None
+    guidance: float | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
     seed: int = 0
     batch_size: int = 64
@@ -106,8 +108,9 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     if steps is None and sampler != "ode":
         steps = default_steps(sampler, run.config.model.diffusion.num_train_timesteps)
-    found = SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
-    check_sampling(found, run.config.model.diffusion)
+    given = {name: getattr(args, name) for name in ("eta", "guidance") if getattr(args, name) is not None}
+    found = replace(settings, sampler=sampler, steps=steps, **given)
+    check_sampling(found, run.config)
     return found
 
 
@@ -135,6 +138,7 @@ def generate(
                     generator=generator,
                     labels=_tensor(labels[start : start + count], device),
                     clip_x0=settings.clip_x0,
+                    guidance=settings.guidance,
                     callback=advance,
                 )
             clouds.append(batch.float().cpu().numpy())
@@ -143,12 +147,13 @@ def generate(
 
 def by_distilled(lion: LION, settings: SamplingConfig) -> bool:
     """Whether distilled priors sample like this; said of a model that has such."""
-    distilled = lion.few_step(settings.steps, settings.sampler, settings.eta) is not lion
+    distilled = lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance) is not lion
     if distilled:
         print(f"steps: {settings.steps}, by the priors distilled for so many")
     elif lion.distilled:
-        which = f"distilled ones take {', '.join(lion.distilled)} of ddim with eta 0"
-        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; {which}")
+        guidance = ", ".join(f"{w:g}" for w in set(lion.distilled_steps.values()))
+        which = f"{', '.join(lion.distilled)} of ddim with eta 0 and guidance {guidance}"
+        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; distilled ones take {which}")
     return distilled
 
 
@@ -166,7 +171,8 @@ def class_labels(run: Run, args: SampleArguments) -> np.ndarray:
 
 
 def _default_name(args: SampleArguments) -> str:
-    given = {"n": args.num_samples, "points": args.num_points, "steps": args.steps, "eta": args.eta}
+    given = {name: getattr(args, name) for name in ("steps", "eta", "guidance")}
+    given = {"n": args.num_samples, "points": args.num_points, **given}
     words = [
         args.checkpoint,
         args.label,

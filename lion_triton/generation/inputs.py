@@ -56,7 +56,7 @@ class Model:
 
     def few_step(self, settings: SamplingConfig) -> Model:
         """The model with the priors that are distilled for sampling like this; itself where none are."""
-        return replace(self, lion=self.lion.few_step(settings.steps, settings.sampler, settings.eta))
+        return replace(self, lion=self.lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance))
 
     def class_name(self, label: int | None) -> str:
         return "no class" if label is None else self.run.classes[label]

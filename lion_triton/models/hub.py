@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 
 import dacite
 import safetensors.torch
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
@@ -46,6 +47,7 @@ class Pretrained(PyTorchModelHubMixin):
     config_type: ClassVar[type]  # a dataclass, the only argument of ``__init__``
     about: dict[str, Any] | None = None
     picture: bytes | None = None
+    _saved_dtype: torch.dtype | None = None
 
     @classmethod
     def from_pretrained(cls: type[P], folder_or_id: str | Path, **download: Any) -> P:  # type: ignore[override]
@@ -83,16 +85,24 @@ class Pretrained(PyTorchModelHubMixin):
         if not model.distilled:
             self.about.pop(DISTILLED, None)
         elif DISTILLED in self.about:
-            self.about[DISTILLED]["steps"] = [int(steps) for steps in model.distilled]
+            self.about[DISTILLED]["steps"] = list(model.distilled_steps)
         drawn = next((p for p in (folder / PICTURE, folder / "samples" / "overview.png") if p.is_file()), None)
         self.picture = None if drawn is None else drawn.read_bytes()
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write the model to a folder; options as those of ``huggingface_hub.PyTorchModelHubMixin``.
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> str | None:
+        """Write the model to a folder.
+
+        Args:
+            dtype: of the weights in the file; default: their own. Statistics of the latents keep theirs, and reading
+                gives float32 again. bfloat16 halves the file.
+            options: those of ``huggingface_hub.PyTorchModelHubMixin``.
 
         Raises:
             ValueError: the folder is a run's, whose ``config.json`` would be replaced.
         """
+        self._saved_dtype = dtype
         if (Path(save_directory) / "checkpoints").exists():
             raise ValueError(f"save_directory: {save_directory} is a run folder: give another")
         return super().save_pretrained(save_directory, **options)
@@ -100,7 +110,11 @@ class Pretrained(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         model: Any = self
         about = self.about or _unknown(model.config)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name for name, _ in model.named_parameters()}
+        tensors = {
+            name: tensor.detach().to("cpu", self._saved_dtype if name in weights else None).contiguous()
+            for name, tensor in model.state_dict().items()
+        }
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
         _write(save_directory / CONFIG, lambda path: path.write_text(text))

@@ -74,10 +74,13 @@ def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) 
 
 
 class DistilledPriors(nn.Module):
-    """Both priors, distilled for one number of steps; and the samplings by them."""
+    """Both priors, distilled for one number of steps, and the guidance that they learned; the samplings by them."""
 
-    def __init__(self, shape_prior: ShapePrior, point_prior: PointPrior) -> None:
+    guidance: Tensor
+
+    def __init__(self, shape_prior: ShapePrior, point_prior: PointPrior, guidance: float) -> None:
         super().__init__()
+        self.register_buffer("guidance", torch.tensor(guidance, dtype=torch.float64))
         self.shape_prior, self.point_prior = copy.deepcopy(shape_prior), copy.deepcopy(point_prior)
         self.samplings = Samplings()
 
@@ -89,11 +92,12 @@ class LION(nn.Module, Pretrained):
     by :meth:`set_latent_statistics` before the priors are trained, and the identity in the published model.
 
     ``distilled`` holds further priors for few steps of deterministic DDIM, by their number, of models that have such.
-    ``spacing`` is that of DDIM's steps.
+    ``spacing`` is that of DDIM's steps, ``guided`` the guidance that the priors' predictions contain.
     """
 
     config_type = LIONConfig
     spacing: Spacing = "uniform"
+    guided: float = 0.0
 
     def __init__(self, config: LIONConfig | None = None) -> None:
         super().__init__()
@@ -122,22 +126,28 @@ class LION(nn.Module, Pretrained):
                 self.add_distilled(steps, self)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def add_distilled(self, steps: int, teacher: LION) -> LION:
+    def add_distilled(self, steps: int, teacher: LION, guidance: float = 0.0) -> LION:
         """Add priors for so many steps, at first the teacher's; returns what :meth:`few_step` will."""
-        self.distilled[str(steps)] = DistilledPriors(teacher.shape_prior, teacher.point_prior)
-        return self.few_step(steps)
+        self.distilled[str(steps)] = DistilledPriors(teacher.shape_prior, teacher.point_prior, guidance)
+        return self.few_step(steps, guidance=guidance)
 
-    def few_step(self, steps: int | None, sampler: Sampler = "ddim", eta: float = 0.0) -> LION:
+    @property
+    def distilled_steps(self) -> dict[int, float]:
+        """The numbers of steps that distilled priors take, and the guidance that each have learned."""
+        distilled: Any = self.distilled
+        return {int(steps): priors.guidance.item() for steps, priors in distilled.items()}
+
+    def few_step(self, steps: int | None, sampler: Sampler = "ddim", eta: float = 0.0, guidance: float = 0.0) -> LION:
         """This LION with the priors that are distilled for sampling like this, or itself where none are.
 
         They share all weights but those of the priors.
         """
-        if sampler != "ddim" or eta or str(steps) not in self.distilled:
+        if sampler != "ddim" or eta or self.distilled_steps.get(steps or 0) != guidance:
             return self
         priors: Any = self.distilled[str(steps)]
         few = copy.copy(self)
         few._modules = self._modules | dict(priors.named_children()) | {"distilled": nn.ModuleDict()}
-        few._samplings, few.spacing = priors.samplings, "trailing"
+        few._samplings, few.spacing, few.guided = priors.samplings, "trailing", guidance
         return few
 
     def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
@@ -180,6 +190,7 @@ class LION(nn.Module, Pretrained):
         labels: Int[Tensor, " B"] | None = None,
         clip: Float[Tensor, "B 512"] | None = None,
         clip_x0: float | None = None,
+        guidance: float = 0.0,
         callback: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "B P 3"]:
         """Generate clouds; by distilled priors where there are such for so many steps of DDIM with ``eta`` 0.
@@ -195,6 +206,8 @@ class LION(nn.Module, Pretrained):
             labels: class of each cloud, for class-conditional models.
             clip: CLIP embedding of each cloud, for CLIP-conditional models.
             clip_x0: clamp the predicted (standardised) latent to +- this in every step.
+            guidance: w of classifier-free guidance, eps + w (eps - eps without the condition); 0 is none. For models
+                whose conditions were dropped in training now and then. Each step evaluates twice as many clouds.
             callback: called with (steps done, steps in all) over both priors.
 
         Returns:
@@ -204,7 +217,7 @@ class LION(nn.Module, Pretrained):
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
-        config, chosen, lion = self.config.diffusion, None, self.few_step(steps, sampler, eta)
+        config, chosen, lion = self.config.diffusion, None, self.few_step(steps, sampler, eta, guidance)
         if sampler == "ode":
             if config.prediction != "eps":
                 raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
@@ -215,23 +228,47 @@ class LION(nn.Module, Pretrained):
             chosen = diffusion.ddim_steps(self.schedule, count, eta, lion.spacing)
         else:
             raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
-        sampling = lion._samplings.get(lion, num_samples, num_points, labels, clip, clip_x0)
+        if guidance and labels is None and clip is None:
+            raise ValueError(f"guidance: needs labels or clip to guide by, got {guidance:g} without either")
+        sampling = lion._samplings.get(lion, num_samples, num_points, labels, clip, clip_x0, guidance)
         return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
 
     def shape_denoiser(
-        self, labels: Int[Tensor, " B"] | None = None, clip: Float[Tensor, "B 512"] | None = None
+        self, labels: Int[Tensor, " B"] | None = None, clip: Float[Tensor, "B 512"] | None = None, guidance: float = 0.0
     ) -> diffusion.Model:
         """The shape prior as samplers take it: from (standardised z_t (B, Z), t (B,)) to eps."""
-        return lambda z_t, t: self._eps(self.shape_prior(z_t, t, clip, labels), z_t, t)
+        return self._denoiser(self.shape_prior, (), labels, clip, guidance)
 
     def point_denoiser(
         self,
         z: Float[Tensor, "B Z"],
         labels: Int[Tensor, " B"] | None = None,
         clip: Float[Tensor, "B 512"] | None = None,
+        guidance: float = 0.0,
     ) -> diffusion.Model:
         """The point prior given standardised z, likewise: from (standardised h_t (B, N, H), t (B,)) to eps."""
-        return lambda h_t, t: self._eps(self.point_prior(h_t, t, z, clip, labels), h_t, t)
+        return self._denoiser(self.point_prior, (z,), labels, clip, guidance)
+
+    def _denoiser(
+        self, prior: nn.Module, given: tuple[Tensor, ...], labels: Tensor | None, clip: Tensor | None, guidance: float
+    ) -> diffusion.Model:
+        """A prior as samplers take it, guided away from what it says without its conditions.
+
+        Ho & Salimans 2022, Classifier-Free Diffusion Guidance, eq. 6: (1 + w) eps(x_t, c) - w eps(x_t).
+        """
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            return self._eps(prior(x_t, t, *given, clip, labels), x_t, t)
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            both = [torch.cat([x, x]) for x in (x_t, t, *given)]
+            unlabelled = None if labels is None else torch.cat([labels, torch.full_like(labels, -1)])
+            undescribed = None if clip is None else torch.cat([clip, torch.zeros_like(clip)])
+            x, times, *rest = both
+            eps, without = self._eps(prior(x, times, *rest, undescribed, unlabelled), x, times).chunk(2)
+            return eps + guidance * (eps - without)
+
+        return denoise if guidance in (0, self.guided) else guided
 
     def standardize(self, latents: Latents) -> Latents:
         """Latents as the priors take them."""

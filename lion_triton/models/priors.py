@@ -59,7 +59,7 @@ class ShapePrior(nn.Module):
     """The denoiser of the shape latent, eps(z_t, t): residual MLP blocks without normalisation.
 
     A class embedding is added to the time embedding; a CLIP embedding is projected and concatenated to
-    the hidden state of every block (as published).
+    the hidden state of every block (as published). The label -1 stands for no class: it adds nothing.
     """
 
     def __init__(self, config: ShapePriorConfig, shape_dim: int) -> None:
@@ -95,7 +95,7 @@ class ShapePrior(nn.Module):
         with compute_dtype(self, z_t.device) as dtype:
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:
-                time = time + self.class_embedding(label).to(dtype)
+                time = time + _of_class(self.class_embedding, label).to(dtype)
             condition = None if self.clip_projection is None or clip is None else self.clip_projection(clip.to(dtype))
             x = self.input(z_t.to(dtype))
             for block, block_key in zip(self.blocks, keys, strict=True):
@@ -138,7 +138,7 @@ class PointPrior(nn.Module):
     """The denoiser of the latent points given the shape latent, eps(h_t, z0, t).
 
     The style is z0, with a class embedding concatenated to it, or a projected CLIP embedding concatenated
-    and the whole mapped back to Z channels (as published).
+    and the whole mapped back to Z channels (as published). The label -1 stands for no class: zeros.
     """
 
     def __init__(self, config: PointPriorConfig, point_dim: int, shape_dim: int) -> None:
@@ -174,10 +174,16 @@ class PointPrior(nn.Module):
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         style = z
         if self.class_embedding is not None:
-            style = torch.cat([style, self.class_embedding(label).to(style.dtype)], dim=-1)
+            style = torch.cat([style, _of_class(self.class_embedding, label).to(style.dtype)], dim=-1)
         if self.clip_projection is not None:
             style = self.clip_style(torch.cat([style, self.clip_projection(clip)], dim=-1))
         return self.network(h_t, style, t, key=key).float()
+
+
+def _of_class(embedding: nn.Embedding, label: Tensor | None) -> Float[Tensor, "B E"]:
+    """The embeddings of the labels, zeros for the label -1."""
+    assert label is not None
+    return embedding(label.clamp_min(0)) * (label >= 0).unsqueeze(-1)
 
 
 def _check_conditions(clip: Tensor | None, takes_clip: bool, label: Tensor | None, takes_label: bool) -> None:

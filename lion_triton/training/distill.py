@@ -59,7 +59,7 @@ class DistillObjective(nn.Module):
         student, teacher: LIONs with one VAE and the same latent statistics. Of the teacher the denoisers are called, as
             samplers call them.
         merged: the student's steps.
-        clip_x0: clamps the teacher's predictions, as in sampling.
+        clip_x0, guidance: of the teacher's predictions, as in sampling.
         shape_draws: as in ``PriorTraining``.
     """
 
@@ -67,11 +67,17 @@ class DistillObjective(nn.Module):
     coefficients: Tensor
 
     def __init__(
-        self, student: LION, teacher: LION, merged: MergedSteps, clip_x0: float | None = None, shape_draws: int = 1
+        self,
+        student: LION,
+        teacher: LION,
+        merged: MergedSteps,
+        clip_x0: float | None = None,
+        guidance: float = 0.0,
+        shape_draws: int = 1,
     ) -> None:
         super().__init__()
         self.shape_prior, self.point_prior = student.shape_prior, student.point_prior
-        self.clip_x0, self.shape_draws = clip_x0, shape_draws
+        self.clip_x0, self.guidance, self.shape_draws = clip_x0, guidance, shape_draws
         self._teacher = [teacher]  # in a list, so that it is no part of this module
         self.register_buffer("times", merged.times, persistent=False)
         self.register_buffer("coefficients", merged.coefficients.float(), persistent=False)
@@ -91,13 +97,13 @@ class DistillObjective(nn.Module):
         many_clips = None if clip is None else clip.repeat(self.shape_draws, 1)
         shape = self._error(
             lambda z_t, t: self.shape_prior(z_t, t, many_clips, many_labels),
-            teacher.shape_denoiser(many_labels, many_clips),
+            teacher.shape_denoiser(many_labels, many_clips, self.guidance),
             lambda alpha, sigma: q_sample(z, alpha, sigma, z_key),
             stratified(len(z), len(self.times), offsets[1]),
         )
         point = self._error(
             lambda h_t, t: self.point_prior(h_t, t, given, clip, labels),
-            teacher.point_denoiser(given, labels, clip),
+            teacher.point_denoiser(given, labels, clip, self.guidance),
             lambda alpha, sigma: posterior_q_sample(*h, alpha, sigma, h_key),
             stratified(len(given), len(self.times), offsets[0]),
         )
@@ -124,7 +130,7 @@ def distill(run: Run, training: DistillTraining, accelerator: Accelerator) -> LI
     """
     if accelerator.num_processes > 1:
         raise ValueError(f"stage: distill takes one process, got {accelerator.num_processes}")
-    check_distill(training, run.config.model.diffusion)
+    check_distill(training, run.config)
     checkpoint, folder = trained_priors(run), run.folder / DISTILLED
     begin(folder, training, checkpoint)
     lion = load_model(run, checkpoint).to(accelerator.device)
@@ -206,10 +212,12 @@ def train_round(
         learning_rate=training.learning_rate,
         learning_rate_decay="cosine",
     )
-    teacher = lion.few_step(training.counts[number - 1]) if number else lion
-    student = lion.add_distilled(steps, teacher)
+    sampling = run.config.sampling
+    guidance = sampling.guidance if training.guidance is None else training.guidance
+    teacher = lion.few_step(training.counts[number - 1], guidance=guidance) if number else lion
+    student = lion.add_distilled(steps, teacher, guidance)
     merged = merged_steps(lion.schedule, steps, substeps, student.spacing)
-    objective = DistillObjective(student, teacher, merged, run.config.sampling.clip_x0, settings.shape_draws)
+    objective = DistillObjective(student, teacher, merged, sampling.clip_x0, guidance, settings.shape_draws)
     # Without dropout: what is to be learned is a function, with no noise to overfit to.
     objective.to(context.device).requires_grad_(True).eval()
     average = Average(objective, settings.ema_decay)
@@ -239,7 +247,7 @@ def train_round(
     context.accelerator.free_memory()
     objective.load_state_dict(average.state_dict())
     objective.requires_grad_(False)
-    save_tensors(objective.state_dict(), run.folder / DISTILLED / file_name(steps))
+    save_tensors(lion.distilled[str(steps)].state_dict(), run.folder / DISTILLED / file_name(steps))
 
 
 def file_name(steps: int) -> str:
@@ -249,10 +257,10 @@ def file_name(steps: int) -> str:
 def draw(run: Run, lion: LION, path: Path) -> None:
     """What the run's own way of sampling makes of some noise, and what few steps make of it."""
     rows = []
-    for steps in (None, *map(int, lion.distilled)):
+    for steps in (None, *lion.distilled_steps):
         options = SampleArguments(run.folder, num_samples=report.SHOWN)
         if steps is not None:
-            options = replace(options, sampler="ddim", eta=0.0, steps=steps)
+            options = replace(options, sampler="ddim", eta=0.0, steps=steps, guidance=lion.distilled_steps[steps])
         clouds = generate(run, lion, options, class_labels(run, options))
         title = "as trained" if steps is None else f"{steps} steps" if steps > 1 else "1 step"
         rows.append((title, run.normalization.invert(clouds)))

@@ -123,12 +123,14 @@ def prior_loss(
     clip: Float[Tensor, "B 512"] | None = None,
     *,
     shape_draws: int = 1,
+    drop_condition: float = 0.0,
 ) -> PriorLoss:
     """Weighted eps-MSE of both priors on latents drawn from the posterior.
 
     Times are uniform on 1..T and stratified over the batch: one offset, evenly spaced, so that a batch sees early and
     late times in equal parts and its loss varies less (low-discrepancy sampling, Kingma et al. 2021, VDM, appendix I).
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
+    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch = latents.z.shape[0]
@@ -139,6 +141,10 @@ def prior_loss(
         return stratified(count, schedule.num_train_timesteps, offset) + 1
 
     t_point, t_shape = times(batch, offsets[0]), times(batch * shape_draws, offsets[1])
+
+    if drop_condition and labels is not None:
+        dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
+        labels = labels.masked_fill(dropped, -1)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -225,5 +231,13 @@ class PriorObjective(nn.Module):
         classes."""
         (lion,) = self._lion
         latents, key = latents_of(lion.vae, batch, key)
-        loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=self.training_config.shape_draws)
+        training = self.training_config
+        loss = prior_loss(
+            lion,
+            latents,
+            key,
+            batch.get("labels"),
+            shape_draws=training.shape_draws,
+            drop_condition=training.drop_condition,
+        )
         return {f.name: getattr(loss, f.name) for f in fields(loss)}

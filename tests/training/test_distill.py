@@ -152,10 +152,10 @@ def test_the_loss_of_the_exact_student_of_gaussians_is_zero() -> None:
         z_std=torch.tensor(2.0),
         h_mean=torch.tensor(-1.0),
         h_std=torch.tensor(0.5),
-        shape_denoiser=lambda labels, clip: denoiser,
-        point_denoiser=lambda z, labels, clip: denoiser,
+        shape_denoiser=lambda labels, clip, guidance: {1.5: denoiser}[guidance],
+        point_denoiser=lambda z, labels, clip, guidance: {1.5: denoiser}[guidance],
     )
-    objective = DistillObjective(student, teacher, merged, shape_draws=2)  # type: ignore[arg-type]
+    objective = DistillObjective(student, teacher, merged, guidance=1.5, shape_draws=2)  # type: ignore[arg-type]
     batch = {"z": torch.full((200, 3), 5.0), "h_mu": torch.full((200, 4, 3), 0.5)}
     batch["h_log_sigma"] = torch.full((200, 4, 3), -3.0)
     losses = objective(batch, KEY, KEY[0])
@@ -177,9 +177,10 @@ def test_the_loss_of_the_exact_student_of_gaussians_is_zero() -> None:
     assert not torch.equal(objective(batch, KEY + 1, KEY[0])["point"], changed["point"])  # other noise
 
 
-def trained(folder: Path) -> Run:
+def trained(folder: Path, drop_condition: float = 0.0) -> Run:
     """A run whose priors are said to be trained to the end."""
-    run = tiny_run(folder)
+    config = tiny_config()
+    run = tiny_run(folder, replace(config, priors=replace(config.priors, drop_condition=drop_condition)))
     state = load_checkpoint(run)
     assert state is not None
     save_checkpoint(run, 9, replace(state, step=run.config.priors.steps))
@@ -274,12 +275,30 @@ def test_few_steps_are_taken_by_their_own_priors(finished: Path) -> None:
         assert torch.equal(clouds(lion, **options), clouds(plain, **options))
     for steps in (4, 2, 1):
         priors = load_file(files / f"steps-{steps}.safetensors")
+        assert priors.pop("guidance") == 0
         few = copy.deepcopy(plain)
         few.load_state_dict(plain.state_dict() | priors)
         few.spacing = "trailing"
         assert torch.equal(clouds(lion, steps=steps), clouds(few, steps=steps))
         assert not torch.equal(clouds(lion, steps=steps), clouds(plain, steps=steps))
         assert any(not torch.equal(tensor, plain.state_dict()[name]) for name, tensor in priors.items())
+
+
+def test_guidance_is_learned(tmp_path: Path) -> None:
+    """The students then say by themselves what guidance makes of the teacher, and take its place for no other."""
+    folder = trained(tmp_path / "run", drop_condition=0.1).folder
+    lion = go(folder, replace(TRAINING, counts=(4,), guidance=1.5))
+    unguided = go(trained(tmp_path / "unguided").folder, replace(TRAINING, counts=(4,)))
+    assert not torch.equal(clouds(lion, guidance=1.5), clouds(unguided))  # trained on other targets
+    plain = copy.deepcopy(lion)
+    plain.distilled = nn.ModuleDict()
+    for guidance in (0.0, 1.0):
+        assert torch.equal(clouds(lion, guidance=guidance), clouds(plain, guidance=guidance))
+    priors = load_file(folder / "distilled" / "steps-4.safetensors")
+    assert priors.pop("guidance") == 1.5
+    plain.load_state_dict(plain.state_dict() | priors)
+    plain.spacing = "trailing"
+    assert torch.equal(clouds(load_model(open_run(folder)), guidance=1.5), clouds(plain))
 
 
 def test_a_saved_model_has_them_too(finished: Path, tmp_path: Path) -> None:
@@ -360,6 +379,7 @@ def test_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
             for each in ("each of the one before it",)
             for counts, got in (((), "none"), ((5, 1), "5 1"), ((4, 4), "4 4"), ((2, 0), "2 0"), ((12,), "12"))
         ),
+        ({"guidance": 1.0}, "distill.guidance: needs a model with classes, trained with priors.drop-condition above 0"),
         ({"steps": 0}, "distill.steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "distill.batch-size: expected at least 1, got 0"),
         ({"learning_rate": math.nan}, "distill.learning-rate: expected a number above 0, got nan"),
@@ -367,9 +387,9 @@ def test_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 )
 def test_settings_that_make_no_rounds(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_distill(replace(TRAINING, **change), tiny_config().model.diffusion)
+        check_distill(replace(TRAINING, **change), tiny_config())
 
 
 def test_a_model_that_predicts_eps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stage: distill needs a model that predicts v, .* this one predicts eps"):
-        check_distill(TRAINING, DiffusionConfig())
+        check_distill(TRAINING, tiny_config(diffusion=DiffusionConfig()))
