@@ -178,23 +178,24 @@ def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:
         ValueError: a damaged ``config.json``.
     """
     about = _read_json(folder / DISTILLED / CONFIG)
-    if about is None:
-        return {}
-    if (theirs := about.get("checkpoint")) != checkpoint:
-        print(f"{folder / DISTILLED} is of {theirs}: not used, as these are the weights of {checkpoint}")
+    if about is None or about.get("checkpoint") != checkpoint:
         return {}
     return {int(p.stem.removeprefix("steps-")): p for p in (folder / DISTILLED).glob("steps-*.safetensors")}
 
 
 def read_distilled(folder: Path, checkpoint: str) -> dict[str, Tensor]:
-    """The weights of :func:`distilled_files`, by the names that ``LION.load_state_dict`` takes.
+    """The weights of :func:`distilled_files`, by the names that ``LION.load_state_dict`` takes. Says so where there are
+    some, but of another checkpoint.
 
     Raises:
         ValueError: a damaged file.
     """
+    files = distilled_files(folder, checkpoint)
+    if not files and any((folder / DISTILLED).glob("steps-*.safetensors")):
+        print(f"{folder / DISTILLED} is of another checkpoint than {checkpoint}: not used")
     return {
         f"{DISTILLED}.{steps}.{name}": tensor
-        for steps, path in distilled_files(folder, checkpoint).items()
+        for steps, path in files.items()
         for name, tensor in _read_tensors(DISTILLED, path).items()
     }
 
