@@ -82,6 +82,27 @@ class PriorTraining:
 
 
 @dataclass(frozen=True)
+class DistillTraining:
+    """The stage that makes priors for few steps out of a run's, in rounds of which each learns from the one before.
+
+    Attributes:
+        teacher_steps: of DDIM, by the run's own priors, for the first round to learn from.
+        guidance: w of classifier-free guidance of these, which all rounds learn; default as the run samples.
+        counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first of
+            teacher_steps.
+        steps, batch_size, learning_rate: of each round's training; the rate falls to 0, by a cosine. All else is as in
+            the training of the priors.
+    """
+
+    teacher_steps: int = 64
+    guidance: float | None = None
+    counts: tuple[int, ...] = (8, 4, 2, 1)
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``.
 
@@ -114,6 +135,7 @@ class TrainConfig:
     vae: VAETraining
     priors: PriorTraining
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    distill: DistillTraining = field(default_factory=DistillTraining)
     seed: int = 0
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -185,6 +207,7 @@ def quickstart() -> TrainConfig:
             shape_draws=8,
         ),
         sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
+        distill=DistillTraining(steps=300, learning_rate=1e-3),
         log_every=10,
         picture_every=1000,
         checkpoint_every=500,
@@ -200,6 +223,7 @@ def procedural() -> TrainConfig:
         data=replace(base.data, num_points=1024, num_shapes=8000),
         vae=replace(base.vae, steps=900),
         priors=replace(base.priors, steps=16_000, batch_size=16, ema_decay=0.999, cached_draws=1, drop_condition=0.1),
+        distill=replace(base.distill, steps=1000, batch_size=16),
         picture_every=5000,
     )
 
@@ -324,6 +348,33 @@ def check(config: TrainConfig) -> None:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
     check_sampling(config.sampling, config, "sampling.")
+
+
+def check_distill(distill: DistillTraining, config: TrainConfig) -> None:
+    """Refuse what the model of this run cannot be distilled with.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
+    diffusion = config.model.diffusion
+    if diffusion.prediction != "v":
+        why = "eps says nothing of x_0 at the noise where few steps begin"
+        raise ValueError(f"stage: distill needs a model that predicts v, as {why}; this one predicts eps")
+    for name in ("steps", "batch_size"):
+        if getattr(distill, name) < 1:
+            raise ValueError(f"distill.{name.replace('_', '-')}: expected at least 1, got {getattr(distill, name)}")
+    if not distill.learning_rate > 0:
+        raise ValueError(f"distill.learning-rate: expected a number above 0, got {distill.learning_rate}")
+    if distill.guidance is not None:
+        check_sampling(replace(config.sampling, guidance=distill.guidance), config, "distill.")
+    T = diffusion.num_train_timesteps
+    if not 1 <= distill.teacher_steps <= T:
+        raise ValueError(f"distill.teacher-steps: expected 1 to {T}, got {distill.teacher_steps}")
+    before = (distill.teacher_steps, *distill.counts)
+    if not distill.counts or any(n < 1 or m % n or m == n for m, n in zip(before, distill.counts, strict=False)):
+        got = " ".join(map(str, distill.counts)) or "none"
+        what = f"divisors of distill.teacher-steps, {distill.teacher_steps}, each of the one before it"
+        raise ValueError(f"distill.counts: expected {what}, got {got}")
 
 
 def check_sampling(sampling: SamplingConfig, config: TrainConfig, prefix: str = "") -> None:

@@ -36,7 +36,8 @@ class SampleArguments:
         num_samples: clouds to generate.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.
-        steps: network evaluations per prior; default as the run's configuration.
+        steps: network evaluations per prior; default as the run's configuration. DDIM with eta 0 takes the priors that
+            are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
         guidance: w of classifier-free guidance by class, 0 for none; for runs trained with priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
@@ -90,10 +91,11 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         lion = load_model(run, args.checkpoint).to(best_device())
+    record = record_of("sample", args, args.checkpoint, settings) | {"distilled": by_distilled(lion, settings)}
     points = run.normalization.invert(generate(run, lion, args, labels, processes=processes))
     check_finite(points)
     if processes.main:
-        write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
+        write_results(out, points, labels, run.classes, record)
     return Samples(points, labels, out)
 
 
@@ -161,6 +163,18 @@ def generate(
                 )
             clouds.append(made.float().cpu().numpy())
     return np.concatenate(processes.gathered(clouds))
+
+
+def by_distilled(lion: LION, settings: SamplingConfig) -> bool:
+    """Whether distilled priors sample like this; said of a model that has such."""
+    distilled = lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance) is not lion
+    if distilled:
+        print(f"steps: {settings.steps}, by the priors distilled for so many")
+    elif lion.distilled:
+        guidance = ", ".join(f"{w:g}" for w in set(lion.distilled_steps.values()))
+        which = f"{', '.join(lion.distilled)} of ddim with eta 0 and guidance {guidance}"
+        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; distilled ones take {which}")
+    return distilled
 
 
 def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
+from lion_triton.training.distill import distill
 from lion_triton.training.stages import fit_priors, fit_vae
 
 
@@ -43,7 +44,8 @@ class Arguments:
 
     Attributes:
         out: run folder; default runs/PRESET.
-        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes.
+        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes, or priors for
+            few steps (--distill.*; all else is as the run was trained).
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
@@ -52,7 +54,7 @@ class Arguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
-    stage: Literal["all", "vae", "priors", "surface"] = "all"
+    stage: Literal["all", "vae", "priors", "surface", "distill"] = "all"
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
     strict: bool = False
@@ -69,6 +71,12 @@ def train(args: Arguments) -> None:
         if (count := Processes.launched().count) > 1:
             raise ValueError(f"stage: surface trains in one process, got {count}")
         train_surface(open_run(run_folder(args)), device=best_device())
+        return
+    if args.stage == "distill":
+        run = open_run(run_folder(args))
+        if run.config.preset != args.config.preset:  # whose settings of distill these are
+            raise ValueError(f"preset: {run.folder} is a run of {run.config.preset}, got {args.config.preset}")
+        distill(run, args.config.distill, start_processes(run.config))
         return
     config = with_networks(args.config, args.attention, args.denoiser)
     check(config)

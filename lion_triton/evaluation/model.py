@@ -21,7 +21,7 @@ from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.processes import ALONE, Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
-from lion_triton.sample import SampleArguments, class_labels, generate, resolved
+from lion_triton.sample import SampleArguments, by_distilled, class_labels, generate, resolved
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ class ScoredRun:
         if known is not None:
             labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
+        distilled = by_distilled(self.lion, settings)
         points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title, processes))
         return points, {
             **asdict(settings),
+            "distilled": distilled,
             "seed": options.seed,
             "batch_size": options.batch_size,
             "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from lion_triton.config import fewest_points
+from lion_triton.config import SamplingConfig, fewest_points
 from lion_triton.data.containers import Container
 from lion_triton.data.find import one_line
 from lion_triton.data.meshes import read_shape
@@ -53,6 +53,10 @@ class Model:
     def labels(self, label: int | None, count: int = 1) -> Tensor | None:
         """``count`` times the label, as the priors take it; None where they know no classes."""
         return None if label is None else torch.full((count,), label, device=self.device)
+
+    def few_step(self, settings: SamplingConfig) -> Model:
+        """The model with the priors that are distilled for sampling like this; itself where none are."""
+        return replace(self, lion=self.lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance))
 
     def class_name(self, label: int | None) -> str:
         return "no class" if label is None else self.run.classes[label]

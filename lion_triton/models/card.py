@@ -66,7 +66,11 @@ def _use(about: dict[str, Any]) -> str:
     else:
         units = f"clouds are in units of each shape's {norm['kind']}"
     command = "python -m lion_triton.sample FOLDER --num-samples 16"
-    return f"```python\n{chr(10).join(code)}\n```\n\nThere {units}. The same from a command line: `{command}`."
+    few = ""
+    if "distilled" in about:
+        counts = ", ".join(map(str, about["distilled"]["steps"]))
+        few = f"\n\nDistilled priors sample in few steps: `sampler='ddim'` with `steps` {counts}, or `--steps`."
+    return f"```python\n{chr(10).join(code)}\n```\n\nThere {units}. The same from a command line: `{command}`.{few}"
 
 
 def _data(about: dict[str, Any], licence: str | None) -> str:

@@ -145,8 +145,7 @@ def prior_loss(
     numbers = full_key(key)[2] + torch.arange(batch, device=device)
 
     def times(numbers: Tensor, count: int, offset: Tensor) -> Tensor:
-        fraction = (numbers + offset) / count
-        return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+        return stratified(numbers, count, schedule.num_train_timesteps, offset) + 1
 
     t_point = times(numbers, batch_size, offsets[0])
     # Each latent's draws lie far apart.
@@ -179,6 +178,19 @@ def prior_loss(
         *common,
     ).mean()
     return PriorLoss(shape + point, shape, point)
+
+
+def stratified(numbers: Int[Tensor, " B"], count: int, among: int, offset: Float[Tensor, ""]) -> Int[Tensor, " B"]:
+    """Whole numbers in 0..among - 1 for those of ``numbers`` among ``count``, evenly spaced: of ``offset`` uniform in
+    [0, 1) all are as likely."""
+    return ((numbers + offset) / count * among).long().clamp_max(among - 1)
+
+
+def latents_of(vae: VAE, batch: Mapping[str, Tensor], key: Key) -> tuple[Posterior, Key]:
+    """The latents in a batch, or those of its points; and the first key that they leave free."""
+    if "points" in batch:
+        return posterior(vae, batch["points"], key), later_key(key, 1)
+    return Posterior(*(batch[f.name] for f in fields(Posterior))), key
 
 
 def network_key(key: Key, number: int) -> Key:
@@ -223,10 +235,7 @@ class PriorObjective(nn.Module):
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
         classes."""
         (lion,) = self._lion
-        if "points" in batch:
-            latents, key = posterior(lion.vae, batch["points"], key), later_key(key, 1)
-        else:
-            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        latents, key = latents_of(lion.vae, batch, key)
         training = self.training_config
         loss = prior_loss(
             lion,
