@@ -259,6 +259,14 @@ def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser
     return replace(config, model=replace(model, point_prior=prior))
 
 
+def with_clip(config: TrainConfig) -> TrainConfig:
+    """The same run with both priors conditioned on CLIP embeddings of the shapes and on no classes: words say these."""
+    model = config.model
+    shape_prior = replace(model.shape_prior, num_classes=0, clip=True)
+    point_prior = replace(model.point_prior, num_classes=0, clip=True)
+    return replace(config, model=replace(model, shape_prior=shape_prior, point_prior=point_prior))
+
+
 def with_classes(config: TrainConfig, count: int) -> TrainConfig:
     """The same run for data of ``count`` classes, if its priors are class-conditional at all."""
     model = config.model
@@ -295,6 +303,10 @@ def check(config: TrainConfig) -> None:
     needed = fewest_points(config.model)
     if config.data.num_points < needed:
         raise ValueError(f"data.num-points: this model needs at least {needed}, got {config.data.num_points}")
+    if config.model.shape_prior.clip != config.model.point_prior.clip:
+        raise ValueError("clip: expected both priors to be conditioned on CLIP, or neither")
+    if config.data.embeddings is not None and not config.model.shape_prior.clip:
+        raise ValueError(f"data.embeddings: is for a run with --clip, got {config.data.embeddings}")
     reconstruction = config.vae.reconstruction
     if max(reconstruction.l1, reconstruction.l2, reconstruction.chamfer, reconstruction.emd) <= 0:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")

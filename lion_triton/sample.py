@@ -1,24 +1,30 @@
-"""Generate shapes with a trained run: ``python -m lion_triton.sample RUN [--num-samples 16] [--class chair]``."""
+"""Generate shapes with a trained run: ``python -m lion_triton.sample RUN [--num-samples 16] [--class chair]``.
+
+Of a run that is conditioned on CLIP also by words or pictures: ``--text "a narrow chair" "a table"``, ``--image FILE``.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling
+from lion_triton.data.find import safe_name
 from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
+from lion_triton.generation.prompts import own_embeddings, read_prompts
 from lion_triton.models.lion import LION, default_steps
 from lion_triton.runs import Run, load_model, open_run
 
@@ -31,12 +37,17 @@ class SampleArguments:
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
-        num_samples: clouds to generate.
+        num_samples: clouds to generate, of each text, image and embedding if any is given.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.
         steps: network evaluations per prior; default as the run's configuration.
         eta: DDIM's stochasticity, 0 to 1.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
+        text: what to generate, in words; one text or more. Of runs trained with --clip only, as the next three;
+            default: embeddings of training shapes in turn.
+        image: a picture of what to generate; one file or more.
+        clip_embedding: CLIP embeddings of what to generate: a .npy (512,) or (G, 512), or a .npz of embeddings and ids.
+        clip_model: the CLIP that embeds text and image, a folder or an id on a hub; default: the one of the run's data.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
         checkpoint: one of the run's, as step-00001000; default the newest.
@@ -50,6 +61,10 @@ class SampleArguments:
     steps: int | None = None
     eta: float | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    text: tuple[str, ...] = ()
+    image: tuple[Path, ...] = ()
+    clip_embedding: Path | None = None
+    clip_model: str | None = None
     seed: int = 0
     batch_size: int = 64
     checkpoint: str | None = None
@@ -79,14 +94,20 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
+    prompts = read_prompts(run, args.text, args.image, args.clip_embedding, args.clip_model)
     newest = run.checkpoint(args.checkpoint)
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         lion = load_model(run, args.checkpoint).to(best_device())
-    points = run.normalization.invert(generate(run, lion, args, labels))
+    record, more, draw, clip = record_of("sample", args, args.checkpoint, settings), {}, None, None
+    if prompts is not None:
+        labels, clip = np.tile(labels, len(prompts)), prompts.embeddings.repeat(args.num_samples, axis=0)
+        record |= {"prompts": list(prompts.names), "clip": prompts.model}
+        more, draw = {"embeddings": prompts.embeddings, "ids": np.array(prompts.names)}, prompts.draw
+    points = run.normalization.invert(generate(run, lion, args, labels, clip))
     check_finite(points)
-    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
+    write_results(out, points, labels, run.classes, record, more=more, draw=draw and partial(draw, points))
     return Samples(points, labels, out)
 
 
@@ -110,15 +131,25 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
 
 
 def generate(
-    run: Run, lion: LION, args: SampleArguments, labels: np.ndarray, title: str = "sampling"
+    run: Run,
+    lion: LION,
+    args: SampleArguments,
+    labels: Int64[np.ndarray, " S"],
+    clip: Float32[np.ndarray, "S 512"] | None = None,
+    title: str = "sampling",
 ) -> Float32[np.ndarray, "S P 3"]:
-    """Clouds in the model's units, with a progress bar called ``title``."""
-    settings, device = resolved(run, args), lion.z_mean.device
+    """One cloud for each of the labels in the model's units, with a progress bar called ``title``.
+
+    clip: CLIP embedding of each cloud; None: of the run's training shapes in turn, if it is conditioned on CLIP.
+    """
+    settings, device, total = resolved(run, args), lion.z_mean.device, len(labels)
+    if clip is None and run.config.model.shape_prior.clip:
+        clip = own_embeddings(run, total)
     generator = torch.Generator().manual_seed(args.seed)
     clouds = []
-    with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
-        for start in range(0, args.num_samples, args.batch_size):
-            count = min(args.batch_size, args.num_samples - start)
+    with tqdm(total=total, desc=title, bar_format=BAR, disable=None) as bar:
+        for start in range(0, total, args.batch_size):
+            count = min(args.batch_size, total - start)
 
             def advance(done: int, total: int, start: int = start, count: int = count) -> None:
                 bar.update(start + count * done / total - bar.n)
@@ -132,6 +163,7 @@ def generate(
                     num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
                     labels=_tensor(labels[start : start + count], device),
+                    clip=None if clip is None else torch.from_numpy(clip[start : start + count]).to(device),
                     clip_x0=settings.clip_x0,
                     callback=advance,
                 )
@@ -157,11 +189,14 @@ def _default_name(args: SampleArguments) -> str:
     words = [
         args.checkpoint,
         args.label,
+        *args.text,
+        *map(str, args.image),
+        args.clip_embedding and str(args.clip_embedding),
         args.sampler,
         *(f"{k}{v}" for k, v in given.items() if v is not None),
         f"seed{args.seed}",
     ]
-    return "-".join(word for word in words if word)
+    return safe_name("-".join(word for word in words if word))
 
 
 def main(args: list[str] | None = None) -> None:

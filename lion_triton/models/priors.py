@@ -69,7 +69,7 @@ class ShapePrior(nn.Module):
         self.input = nn.Linear(shape_dim, width)
         self.time_mlp = nn.Sequential(nn.Linear(config.time_dim, hidden), nn.Linear(hidden, width))
         self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
-        self.clip_projection = nn.Linear(CLIP_DIM, width) if config.clip else None
+        self.clip_projection = _clip_projection(width) if config.clip else None
         condition_dim = width if config.clip else 0
         self.blocks = nn.ModuleList(_ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks))
         self.output = nn.Linear(width, shape_dim)
@@ -87,6 +87,7 @@ class ShapePrior(nn.Module):
     ) -> Float[Tensor, "B Z"]:
         """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it.
 
+        A row of ``clip`` that is zero is no condition: it adds nothing, as without its projection.
         ``key``: of the dropout in training, a fresh one if None.
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
@@ -96,7 +97,9 @@ class ShapePrior(nn.Module):
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:
                 time = time + self.class_embedding(label).to(dtype)
-            condition = None if self.clip_projection is None or clip is None else self.clip_projection(clip.to(dtype))
+            condition = None
+            if self.clip_projection is not None and clip is not None:
+                condition = _project_clip(self.clip_projection, clip.to(dtype))
             x = self.input(z_t.to(dtype))
             for block, block_key in zip(self.blocks, keys, strict=True):
                 x = block(x, time, condition, block_key)
@@ -148,7 +151,7 @@ class PointPrior(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes, config.class_dim) if config.num_classes else None
         if self.class_embedding is not None:
             style_dim += config.class_dim
-        self.clip_projection = nn.Linear(CLIP_DIM, config.clip_dim) if config.clip else None
+        self.clip_projection = _clip_projection(config.clip_dim) if config.clip else None
         if self.clip_projection is not None:
             self.clip_style = nn.Linear(style_dim + config.clip_dim, style_dim)
         self.network: UNet | PointTransformer
@@ -169,15 +172,29 @@ class PointPrior(nn.Module):
     ) -> Float[Tensor, "B N H"]:
         """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it.
 
+        A row of ``clip`` that is zero is no condition, as in :class:`ShapePrior`.
         ``key``: of the dropout in training, a fresh one if None; the transformer has none.
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         style = z
         if self.class_embedding is not None:
             style = torch.cat([style, self.class_embedding(label).to(style.dtype)], dim=-1)
-        if self.clip_projection is not None:
-            style = self.clip_style(torch.cat([style, self.clip_projection(clip)], dim=-1))
+        if self.clip_projection is not None and clip is not None:
+            style = self.clip_style(torch.cat([style, _project_clip(self.clip_projection, clip)], dim=-1))
         return self.network(h_t, style, t, key=key).float()
+
+
+def _clip_projection(width: int) -> nn.Linear:
+    """Its first weights suit embeddings of length 1, whose entries are far smaller than those of hidden states."""
+    projection = nn.Linear(CLIP_DIM, width)
+    with torch.no_grad():
+        projection.weight *= CLIP_DIM**0.5
+    return projection
+
+
+def _project_clip(projection: nn.Linear, clip: Float[Tensor, "B 512"]) -> Float[Tensor, "B W"]:
+    """The projection, without its bias where the embedding is zero: there it is zero, too."""
+    return projection(clip) * clip.any(-1, keepdim=True)
 
 
 def _check_conditions(clip: Tensor | None, takes_clip: bool, label: Tensor | None, takes_label: bool) -> None:

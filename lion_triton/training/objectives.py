@@ -210,11 +210,12 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
-        classes."""
+        classes, clip (B, 512) of one conditioned on CLIP."""
         (lion,) = self._lion
         if "points" in batch:
             latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
         else:
             latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
-        loss = prior_loss(lion, latents, key, batch.get("labels"), shape_draws=self.training_config.shape_draws)
+        draws = self.training_config.shape_draws
+        loss = prior_loss(lion, latents, key, batch.get("labels"), batch.get("clip"), shape_draws=draws)
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
