@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float32, Int64
+from jaxtyping import Float16, Float32, Int64
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
@@ -135,7 +135,7 @@ def generate(
     lion: LION,
     args: SampleArguments,
     labels: Int64[np.ndarray, " S"],
-    clip: Float32[np.ndarray, "S 512"] | None = None,
+    clip: Float16[np.ndarray, "S 512"] | None = None,
     title: str = "sampling",
 ) -> Float32[np.ndarray, "S P 3"]:
     """One cloud for each of the labels in the model's units, with a progress bar called ``title``.
@@ -163,7 +163,7 @@ def generate(
                     num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
                     labels=_tensor(labels[start : start + count], device),
-                    clip=None if clip is None else torch.from_numpy(clip[start : start + count]).to(device),
+                    clip=None if clip is None else torch.from_numpy(clip[start : start + count]).float().to(device),
                     clip_x0=settings.clip_x0,
                     callback=advance,
                 )

@@ -24,6 +24,8 @@ from lion_triton.data.clouds import Clouds, map_clouds
 from lion_triton.data.sources import DataConfig
 from lion_triton.models.priors import CLIP_DIM
 
+ROUNDING = 1e-3  # what float16 may make of a length of 1
+
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
@@ -179,7 +181,7 @@ def _read_npy(option: str, path: Path) -> Float32[np.ndarray, "S V 512"]:
 
 
 def _unit(option: str, path: Path, array: np.ndarray) -> Float32[np.ndarray, "S V 512"]:
-    """Embeddings of one shape or several, of one view or several, scaled to length 1."""
+    """Embeddings of one shape or several, of one view or several, scaled to length 1: as they are where they have it."""
     if array.dtype.kind != "f" or array.ndim not in (1, 2, 3) or array.shape[-1] != CLIP_DIM or array.size == 0:
         wanted = f"(..., {CLIP_DIM}), as of CLIP ViT-B/32"
         raise ValueError(f"{option}: expected floating-point {wanted}, got {array.dtype} {array.shape} in {path}")
@@ -188,7 +190,7 @@ def _unit(option: str, path: Path, array: np.ndarray) -> Float32[np.ndarray, "S 
     length = np.linalg.norm(array, axis=-1, keepdims=True)
     if not (np.isfinite(length) & (length > 0)).all():
         raise ValueError(f"{option}: expected finite embeddings other than zero, {path} holds others")
-    return array / length
+    return array / np.where(np.abs(length - 1) < ROUNDING, 1, length)
 
 
 def _line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32
 from PIL import Image, UnidentifiedImageError
 
 from lion_triton.clip import CLIP
@@ -25,7 +25,7 @@ class Prompts:
     """G texts, pictures or embeddings as the user named them, their embeddings, and the CLIP that made these if any."""
 
     names: tuple[str, ...]
-    embeddings: Float32[np.ndarray, "G 512"]
+    embeddings: Float16[np.ndarray, "G 512"]
     model: str | None
 
     def __len__(self) -> int:
@@ -66,17 +66,17 @@ def read_prompts(
         if run.clip not in (None, clip.name):
             print(f"clip-model: the run's embeddings are of {run.clip}: another model's mean something else")
         name = clip.name
-        parts += [clip.texts(texts).numpy()] if texts else []
-        parts += [clip.images(pictures).numpy()] if pictures else []
+        parts += [clip.texts(texts).numpy().astype(np.float16)] if texts else []
+        parts += [clip.images(pictures).numpy().astype(np.float16)] if pictures else []
     elif model is not None:
         raise ValueError("clip-model: is for --text and --image, got none of these")
     if found is not None:
-        parts.append(found.rows.astype(np.float32))
+        parts.append(found.rows)
         names += [name for name, views in zip(found.ids, np.diff(found.starts), strict=True) for _ in range(views)]
     return Prompts(tuple(names), np.concatenate(parts), name)
 
 
-def own_embeddings(run: Run, count: int) -> Float32[np.ndarray, "count 512"]:
+def own_embeddings(run: Run, count: int) -> Float16[np.ndarray, "count 512"]:
     """Embeddings of the run's training shapes, one after the other: what it is sampled with where nobody says anything.
 
     Raises:
@@ -85,7 +85,7 @@ def own_embeddings(run: Run, count: int) -> Float32[np.ndarray, "count 512"]:
     if not run.embeddings.is_file():
         raise ValueError(f"run: {run.folder} is conditioned on CLIP and keeps no embeddings: sample it with --text")
     rows = read_embeddings("run", run.embeddings).rows
-    return rows[np.arange(count) % len(rows)].astype(np.float32)
+    return rows[np.arange(count) % len(rows)]
 
 
 def _open(path: Path) -> Image.Image:
