@@ -20,7 +20,7 @@ from lion_triton.clip import CLIP
 from lion_triton.config import check, with_clip
 from lion_triton.data.clouds import Clouds, Normalization
 from lion_triton.data.embeddings import Embeddings, load_embeddings, read_embeddings, write_embeddings
-from lion_triton.data.sources import DataConfig
+from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.models.lion import LION
 from lion_triton.models.priors import ShapePrior
 from lion_triton.pictures import CELL, views
@@ -255,6 +255,25 @@ def test_embeddings_and_clip_belong_together(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{line}"):
             load_embeddings(DataConfig(source=source, embeddings=path and str(path)), clouds)
+
+
+def test_the_page_makes_embeddings_of_words(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the command beneath takes them."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "words.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for old, new in (("openai/clip-vit-base-patch32", str(clip_folder)), ("2000", "4"), ("200)", "2)")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(code, {})
+    (command,) = re.findall(r"python -m lion_triton.train (quickstart .*)", page)
+    args = train.parse(command.split())
+    assert (args.clip, args.config.data.embeddings) == (True, "words.npz")
+    sources = load_sources(replace(args.config.data, num_shapes=4), 2)
+    found = load_embeddings(args.config.data, sources.train)
+    assert (found.model, found.ids) == (str(clip_folder), sources.train.names)
+    words = CLIP(clip_folder).texts([f"a {name.split('/')[0]}" for name in found.ids])
+    np.testing.assert_allclose(found.rows, words, atol=1e-4)
 
 
 # Whole runs

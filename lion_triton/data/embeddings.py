@@ -181,7 +181,7 @@ def _read_npy(option: str, path: Path) -> Float32[np.ndarray, "S V 512"]:
 
 
 def _unit(option: str, path: Path, array: np.ndarray) -> Float32[np.ndarray, "S V 512"]:
-    """Embeddings of one shape or several, of one view or several, scaled to length 1: as they are where they have it."""
+    """Embeddings of one shape or several, of one view or several, of length 1: scaled where they have another."""
     if array.dtype.kind != "f" or array.ndim not in (1, 2, 3) or array.shape[-1] != CLIP_DIM or array.size == 0:
         wanted = f"(..., {CLIP_DIM}), as of CLIP ViT-B/32"
         raise ValueError(f"{option}: expected floating-point {wanted}, got {array.dtype} {array.shape} in {path}")
