@@ -17,10 +17,8 @@ from lion_triton.models.priors import CLIP_DIM
 
 PUBLISHED = "openai/clip-vit-base-patch32"  # the one of the published LION
 
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of the colours it was trained on
+# Of the colours of the pictures that it was trained on.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIP:
@@ -56,8 +54,8 @@ class CLIP:
         self.model = model.eval().to(device)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Float32[Tensor, "B 512"]:
-        """Embeddings of length 1, on the CPU.
+    def texts(self, texts: Sequence[str], *, normalize: bool = True) -> Float32[Tensor, "B 512"]:
+        """Embeddings, on the CPU: of length 1, as our runs take them, or as CLIP returns them, as published models do.
 
         Raises:
             ValueError: a text of more tokens than it takes.
@@ -69,14 +67,17 @@ class CLIP:
                 limit = config.max_position_embeddings
                 raise ValueError(f"text: expected at most {limit} tokens, got {len(row)} in {text[:40]!r}")
         tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(device)
-        return _unit(self.model.text_projection(self.model.text_model(**tokens).pooler_output))
+        return _finished(self.model.text_projection(self.model.text_model(**tokens).pooler_output), normalize)
 
     @torch.no_grad()
-    def images(self, images: Sequence[Image.Image | UInt8[np.ndarray, "H W 3"]]) -> Float32[Tensor, "B 512"]:
-        """Embeddings of length 1, on the CPU; of the square in the middle of each picture, as CLIP was trained."""
+    def images(
+        self, images: Sequence[Image.Image | UInt8[np.ndarray, "H W 3"]], *, normalize: bool = True
+    ) -> Float32[Tensor, "B 512"]:
+        """Likewise, of the square in the middle of each picture, as CLIP was trained."""
         size = self.model.config.vision_config.image_size
         pixels = torch.stack([_pixels(image, size) for image in images]).to(self.model.device)
-        return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
+        features = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return _finished(features, normalize)
 
 
 def _pixels(image: Image.Image | UInt8[np.ndarray, "H W 3"], size: int) -> Float32[Tensor, "3 S S"]:
@@ -90,5 +91,6 @@ def _pixels(image: Image.Image | UInt8[np.ndarray, "H W 3"], size: int) -> Float
     return torch.from_numpy(colours.astype(np.float32)).permute(2, 0, 1)
 
 
-def _unit(embeddings: Tensor) -> Float32[Tensor, "B 512"]:
-    return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu()
+def _finished(embeddings: Tensor, normalize: bool) -> Float32[Tensor, "B 512"]:
+    embeddings = embeddings.float().cpu()
+    return torch.nn.functional.normalize(embeddings, dim=-1) if normalize else embeddings

@@ -82,6 +82,7 @@ class EvaluateArguments:
         sampler: how to sample a run; default the run's own.
         steps: network evaluations per prior; default the run's own.
         eta: DDIM's stochasticity, 0 to 1.
+        guidance: w of classifier-free guidance by class; default as the run's configuration.
         checkpoint: one of the run's, as step-00001000; default the newest.
         seed: decides the samples and the points drawn.
         batch_size: clouds generated at a time; another one gives other samples.
@@ -102,6 +103,7 @@ class EvaluateArguments:
     sampler: Literal["ddpm", "ddim", "ode"] | None = None
     steps: int | None = None
     eta: float | None = None
+    guidance: float | None = None
     checkpoint: str | None = None
     seed: int = 0
     batch_size: int = 64
@@ -130,7 +132,7 @@ def check(args: EvaluateArguments, is_run: bool) -> None:
         name = "categories" if args.categories else "subset"
         raise ValueError(f"{name}: needs --reference DATA, from which it chooses")
     if not is_run:
-        for name in ("num_samples", "sampler", "steps", "eta", "checkpoint"):
+        for name in ("num_samples", "sampler", "steps", "eta", "guidance", "checkpoint"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name.replace('_', '-')}: is for a run folder, {args.run_or_samples} is not one")
         if args.reference is None:
@@ -330,6 +332,7 @@ def _sampling(args: EvaluateArguments, num_samples: int, num_points: int) -> Sam
         sampler=args.sampler,
         steps=args.steps,
         eta=args.eta,
+        guidance=args.guidance,
         seed=args.seed,
         batch_size=args.batch_size,
         checkpoint=args.checkpoint,

@@ -35,7 +35,18 @@ from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.data.containers import close_archives
-from lion_triton.data.find import SPLITS, Failure, Found, Item, find_shapes, hash_of, one_line, safe_name, split_in_name
+from lion_triton.data.find import (
+    SPLITS,
+    Failure,
+    Found,
+    Item,
+    embeddings_path,
+    find_shapes,
+    hash_of,
+    one_line,
+    safe_name,
+    split_in_name,
+)
 from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
 from lion_triton.data.shape import Shape
 
@@ -187,7 +198,7 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path, clip: CLIP | N
             path = folder / row["category"] / row["split"] / f"{row['id']}.npy"
             _save(path, points)
             if clip is not None and pictures is not None:
-                _save(path.parent / "clip" / path.name, clip.images(list(pictures)).numpy().astype(np.float16))
+                _save(embeddings_path(path), clip.images(list(pictures)).numpy().astype(np.float16))
             objects.append(row)
     objects.sort(key=lambda row: (row["category"], row["id"]))
     failures.sort(key=lambda failure: failure.path)

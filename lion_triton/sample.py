@@ -42,6 +42,8 @@ class SampleArguments:
         sampler: default as the run's configuration.
         steps: network evaluations per prior; default as the run's configuration.
         eta: DDIM's stochasticity, 0 to 1.
+        guidance: w of classifier-free guidance by class or words, 0 for none; for runs trained with
+            priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         text: what to generate, in words; one text or more. Of runs trained with --clip only, as the next three;
             default: embeddings of training shapes in turn.
@@ -60,6 +62,7 @@ class SampleArguments:
     sampler: Literal["ddpm", "ddim", "ode"] | None = None
     steps: int | None = None
     eta: float | None = None
+    guidance: float | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
     text: tuple[str, ...] = ()
     image: tuple[Path, ...] = ()
@@ -125,8 +128,9 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
     steps = settings.steps if args.steps is None and sampler == settings.sampler else args.steps
     if steps is None and sampler != "ode":
         steps = default_steps(sampler, run.config.model.diffusion.num_train_timesteps)
-    found = SamplingConfig(sampler, steps, settings.eta if args.eta is None else args.eta, settings.clip_x0)
-    check_sampling(found, run.config.model.diffusion)
+    given = {name: getattr(args, name) for name in ("eta", "guidance") if getattr(args, name) is not None}
+    found = replace(settings, sampler=sampler, steps=steps, **given)
+    check_sampling(found, run.config)
     return found
 
 
@@ -165,6 +169,7 @@ def generate(
                     labels=_tensor(labels[start : start + count], device),
                     clip=None if clip is None else torch.from_numpy(clip[start : start + count]).float().to(device),
                     clip_x0=settings.clip_x0,
+                    guidance=settings.guidance,
                     callback=advance,
                 )
             clouds.append(batch.float().cpu().numpy())
@@ -185,7 +190,8 @@ def class_labels(run: Run, args: SampleArguments) -> np.ndarray:
 
 
 def _default_name(args: SampleArguments) -> str:
-    given = {"n": args.num_samples, "points": args.num_points, "steps": args.steps, "eta": args.eta}
+    given = {name: getattr(args, name) for name in ("steps", "eta", "guidance")}
+    given = {"n": args.num_samples, "points": args.num_points, **given}
     words = [
         args.checkpoint,
         args.label,

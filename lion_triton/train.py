@@ -160,11 +160,11 @@ def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accel
         create_run(folder, decided, sources.train.classes, normalization, clip)
     accelerator.wait_for_everyone()
     run = open_run(folder)
-    if sources.embeddings is not None and accelerator.is_main_process and not run.embeddings.exists():
-        write_embeddings(sources.embeddings.some(KEPT_EMBEDDINGS), run.embeddings)
     check_same_run(run, config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    if sources.embeddings is not None and accelerator.is_main_process and not run.embeddings.exists():
+        write_embeddings(sources.embeddings.some(KEPT_EMBEDDINGS), run.embeddings)
     # What auto became when the run began, so that a continued run equals an unbroken one.
     compiled = run.config.compile if config.compile == "auto" else config.compile
     return replace(run, config=replace(config, compile=compiled))

@@ -21,11 +21,12 @@ from lion_triton.config import check, with_clip
 from lion_triton.data.clouds import Clouds, Normalization
 from lion_triton.data.embeddings import Embeddings, load_embeddings, read_embeddings, write_embeddings
 from lion_triton.data.sources import DataConfig, load_sources
-from lion_triton.models.lion import LION
+from lion_triton.models.lion import LION, posterior
 from lion_triton.models.priors import ShapePrior
 from lion_triton.pictures import CELL, views
 from lion_triton.runs import Checkpoint, Run, create_run, open_run, save_checkpoint
 from lion_triton.train import Arguments
+from lion_triton.training.objectives import prior_loss
 from tests.test_train import fails
 from tests.tiny import POINTS, tiny_config, tiny_lion
 from tests.tiny_clip import IMAGE_SIZE, TOKENS, tiny_clip
@@ -42,6 +43,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Run:
     """A run with random weights that is conditioned on CLIP."""
     config = with_clip(tiny_config())
+    config = replace(config, priors=replace(config.priors, drop_condition=0.1))
     lion = tiny_lion(config)
     folder = tmp_path_factory.mktemp("runs") / "clip"
     made = create_run(folder, config, ("chair",), Normalization("global"), str(clip_folder))
@@ -79,6 +81,7 @@ def test_texts_and_pictures_are_embedded(clip_folder: Path) -> None:
         theirs = model.get_image_features(**processor(picture, return_tensors="pt"))
         expected = torch.nn.functional.normalize(theirs.pooler_output.detach(), dim=-1)
         torch.testing.assert_close(clip.images([picture]), expected)
+        torch.testing.assert_close(clip.images([picture], normalize=False), theirs.pooler_output.detach())
 
 
 def test_a_clip_that_is_not_at_hand_is_one_line(
@@ -116,6 +119,26 @@ def test_a_zero_embedding_is_no_condition(denoiser: str) -> None:
     torch.testing.assert_close(mixed, torch.stack((full[0], none[1])))
     torch.testing.assert_close(none, without)
     assert (full - none).abs().amax(tuple(range(1, full.ndim))).min() > 1e-4
+
+
+def test_embeddings_are_withheld_in_training_and_guide_sampling() -> None:
+    """As classes are, see test_guidance."""
+    lion = LION(with_clip(tiny_config()).model).eval()
+    told: dict[str, torch.Tensor] = {}
+    for name, prior, place in (("shape", lion.shape_prior, 2), ("point", lion.point_prior, 3)):
+        prior.register_forward_pre_hook(lambda _, args, name=name, place=place: told.update({name: args[place]}))
+    clip = NARROW.expand(64, -1)
+    with torch.no_grad():
+        latents = posterior(lion.vae, torch.randn(64, POINTS, 3), torch.tensor([0, 0]))
+        prior_loss(lion, latents, torch.tensor([1, 0]), clip=clip, drop_condition=0.5)
+        withheld = ~told["point"].any(-1)
+        assert torch.equal(told["shape"], told["point"])
+        assert torch.equal(told["point"][~withheld], clip[~withheld])
+        assert 16 < withheld.sum() < 48  # 64 draws: 32 +- 4 deviations
+        z, t = torch.randn(2, 8), torch.tensor([3, 500])
+        given, without = (lion.shape_denoiser(clip=c)(z, t) for c in (clip[:2], 0 * clip[:2]))
+        guided = lion.shape_denoiser(clip=clip[:2], guidance=2.0)(z, t)
+    torch.testing.assert_close(guided, 3 * given - 2 * without, rtol=1e-4, atol=1e-5)
 
 
 def test_an_embedding_of_length_1_is_heard_from_the_start() -> None:
@@ -316,7 +339,7 @@ def test_sampling_by_words_and_pictures(run: Run, clip_folder: Path, tmp_path: P
     picture = tmp_path / "chair.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(picture)
     asked = ["--text", "a narrow chair", "a sofa", "--image", str(picture)]
-    options = [str(run.folder), "--num-samples", "2", "--steps", "2", *asked]
+    options = [str(run.folder), "--num-samples", "2", "--steps", "2", "--guidance", "1", *asked]
     sample.main([*options, "--out", str(tmp_path / "a")])
     made, record = np.load(tmp_path / "a" / "clouds.npz"), json.loads((tmp_path / "a" / "samples.json").read_text())
     assert made["points"].shape == (6, POINTS, 3)
@@ -336,7 +359,7 @@ def test_sampling_by_words_and_pictures(run: Run, clip_folder: Path, tmp_path: P
     np.testing.assert_array_equal(np.load(tmp_path / "b" / "clouds.npz")["points"], made["points"])
     # The embeddings that were kept do without the CLIP.
     kept = ["--clip-embedding", str(tmp_path / "a" / "clouds.npz")]
-    sample.main([str(run.folder), "--num-samples", "2", "--steps", "2", *kept, "--out", str(tmp_path / "c")])
+    sample.main([*options[: -len(asked)], *kept, "--out", str(tmp_path / "c")])
     np.testing.assert_array_equal(np.load(tmp_path / "c" / "clouds.npz")["points"], made["points"])
 
 

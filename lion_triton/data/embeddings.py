@@ -21,6 +21,7 @@ from jaxtyping import Float, Float16, Float32, Int64
 from torch import Tensor
 
 from lion_triton.data.clouds import Clouds, map_clouds
+from lion_triton.data.find import embeddings_path
 from lion_triton.data.sources import DataConfig
 from lion_triton.models.priors import CLIP_DIM
 
@@ -69,11 +70,6 @@ class Embeddings:
         return cls(np.concatenate(arrays).astype(np.float16), starts, tuple(ids), model)
 
 
-def beside(cloud: Path) -> Path:
-    """Where the embeddings of the cloud ``<category>/<split>/<id>.npy`` are kept."""
-    return cloud.parent / "clip" / cloud.name
-
-
 def load_embeddings(config: DataConfig, clouds: Clouds) -> Embeddings:
     """Those of the clouds: in the file ``config.embeddings``, or where none is given beside the clouds.
 
@@ -88,7 +84,7 @@ def load_embeddings(config: DataConfig, clouds: Clouds) -> Embeddings:
         return (_by_number if path.suffix == ".npy" else _by_name)(found, path, clouds)
     if not isinstance(clouds.source, tuple):
         raise ValueError("data.embeddings: the embedded shapes have none: give a file, as docs/words.md says")
-    paths = [beside(path) for path in clouds.source]
+    paths = [embeddings_path(path) for path in clouds.source]
     missing = sum(not path.is_file() for path in paths)
     if missing:
         raise ValueError(

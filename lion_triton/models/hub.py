@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 
 import dacite
 import safetensors.torch
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
@@ -45,6 +46,7 @@ class Pretrained(PyTorchModelHubMixin):
     about: dict[str, Any] | None = None
     picture: bytes | None = None
     embeddings: bytes | None = None
+    _saved_dtype: torch.dtype | None = None
 
     @classmethod
     def from_pretrained(cls: type[P], folder_or_id: str | Path, **download: Any) -> P:  # type: ignore[override]
@@ -83,12 +85,20 @@ class Pretrained(PyTorchModelHubMixin):
         path = folder / EMBEDDINGS
         self.embeddings = path.read_bytes() if path.is_file() else None
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write the model to a folder; options as those of ``huggingface_hub.PyTorchModelHubMixin``.
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> str | None:
+        """Write the model to a folder.
+
+        Args:
+            dtype: of the weights in the file; default: their own. Statistics of the latents keep theirs, and reading
+                gives float32 again. bfloat16 halves the file.
+            options: those of ``huggingface_hub.PyTorchModelHubMixin``.
 
         Raises:
             ValueError: the folder is a run's, whose ``config.json`` would be replaced.
         """
+        self._saved_dtype = dtype
         if (Path(save_directory) / "checkpoints").exists():
             raise ValueError(f"save_directory: {save_directory} is a run folder: give another")
         return super().save_pretrained(save_directory, **options)
@@ -96,7 +106,11 @@ class Pretrained(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         model: Any = self
         about = self.about or _unknown(model.config)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name for name, _ in model.named_parameters()}
+        tensors = {
+            name: tensor.detach().to("cpu", self._saved_dtype if name in weights else None).contiguous()
+            for name, tensor in model.state_dict().items()
+        }
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
         _write(save_directory / CONFIG, lambda path: path.write_text(text))

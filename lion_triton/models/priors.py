@@ -59,7 +59,8 @@ class ShapePrior(nn.Module):
     """The denoiser of the shape latent, eps(z_t, t): residual MLP blocks without normalisation.
 
     A class embedding is added to the time embedding; a CLIP embedding is projected and concatenated to
-    the hidden state of every block (as published).
+    the hidden state of every block (as published). The label -1 stands for no class and an embedding of zeros for no
+    description: they add nothing.
     """
 
     def __init__(self, config: ShapePriorConfig, shape_dim: int) -> None:
@@ -87,7 +88,6 @@ class ShapePrior(nn.Module):
     ) -> Float[Tensor, "B Z"]:
         """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it.
 
-        A row of ``clip`` that is zero is no condition: it adds nothing, as without its projection.
         ``key``: of the dropout in training, a fresh one if None.
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
@@ -96,7 +96,7 @@ class ShapePrior(nn.Module):
         with compute_dtype(self, z_t.device) as dtype:
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:
-                time = time + self.class_embedding(label).to(dtype)
+                time = time + _of_class(self.class_embedding, label).to(dtype)
             condition = None
             if self.clip_projection is not None and clip is not None:
                 condition = _project_clip(self.clip_projection, clip.to(dtype))
@@ -141,7 +141,8 @@ class PointPrior(nn.Module):
     """The denoiser of the latent points given the shape latent, eps(h_t, z0, t).
 
     The style is z0, with a class embedding concatenated to it, or a projected CLIP embedding concatenated
-    and the whole mapped back to Z channels (as published).
+    and the whole mapped back to Z channels (as published). The label -1 stands for no class, an embedding of zeros for
+    no description: zeros in the place of what they are projected to.
     """
 
     def __init__(self, config: PointPriorConfig, point_dim: int, shape_dim: int) -> None:
@@ -172,16 +173,21 @@ class PointPrior(nn.Module):
     ) -> Float[Tensor, "B N H"]:
         """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it.
 
-        A row of ``clip`` that is zero is no condition, as in :class:`ShapePrior`.
         ``key``: of the dropout in training, a fresh one if None; the transformer has none.
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         style = z
         if self.class_embedding is not None:
-            style = torch.cat([style, self.class_embedding(label).to(style.dtype)], dim=-1)
+            style = torch.cat([style, _of_class(self.class_embedding, label).to(style.dtype)], dim=-1)
         if self.clip_projection is not None and clip is not None:
             style = self.clip_style(torch.cat([style, _project_clip(self.clip_projection, clip)], dim=-1))
         return self.network(h_t, style, t, key=key).float()
+
+
+def _of_class(embedding: nn.Embedding, label: Tensor | None) -> Float[Tensor, "B E"]:
+    """The embeddings of the labels, zeros for the label -1."""
+    assert label is not None
+    return embedding(label.clamp_min(0)) * (label >= 0).unsqueeze(-1)
 
 
 def _clip_projection(width: int) -> nn.Linear:
@@ -193,7 +199,7 @@ def _clip_projection(width: int) -> nn.Linear:
 
 
 def _project_clip(projection: nn.Linear, clip: Float[Tensor, "B 512"]) -> Float[Tensor, "B W"]:
-    """The projection, without its bias where the embedding is zero: there it is zero, too."""
+    """The projections of the embeddings, zeros for an embedding of zeros."""
     return projection(clip) * clip.any(-1, keepdim=True)
 
 

@@ -123,12 +123,15 @@ def prior_loss(
     clip: Float[Tensor, "B 512"] | None = None,
     *,
     shape_draws: int = 1,
+    drop_condition: float = 0.0,
 ) -> PriorLoss:
     """Weighted eps-MSE of both priors on latents drawn from the posterior.
 
     Times are uniform on 1..T and stratified over the batch: one offset, evenly spaced, so that a batch sees early and
     late times in equal parts and its loss varies less (low-discrepancy sampling, Kingma et al. 2021, VDM, appendix I).
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
+    ``drop_condition``: the probability that neither is told a cloud's class or embedding (Ho & Salimans 2022,
+    algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
@@ -140,6 +143,11 @@ def prior_loss(
         return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
 
     t_point, t_shape = times(batch, offsets[0]), times(batch * shape_draws, offsets[1])
+
+    if drop_condition:
+        dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
+        labels = None if labels is None else labels.masked_fill(dropped, -1)
+        clip = None if clip is None else clip.masked_fill(dropped.unsqueeze(-1), 0)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -216,6 +224,14 @@ class PriorObjective(nn.Module):
             latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
         else:
             latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
-        draws = self.training_config.shape_draws
-        loss = prior_loss(lion, latents, key, batch.get("labels"), batch.get("clip"), shape_draws=draws)
+        training = self.training_config
+        loss = prior_loss(
+            lion,
+            latents,
+            key,
+            batch.get("labels"),
+            batch.get("clip"),
+            shape_draws=training.shape_draws,
+            drop_condition=training.drop_condition,
+        )
         return {f.name: getattr(loss, f.name) for f in fields(loss)}
