@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves behind, and how it is read again.
 
-    RUN/config.json                        version, commit, the whole configuration, classes, normalisation
+    RUN/config.json                        version, commit, the whole configuration, classes, normalisation, CLIP
+    RUN/embeddings.npz                     of a run with --clip: CLIP embeddings of some training shapes
     RUN/metrics.jsonl                      one line per logged step
     RUN/tensorboard/                       the same as curves
     RUN/samples/*.png                      pictures
@@ -34,7 +35,7 @@ from torch import Tensor
 from lion_triton import __version__
 from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
-from lion_triton.models.hub import CONFIG, DISTILLED, WEIGHTS, distilled_files, read_distilled
+from lion_triton.models.hub import CONFIG, DISTILLED, EMBEDDINGS, WEIGHTS, distilled_files, read_distilled
 from lion_triton.models.lion import LION
 
 Stage = Literal["vae", "priors", "surface", "distill"]
@@ -44,16 +45,22 @@ SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the pack
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what its ``config.json`` says."""
+    """A run folder and what its ``config.json`` says; ``clip``: which CLIP its embeddings are of, where known."""
 
     folder: Path
     config: TrainConfig
     classes: tuple[str, ...]
     normalization: Normalization
+    clip: str | None = None
 
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def embeddings(self) -> Path:
+        """CLIP embeddings of some of its training shapes, in a run with ``--clip``."""
+        return self.folder / EMBEDDINGS
 
     @property
     def results(self) -> Path:
@@ -98,7 +105,13 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
 
 
-def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization) -> Run:
+def create_run(
+    folder: Path,
+    config: TrainConfig,
+    classes: tuple[str, ...],
+    normalization: Normalization,
+    clip: str | None = None,
+) -> Run:
     """Make the run folder and write its ``config.json``.
 
     Raises:
@@ -114,9 +127,10 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
         "config": asdict(config),
         "classes": list(classes),
         "normalization": normalization.to_json(),
+        "clip": clip,
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    return Run(folder, config, classes, normalization)
+    return Run(folder, config, classes, normalization, clip)
 
 
 def find_run(name: Path) -> Path:
@@ -143,7 +157,7 @@ def open_run(name: Path) -> Run:
         normalization = Normalization.from_json(content["normalization"])
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
         raise ValueError(f"run: {path} is damaged or of another version ({_line(error)})") from None
-    return Run(folder, config, classes, normalization)
+    return Run(folder, config, classes, normalization, content.get("clip"))
 
 
 def check_same_run(run: Run, config: TrainConfig) -> None:

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 
 from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
+from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_clip, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
+from lion_triton.data.embeddings import load_embeddings, write_embeddings
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
@@ -37,6 +38,8 @@ from lion_triton.training.context import Context
 from lion_triton.training.distill import distill
 from lion_triton.training.stages import fit_priors, fit_vae
 
+KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -48,6 +51,8 @@ class Arguments:
             few steps (--distill.*; all else is as the run was trained).
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
+        clip: condition the priors on CLIP embeddings of the shapes, instead of on classes: those that prepare --clip
+            made, or those of data.embeddings.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
         dry_run: print sizes, parameters, expected time and memory, and stop.
     """
@@ -57,6 +62,7 @@ class Arguments:
     stage: Literal["all", "vae", "priors", "surface", "distill"] = "all"
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
+    clip: bool = False
     strict: bool = False
     dry_run: bool = False
 
@@ -79,8 +85,11 @@ def train(args: Arguments) -> None:
         distill(run, args.config.distill, start_processes(run.config))
         return
     config = with_networks(args.config, args.attention, args.denoiser)
+    config = with_clip(config) if args.clip else config
     check(config)
     sources = load_sources(config.data, config.evaluate_shapes)
+    if config.model.shape_prior.clip:
+        sources = replace(sources, embeddings=load_embeddings(config.data, sources.train))
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
@@ -158,12 +167,15 @@ def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accel
     if not continued and accelerator.is_main_process:
         normalization = Normalization.fit(sources.train, config.data.normalization)
         decided = replace(config, compile=whether_to_compile(config, accelerator.device))
-        create_run(folder, decided, sources.train.classes, normalization)
+        clip = None if sources.embeddings is None else sources.embeddings.model
+        create_run(folder, decided, sources.train.classes, normalization, clip)
     accelerator.wait_for_everyone()
     run = open_run(folder)
     check_same_run(run, config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    if sources.embeddings is not None and accelerator.is_main_process and not run.embeddings.exists():
+        write_embeddings(sources.embeddings.some(KEPT_EMBEDDINGS), run.embeddings)
     # What auto became when the run began, so that a continued run equals an unbroken one.
     compiled = run.config.compile if config.compile == "auto" else config.compile
     return replace(run, config=replace(config, compile=compiled))

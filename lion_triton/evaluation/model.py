@@ -50,6 +50,11 @@ class ScoredRun:
     def conditional(self) -> bool:
         return self.run.config.model.shape_prior.num_classes > 0
 
+    @property
+    def clip(self) -> bool:
+        """Whether its priors are conditioned on CLIP."""
+        return self.run.config.model.shape_prior.clip
+
     def labels(self, clouds: Clouds) -> Int64[Array, " S"] | None:
         """The run's class of each cloud, if it knows all of their names."""
         if not self.conditional or not set(clouds.classes) <= set(self.run.classes):
@@ -71,13 +76,15 @@ class ScoredRun:
             labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
         distilled = by_distilled(self.lion, settings)
-        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title, processes))
+        clouds = generate(self.run, self.lion, options, labels, title=title, processes=processes)
+        points = self.run.normalization.invert(clouds)
         return points, {
             **asdict(settings),
             "distilled": distilled,
             "seed": options.seed,
             "batch_size": options.batch_size,
             "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",
+            **({"clip": "embeddings of training shapes"} if self.clip else {}),
             "precision": resolve_precision(self.run.config.mixed_precision, self.lion.z_mean.device),
             "checkpoint": str(self.checkpoint),
             "weights_sha256": self.weights_sha256,
@@ -123,5 +130,6 @@ class ScoredRun:
         return scores | {f"bound_{name}": of.numpy() for name, of in bounds.items()}
 
     def bounded(self, references: Clouds) -> bool:
-        """Whether the priors can be asked about these references: a class-conditional one must know their classes."""
-        return not self.conditional or self.labels(references) is not None
+        """Whether the priors can be asked about these references: class-conditional ones must know their classes, and
+        ones that are conditioned on CLIP would need their embeddings."""
+        return not self.clip and (not self.conditional or self.labels(references) is not None)

@@ -134,7 +134,8 @@ def prior_loss(
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
     ``batch_size``: of the whole batch, of which ``latents`` are the clouds from the key's third number on; None: of
     ``latents``, all that there are.
-    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
+    ``drop_condition``: the probability that neither is told a cloud's class or embedding (Ho & Salimans 2022,
+    algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
@@ -152,9 +153,10 @@ def prior_loss(
     draws = numbers[:, None] + batch_size * torch.arange(shape_draws, device=device)
     t_shape = times(draws.flatten(), batch_size * shape_draws, offsets[1])
 
-    if drop_condition and labels is not None:
+    if drop_condition:
         dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
-        labels = labels.masked_fill(dropped, -1)
+        labels = None if labels is None else labels.masked_fill(dropped, -1)
+        clip = None if clip is None else clip.masked_fill(dropped.unsqueeze(-1), 0)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -233,7 +235,7 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
-        classes."""
+        classes, clip (B, 512) of one conditioned on CLIP."""
         (lion,) = self._lion
         latents, key = latents_of(lion.vae, batch, key)
         training = self.training_config
@@ -242,6 +244,7 @@ class PriorObjective(nn.Module):
             latents,
             key,
             batch.get("labels"),
+            batch.get("clip"),
             shape_draws=training.shape_draws,
             batch_size=training.batch_size,
             drop_condition=training.drop_condition,

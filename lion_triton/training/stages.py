@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lion_triton.config import PriorTraining, VAETraining
@@ -91,16 +92,24 @@ def prior_batches(
     """What the priors are trained on from step ``start`` on: rows of ``cache``, or clouds where that is None."""
     stream, samples = _stream(context, training, seed), _samples(context, training, start)
     labels = torch.from_numpy(context.sources.train.labels)
-    conditional = context.config.model.shape_prior.num_classes > 0
+    conditional, embeddings = context.config.model.shape_prior.num_classes > 0, context.sources.embeddings
+
+    def conditions(numbers: range, index: Tensor) -> Batch:
+        found = {"labels": labels[index]} if conditional else {}
+        if embeddings is not None:
+            found["clip"] = embeddings.draw(stream.seed, numbers, index.tolist())
+        return found
+
     if cache is None:
-        for points, label, _ in read(stream, samples, context.config.data.workers):
-            yield {"points": points, **({"labels": label} if conditional else {})}
+        read_batches = read(stream, samples, context.config.data.workers)
+        for numbers, (points, _, index) in zip(samples, read_batches, strict=True):
+            yield {"points": points, **conditions(numbers, index)}
         return
     for numbers in samples:
         index = torch.tensor([stream.shape(i) for i in numbers])
         draw = torch.tensor([i // len(context.sources.train) % training.cached_draws for i in numbers])
         latents = {f.name: getattr(cache, f.name)[draw, index] for f in fields(cache)}
-        yield {**latents, **({"labels": labels[index]} if conditional else {})}
+        yield {**latents, **conditions(numbers, index)}
 
 
 def _stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:
