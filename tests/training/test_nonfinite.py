@@ -90,11 +90,8 @@ def test_a_planted_nan_is_found_at_its_step(
     """At that step, though nothing is logged or saved there; and the checkpoint is that of the step before."""
     if captured:
         pretend(monkeypatch, loop)
-    train.train(
-        train.Arguments(
-            config() if captured else replace(config(), checkpoint_every=3), out=tmp_path / "good", stage="vae"
-        )
-    )
+    else:
+        train.train(train.Arguments(replace(config(), checkpoint_every=3), out=tmp_path / "good", stage="vae"))
     plant(monkeypatch, bad_output)
     line, record = ended(tmp_path / "bad", config())
     batch = names(config(), AT)
