@@ -44,9 +44,11 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_final_figures() -> Iterator[None]:
+def without_figures() -> Iterator[None]:
+    """And without pictures: they take most of so short a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "finish", lambda context: None)
+        patch.setattr(stages, "draw_grid", lambda rows, path: None)
         yield
 
 
