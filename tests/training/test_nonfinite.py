@@ -96,8 +96,8 @@ def test_a_planted_nan_is_found_at_its_step(
     line, record = ended(tmp_path / "bad", config())
     batch = names(config(), AT)
     assert (
-        f"not finite in step {AT} of stage vae; first at fault: the output of vae.decoder.out (its input was finite)"
-        in line
+        f"not finite in step {AT} of stage vae; first at fault: the output of vae.decoder.out (its input was finite), "
+        "the loss (reconstruction)" in line
     )
     assert f", at {batch[1]}; clouds of the batch: {', '.join(batch)}; largest gradient norms before: " in line
     assert (record["stage"], record["step"], record["in_a_row"], record["clouds"]) == ("vae", AT, 1, batch)
