@@ -17,7 +17,6 @@ A file appears when its round is done; a stopped stage goes on with the round th
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -224,9 +223,9 @@ def train_round(
     average = Average(objective, settings.ema_decay)
     step = Step(context, "priors", objective, settings, average)
     # The noise goes on where that of stage 2 ends.
-    step.first_key = context.key("priors", KEYS_PER_STEP * (run.config.priors.steps + number * training.steps))
-    captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
     before = number * training.steps
+    step.first_key = later_key(step.first_key, KEYS_PER_STEP * (run.config.priors.steps + before))
+    captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
     log = Log(replace(run, folder=run.folder / DISTILLED), before)
     bar = tqdm(total=training.steps, desc=f"priors for {steps} steps", unit="step", disable=None)
     batches = prior_batches(context, settings, run.config.seed + FIRST_STREAM + number, cache)
@@ -237,9 +236,9 @@ def train_round(
             bar.update()
             if done % run.config.log_every == 0 or done == training.steps:
                 values = {name: value.item() for name, value in losses.items()}
-                if not math.isfinite(values["loss"]):
+                if step.failed(wait=True):
                     raise ValueError(
-                        f"loss: not finite at step {done} of the priors for {steps} steps; a smaller "
+                        f"loss: not finite at step {step.good + 1} of the priors for {steps} steps; a smaller "
                         f"distill.learning-rate may help; {run.folder / DISTILLED} keeps the rounds that are done"
                     )
                 bar.set_postfix_str(f"loss {values['loss']:.4g}")
