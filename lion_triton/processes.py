@@ -28,7 +28,7 @@ class Processes:
     @classmethod
     def launched(cls) -> Processes:
         """As the launcher says; nothing is connected yet."""
-        told = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        told = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
         return cls(int(told[0]), int(told[2])) if all(told) else cls()
 
     @classmethod
