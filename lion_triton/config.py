@@ -65,7 +65,7 @@ class PriorTraining:
     ``cached_draws`` > 0 encodes so many random draws of points of every shape once and trains on these; 0 encodes
     anew in every step, as published. ``shape_draws``: noisy copies of each shape latent per step; its denoiser is far
     cheaper than that of the points, so a short run can afford several. ``drop_condition``: the share of clouds whose
-    class is withheld, so that the priors can be guided by it (classifier-free guidance).
+    class or embedding is withheld, so that the priors can be guided by it (classifier-free guidance).
     """
 
     steps: int = 100_000
@@ -106,7 +106,7 @@ class DistillTraining:
 class SamplingConfig:
     """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``.
 
-    ``guidance``: w of classifier-free guidance by class, 0 for none.
+    ``guidance``: w of classifier-free guidance by class or CLIP embedding, 0 for none.
     """
 
     sampler: Literal["ddpm", "ddim", "ode"] = "ddpm"
@@ -125,6 +125,10 @@ class TrainConfig:
         mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
         compile: torch.compile the networks' repeated blocks; ``auto``: on a GPU, if the run will last so long that this
             pays back, decided when it begins.
+        init_from: a run, a folder of ``save_pretrained`` or a published checkpoint (.pt) whose weights a new run starts
+            from: the VAE's, the priors' (averaged), or both, whichever fit.
+        on_nonfinite: stop at a step whose loss or gradient is not finite, or skip its update (and stop after ten in a
+            row).
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
@@ -137,6 +141,8 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     distill: DistillTraining = field(default_factory=DistillTraining)
     seed: int = 0
+    init_from: str | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
@@ -305,6 +311,14 @@ def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser
     return replace(config, model=replace(model, point_prior=prior))
 
 
+def with_clip(config: TrainConfig) -> TrainConfig:
+    """The same run with both priors conditioned on CLIP embeddings of the shapes and on no classes: words say these."""
+    model = config.model
+    shape_prior = replace(model.shape_prior, num_classes=0, clip=True)
+    point_prior = replace(model.point_prior, num_classes=0, clip=True)
+    return replace(config, model=replace(model, shape_prior=shape_prior, point_prior=point_prior))
+
+
 def with_classes(config: TrainConfig, count: int) -> TrainConfig:
     """The same run for data of ``count`` classes, if its priors are class-conditional at all."""
     model = config.model
@@ -341,6 +355,10 @@ def check(config: TrainConfig) -> None:
     needed = fewest_points(config.model)
     if config.data.num_points < needed:
         raise ValueError(f"data.num-points: this model needs at least {needed}, got {config.data.num_points}")
+    if config.model.shape_prior.clip != config.model.point_prior.clip:
+        raise ValueError("clip: expected both priors to be conditioned on CLIP, or neither")
+    if config.data.embeddings is not None and not config.model.shape_prior.clip:
+        raise ValueError(f"data.embeddings: is for a run with --clip, got {config.data.embeddings}")
     if not 0 <= config.priors.drop_condition < 1:
         raise ValueError(f"priors.drop-condition: expected a number in [0, 1), got {config.priors.drop_condition}")
     reconstruction = config.vae.reconstruction
@@ -392,8 +410,9 @@ def check_sampling(sampling: SamplingConfig, config: TrainConfig, prefix: str = 
         raise ValueError(f"{prefix}clip-x0: expected a number above 0, got {sampling.clip_x0}")
     if not 0 <= sampling.guidance < math.inf:
         raise ValueError(f"{prefix}guidance: expected a number from 0, got {sampling.guidance}")
-    if sampling.guidance and not (config.model.shape_prior.num_classes and config.priors.drop_condition):
-        what = "a model with classes, trained with priors.drop-condition above 0"
+    prior = config.model.shape_prior
+    if sampling.guidance and not ((prior.num_classes or prior.clip) and config.priors.drop_condition):
+        what = "a model with classes or CLIP, trained with priors.drop-condition above 0"
         raise ValueError(f"{prefix}guidance: needs {what}, got {sampling.guidance:g} for another")
     if sampling.sampler == "ode" and (diffusion.prediction, diffusion.schedule) != ("eps", "linear"):
         raise ValueError(f"{prefix}sampler: ode needs a linear schedule and prediction of eps, this model has others")

@@ -4,8 +4,8 @@
 ``x_t = alpha_t x_0 + sigma_t eps``; t is in 1..T, never 0..T-1. ``rho_t^2`` is the variance of the reverse
 step: ``beta_t`` ("fixed_large") or the posterior's ``beta~_t`` ("fixed_small").
 
-A ``key`` is an int64 tensor (2,), (seed, offset): one key, one noise, bit for bit. Samplers give step i,
-counted from 1, the key (seed, offset + i), so that ``key`` itself stays free for x_T.
+A ``key`` is an int64 tensor (seed, offset) or (seed, offset, first), see ``normal_noise``: one key, one noise, bit for
+bit. Samplers give step i, counted from 1, the key of offset + i, so that ``key`` itself stays free for x_T.
 
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song, Meng & Ermon 2021, 2010.02502), IDDPM (Nichol
 & Dhariwal 2021, 2102.09672), v (Salimans & Ho 2022, 2202.00512), SDE (Song et al. 2021, 2011.13456).
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lion_triton.kernels import ancestral_step, noise_mse, posterior_q_sample, q_sample
 from lion_triton.kernels._checks import check_integer
+from lion_triton.kernels.noise import Key, full_key, later_key, later_keys
 
 ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
@@ -37,7 +38,6 @@ Spacing = Literal["uniform", "quadratic", "trailing"]
 Data = Float[Tensor, "B ..."]
 PerCloud = Float[Tensor, " B"]
 Times = Int64[Tensor, " B"]
-Key = Int64[Tensor, " 2"]
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> like x_t
 Callback = Callable[[int, int, Tensor], None]  # (step from 1, t that it left, the sample it made)
 
@@ -236,12 +236,6 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     return torch.from_numpy(times[::-1].copy())
 
 
-def _step_keys(key: Tensor, steps: int) -> Tensor:
-    """Keys (steps, 2) with offsets +1 .. +steps, made on the key's device."""
-    offsets = torch.arange(1, steps + 1, device=key.device)
-    return key + torch.stack([torch.zeros_like(offsets), offsets], 1)
-
-
 @dataclass(frozen=True)
 class Steps:
     """The reverse steps of a sampler, first to last."""
@@ -350,8 +344,7 @@ class Chain:
         self.x = torch.empty_like(_at_least_float32(like))
         self.times = torch.ones(num_train_timesteps, dtype=torch.int64, device=like.device)
         self.coefficients = self.x.new_zeros(num_train_timesteps, 5)
-        self.key = torch.zeros(2, dtype=torch.int64, device=like.device)
-        self.offset = torch.arange(2, device=like.device)  # [0, 1]
+        self.key = torch.zeros(3, dtype=torch.int64, device=like.device)
         self.done = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     @torch.no_grad()
@@ -361,7 +354,7 @@ class Chain:
         self.x.copy_(x_T)
         self.times[:count].copy_(steps.times)
         self.coefficients[:count].copy_(steps.coefficients)
-        self.key.copy_(key)
+        self.key.copy_(full_key(key))
         self.done.zero_()
 
     @torch.no_grad()
@@ -376,7 +369,7 @@ class Chain:
             alpha, sigma = _over(alpha, x), _over(sigma, x)
             x_0 = ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)
             eps = (x - alpha * x_0) / sigma
-        x.copy_(ancestral_step(x, eps, coef_x, coef_eps, rho, self.key + self.done * self.offset))
+        x.copy_(ancestral_step(x, eps, coef_x, coef_eps, rho, later_key(self.key, self.done[0])))
 
 
 def _sample(
@@ -500,7 +493,8 @@ def variational_bound(
     chosen = list(range(2, T + 1)) if timesteps is None else timesteps.tolist()
     if timesteps is not None and not (chosen and min(chosen) >= 2 and max(chosen) <= T):
         raise ValueError(f"timesteps: expected one or more times in 2..{T}, got {chosen}")
-    x_0, keys, log_abar = _at_least_float32(x_0), _step_keys(key, T), schedule.log_abar
+    x_0, log_abar = _at_least_float32(x_0), schedule.log_abar
+    keys = later_keys(key, torch.arange(1, T + 1, device=key.device))
     dims = math.prod(x_0.shape[1:])
 
     def mean_term(t: int) -> Tensor:

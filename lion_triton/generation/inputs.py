@@ -68,9 +68,11 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
     checkpoint: one of a run's, as step-00001000; default the newest.
 
     Raises:
-        ValueError: there is none, it is damaged, or has no trained priors yet.
+        ValueError: there is none, it is damaged, has no trained priors yet, or they are conditioned on CLIP.
     """
     run = open_run(Path(name_or_path))
+    if run.config.model.shape_prior.clip:
+        raise ValueError(f"run: {name_or_path} is conditioned on CLIP, which only sample, mesh and evaluate know")
     newest = run.checkpoint(checkpoint)
     # By its name: a run that goes on may have another newest one by now.
     name = None if newest is None else newest.name

@@ -3,6 +3,7 @@
     FOLDER/config.json         as that of a run: configuration, classes, normalisation; also figures and licences
     FOLDER/model.safetensors   the weights, those of the priors averaged; also of priors distilled for few steps
     FOLDER/picture.png         what it generates, where its run drew that
+    FOLDER/embeddings.npz      CLIP embeddings of some training shapes, of a model that is conditioned on them
     FOLDER/README.md           the model card, written from the above
 
 Reading takes JSON and tensors and runs no code. Of a run folder (``lion_triton.runs``) the newest checkpoint is read,
@@ -19,6 +20,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,7 +34,8 @@ from torch import Tensor
 from lion_triton import __version__
 from lion_triton.models.card import model_card
 
-CONFIG, WEIGHTS, PICTURE, DISTILLED = "config.json", "model.safetensors", "picture.png", "distilled"
+CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "picture.png", "embeddings.npz"
+DISTILLED = "distilled"
 UNKNOWN = "unknown"  # in place of the data, of a model without a run
 P = TypeVar("P", bound="Pretrained")
 
@@ -40,13 +43,14 @@ P = TypeVar("P", bound="Pretrained")
 class Pretrained(PyTorchModelHubMixin):
     """The part of ``LION`` that is about folders and hubs.
 
-    ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates; both of the folder that
-    it was read from.
+    ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates, ``embeddings`` a file of
+    some training shapes' CLIP embeddings; all of the folder that it was read from.
     """
 
     config_type: ClassVar[type]  # a dataclass, the only argument of ``__init__``
     about: dict[str, Any] | None = None
     picture: bytes | None = None
+    embeddings: bytes | None = None
     _saved_dtype: torch.dtype | None = None
 
     @classmethod
@@ -66,7 +70,7 @@ class Pretrained(PyTorchModelHubMixin):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
                 what = "a run folder, a folder written by save_pretrained, or an id as name/model"
                 raise ValueError(f"folder_or_id: expected {what}, got {folder_or_id}")
-            files = [CONFIG, WEIGHTS, PICTURE]
+            files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
         about = read_about(folder)
         try:
@@ -88,6 +92,8 @@ class Pretrained(PyTorchModelHubMixin):
             self.about[DISTILLED]["steps"] = list(model.distilled_steps)
         drawn = next((p for p in (folder / PICTURE, folder / "samples" / "overview.png") if p.is_file()), None)
         self.picture = None if drawn is None else drawn.read_bytes()
+        path = folder / EMBEDDINGS
+        self.embeddings = path.read_bytes() if path.is_file() else None
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **options: Any
@@ -118,9 +124,9 @@ class Pretrained(PyTorchModelHubMixin):
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
         _write(save_directory / CONFIG, lambda path: path.write_text(text))
-        if self.picture is not None:
-            picture = self.picture
-            _write(save_directory / PICTURE, lambda path: path.write_bytes(picture))
+        for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
+            if content is not None:
+                _write(save_directory / name, partial(Path.write_bytes, data=content))
         (save_directory / "README.md").unlink(missing_ok=True)  # the mixin writes one where there is none
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:

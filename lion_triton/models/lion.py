@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lion_triton import diffusion
 from lion_triton.diffusion import Schedule, Spacing
 from lion_triton.kernels import normal_noise
-from lion_triton.kernels.noise import new_key
+from lion_triton.kernels.noise import Key, new_key
 from lion_triton.models.hub import Pretrained
 from lion_triton.models.priors import (
     PointPrior,
@@ -65,7 +65,7 @@ class Posterior:
 
 
 @torch.no_grad()
-def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
+def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Key) -> Posterior:
     """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
     plan = vae.plan(points)
     z_mu, z_log_sigma = vae.encode_shape(points, plan)
@@ -280,6 +280,12 @@ class LION(nn.Module, Pretrained):
 
     def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
+
+
+def keys_per_batch(sampler: Sampler) -> int:
+    """How many noise keys ``LION.sample`` draws from its generator: of each prior's x_T, and of its steps if they have
+    one."""
+    return 2 if sampler == "ode" else 4
 
 
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:

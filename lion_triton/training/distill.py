@@ -17,7 +17,6 @@ A file appears when its round is done; a stopped stage goes on with the round th
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -36,6 +35,7 @@ from lion_triton.config import DistillTraining, check_distill, differences
 from lion_triton.data.sources import load_sources
 from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
+from lion_triton.kernels.noise import later_key
 from lion_triton.models.hub import CONFIG, DISTILLED
 from lion_triton.models.lion import LION, Posterior
 from lion_triton.pictures import draw_grid
@@ -45,7 +45,7 @@ from lion_triton.training import report
 from lion_triton.training.batches import prefetch
 from lion_triton.training.context import Context
 from lion_triton.training.log import Log
-from lion_triton.training.objectives import latents_of, next_key, stratified
+from lion_triton.training.objectives import latents_of, stratified
 from lion_triton.training.stages import encode_all, prior_batches
 from lion_triton.training.step import KEYS_PER_STEP, Average, Step
 
@@ -88,10 +88,10 @@ class DistillObjective(nn.Module):
         Returns the errors of v of both priors, and their sum as "loss"."""
         (teacher,) = self._teacher
         latents, key = latents_of(teacher.vae, batch, key)
-        offsets = torch.special.ndtr(normal_noise((2,), key))  # as in ``prior_loss``
+        offsets = torch.special.ndtr(normal_noise((2,), key[:2]))  # as in ``prior_loss``
         z = ((latents.z - teacher.z_mean) / teacher.z_std).repeat(self.shape_draws, 1)
         h = (latents.h_mu - teacher.h_mean) / teacher.h_std, latents.h_log_sigma - teacher.h_std.log()
-        z_key, h_key = next_key(key), next_key(next_key(key))
+        z_key, h_key = later_key(key, 1), later_key(key, 2)
         labels, clip, given = batch.get("labels"), batch.get("clip"), z[: len(h[0])]
         many_labels = None if labels is None else labels.repeat(self.shape_draws)
         many_clips = None if clip is None else clip.repeat(self.shape_draws, 1)
@@ -99,13 +99,13 @@ class DistillObjective(nn.Module):
             lambda z_t, t: self.shape_prior(z_t, t, many_clips, many_labels),
             teacher.shape_denoiser(many_labels, many_clips, self.guidance),
             lambda alpha, sigma: q_sample(z, alpha, sigma, z_key),
-            stratified(len(z), len(self.times), offsets[1]),
+            stratified(torch.arange(len(z), device=z.device), len(z), len(self.times), offsets[1]),
         )
         point = self._error(
             lambda h_t, t: self.point_prior(h_t, t, given, clip, labels),
             teacher.point_denoiser(given, labels, clip, self.guidance),
             lambda alpha, sigma: posterior_q_sample(*h, alpha, sigma, h_key),
-            stratified(len(given), len(self.times), offsets[0]),
+            stratified(torch.arange(len(given), device=z.device), len(given), len(self.times), offsets[0]),
         )
         return {"loss": shape + point, "shape": shape, "point": point}
 
@@ -223,9 +223,9 @@ def train_round(
     average = Average(objective, settings.ema_decay)
     step = Step(context, "priors", objective, settings, average)
     # The noise goes on where that of stage 2 ends.
-    step.first_key = context.key("priors", KEYS_PER_STEP * (run.config.priors.steps + number * training.steps))
-    captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
     before = number * training.steps
+    step.first_key = later_key(step.first_key, KEYS_PER_STEP * (run.config.priors.steps + before))
+    captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
     log = Log(replace(run, folder=run.folder / DISTILLED), before)
     bar = tqdm(total=training.steps, desc=f"priors for {steps} steps", unit="step", disable=None)
     batches = prior_batches(context, settings, run.config.seed + FIRST_STREAM + number, cache)
@@ -236,9 +236,9 @@ def train_round(
             bar.update()
             if done % run.config.log_every == 0 or done == training.steps:
                 values = {name: value.item() for name, value in losses.items()}
-                if not math.isfinite(values["loss"]):
+                if step.failed(wait=True):
                     raise ValueError(
-                        f"loss: not finite at step {done} of the priors for {steps} steps; a smaller "
+                        f"loss: not finite at step {step.good + 1} of the priors for {steps} steps; a smaller "
                         f"distill.learning-rate may help; {run.folder / DISTILLED} keeps the rounds that are done"
                     )
                 bar.set_postfix_str(f"loss {values['loss']:.4g}")
