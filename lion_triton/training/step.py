@@ -179,7 +179,8 @@ class Average:
         it changed none, so take in nothing."""
         k = done.double()
         decay = ((1 + k) / (10 + k)).clamp_max(self.decay) * (k > 0)  # the first is a copy
-        parameters = list(self.module.parameters())  # not kept: where they are distributed, their memory changes
+        # Not kept: where they are distributed, their memory changes.
+        parameters: list[Tensor] = list(self.module.parameters())
         torch._foreach_lerp_(self.averaged, parameters, [((1 - decay) * ~skip).float()] * len(parameters))
 
     def state_dict(self) -> dict[str, Tensor]:
