@@ -121,7 +121,7 @@ def test_a_stopped_training_continues_as_if_unbroken(
     def save_and_stop(run: runs.Run, total_step: int, checkpoint: runs.Checkpoint) -> Path:
         path = save(run, total_step, checkpoint)
         if checkpoint.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         return path
 
     monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)

@@ -41,11 +41,11 @@ class Condition:
     others: Labels = None
     weight: Float[Tensor, " B"] | None = None
 
-    def shape(self, lion: LION) -> diffusion.Model:
-        return self._blend(lion.shape_denoiser)
+    def shape(self, lion: LION, guidance: float) -> diffusion.Model:
+        return self._blend(lambda labels: lion.shape_denoiser(labels, guidance=guidance))
 
-    def points(self, lion: LION, z: Float[Tensor, "B Z"]) -> diffusion.Model:
-        return self._blend(lambda labels: lion.point_denoiser(z, labels))
+    def points(self, lion: LION, z: Float[Tensor, "B Z"], guidance: float) -> diffusion.Model:
+        return self._blend(lambda labels: lion.point_denoiser(z, labels, guidance=guidance))
 
     def _blend(self, denoiser: Callable[[Labels], diffusion.Model]) -> diffusion.Model:
         one, weight = denoiser(self.labels), self.weight
@@ -87,9 +87,9 @@ def to_noise(
     h is taken to noise given the z that comes back, not the z that was, so that its error is not added to.
     """
     condition, advance = Condition(labels), _parts(progress, 3, settings.steps)
-    z = _solve(condition.shape(lion), latents.z, lion, settings, advance(0), inverse=True)
-    z_again = _solve(condition.shape(lion), z, lion, settings, advance(1))
-    h = _solve(condition.points(lion, z_again), latents.h, lion, settings, advance(2), inverse=True)
+    z = _solve(condition.shape(lion, settings.guidance), latents.z, lion, settings, advance(0), inverse=True)
+    z_again = _solve(condition.shape(lion, settings.guidance), z, lion, settings, advance(1))
+    h = _solve(condition.points(lion, z_again, settings.guidance), latents.h, lion, settings, advance(2), inverse=True)
     return Latents(h, z)
 
 
@@ -106,14 +106,14 @@ def from_noise(
     watch: called with h after every step of DDIM.
     """
     advance = _parts(progress, 2, settings.steps)
-    z = _solve(condition.shape(lion), noise.z, lion, settings, advance(0))
+    z = _solve(condition.shape(lion, settings.guidance), noise.z, lion, settings, advance(0))
 
     def advance_and_watch(step: int, t: int, h: Tensor) -> None:
         advance(1)(step, t, h)
         if watch is not None:
             watch(h)
 
-    return Latents(_solve(condition.points(lion, z), noise.h, lion, settings, advance_and_watch), z)
+    return Latents(_solve(condition.points(lion, z, settings.guidance), noise.h, lion, settings, advance_and_watch), z)
 
 
 def between(a: Latents, b: Latents, weight: Float[Tensor, " B"]) -> Latents:
@@ -150,8 +150,8 @@ def diffuse_denoise(
         )
 
     condition = Condition(labels)
-    z = latents.z if keep == "shape" else renew(condition.shape(lion), latents.z, 0)
-    h = latents.h if keep == "points" else renew(condition.points(lion, z), latents.h, 1)
+    z = latents.z if keep == "shape" else renew(condition.shape(lion, settings.guidance), latents.z, 0)
+    h = latents.h if keep == "points" else renew(condition.points(lion, z, settings.guidance), latents.h, 1)
     return Latents(h, z)
 
 
@@ -201,9 +201,13 @@ def _solve(
         return diffusion.probability_flow(eps_model, x, lion.schedule, inverse=inverse)
     steps, clip = _ddim_steps(settings), settings.clip_x0
     if inverse:
-        return diffusion.ddim_inverse(eps_model, x, lion.schedule, steps=steps, clip=clip, callback=callback)
+        return diffusion.ddim_inverse(
+            eps_model, x, lion.schedule, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
+        )
     key = torch.zeros(2, dtype=torch.int64, device=x.device)  # of noise that eta 0 multiplies by 0
-    return diffusion.ddim(eps_model, x, lion.schedule, key, steps=steps, clip=clip, callback=callback)
+    return diffusion.ddim(
+        eps_model, x, lion.schedule, key, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
+    )
 
 
 def _ddim_steps(settings: SamplingConfig) -> int:

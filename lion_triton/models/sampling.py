@@ -25,7 +25,7 @@ class Sampling:
 
     Args:
         labels, clip: conditions of the first batch; ``run`` copies those of a later one to the same place.
-        clip_x0: see ``LION.sample``.
+        clip_x0, guidance: see ``LION.sample``.
     """
 
     def __init__(
@@ -36,14 +36,15 @@ class Sampling:
         labels: Tensor | None,
         clip: Tensor | None,
         clip_x0: float | None,
+        guidance: float,
     ) -> None:
         device, vae, T = lion.z_mean.device, lion.config.vae, lion.schedule.num_train_timesteps
         self.lion = lion
         self.labels, self.clip = (None if x is None else x.clone() for x in (labels, clip))
         z = torch.empty(num_samples, vae.shape_dim, device=device)
         h = torch.empty(num_samples, num_points, vae.point_dim, device=device)
-        self.shapes = Chain(lion.shape_denoiser(self.labels, self.clip), z, T, clip_x0)
-        self.points = Chain(lion.point_denoiser(self.shapes.x, self.labels, self.clip), h, T, clip_x0)
+        self.shapes = Chain(lion.shape_denoiser(self.labels, self.clip, guidance), z, T, clip_x0)
+        self.points = Chain(lion.point_denoiser(self.shapes.x, self.labels, self.clip, guidance), h, T, clip_x0)
         enabled = not why_uncaptured(device)
         self._step_shapes = Captured(self.shapes.step, "a denoising step of the shape prior", enabled)
         self._step_points = Captured(self.points.step, "a denoising step of the point prior", enabled)
@@ -105,17 +106,20 @@ class Samplings:
         labels: Tensor | None,
         clip: Tensor | None,
         clip_x0: float | None,
+        guidance: float,
     ) -> Sampling:
         device = lion.z_mean.device
         if why_uncaptured(device):
-            return Sampling(lion, num_samples, num_points, labels, clip, clip_x0)
+            return Sampling(lion, num_samples, num_points, labels, clip, clip_x0, guidance)
         weights = tuple(x.data_ptr() for x in (*lion.parameters(), *lion.buffers()))
         if weights != self._weights:
             self._weights, self._kept = weights, {}
         precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         modes = (lion.vae.training, lion.shape_prior.training, lion.point_prior.training)
-        kind = (num_samples, num_points, labels is None, clip is None, clip_x0, precision, modes)
-        sampling = self._kept.pop(kind, None) or Sampling(lion, num_samples, num_points, labels, clip, clip_x0)
+        kind = (num_samples, num_points, labels is None, clip is None, clip_x0, guidance, precision, modes)
+        sampling = self._kept.pop(kind, None)
+        if sampling is None:
+            sampling = Sampling(lion, num_samples, num_points, labels, clip, clip_x0, guidance)
         self._kept[kind] = sampling  # last, as the latest used
         while len(self._kept) > self.KEPT:
             del self._kept[next(iter(self._kept))]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from lion_triton.training.stopping import SIGNALS
 
 Batch = dict[str, Tensor]
 
@@ -16,7 +19,13 @@ def read(stream: Dataset[Any], samples: list[range], workers: int) -> DataLoader
     """What the stream holds at each range of sample numbers, in order; of a ``TrainingStream`` (points, labels, indices
     of the clouds)."""
     batches: Any = samples  # ranges, not lists: the published recipe has hundreds of millions of sample numbers
-    return DataLoader(stream, batch_sampler=batches, num_workers=workers)
+    return DataLoader(stream, batch_sampler=batches, num_workers=workers, worker_init_fn=_outlive_signals)
+
+
+def _outlive_signals(_: int) -> None:
+    """Signals often go to every process of a run; its own processes end the readers, when they have saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from lion_triton.data.sources import Sources
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, Stage
 from lion_triton.training import report
+from lion_triton.training.stopping import Stop
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Context:
     sources: Sources
     accelerator: Accelerator
     lion: LION
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def config(self) -> TrainConfig:
@@ -33,10 +35,10 @@ class Context:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def key(self, stage: Stage, number: int) -> Tensor:
-        """The noise key ``number`` of a stage; every process draws other noise."""
-        seed = (2 * self.config.seed + (stage == "priors")) * 4096 + self.accelerator.process_index
-        return torch.tensor([seed, number], device=self.device)
+    def key(self, stage: Stage, batch_size: int) -> Tensor:
+        """The first noise key of a stage, for this process's part of a batch: noise is the sample's, whoever has it."""
+        seed = (2 * self.config.seed + (stage == "priors")) * 4096
+        return torch.tensor([seed, 0, self.share(range(batch_size)).start], device=self.device)
 
     def share(self, numbers: range) -> range:
         """This process's part of a global batch."""

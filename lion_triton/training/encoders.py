@@ -156,8 +156,12 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
         for points, given in read(DegradedStream(stream, training), numbers, data.workers):
             yield {"points": points, "given": given}
 
+    def clouds(step: int) -> list[str]:
+        return [sources.train.names[stream.shape(i)] for i in range(step * size, (step + 1) * size)]
+
     objective = EncoderObjective(lion, run.config.vae, training)
-    fit(context, "encoder", objective, training, batches, None, checkpoint, state=objective.own_state)
+    with context.stop.listening():
+        fit(context, "encoder", objective, training, batches, clouds, None, checkpoint, state=objective.own_state)
     unfinished = checkpoint is None or checkpoint.step < training.steps
     if accelerator.is_main_process and (unfinished or not (encoders.folder / "figures.json").is_file()):
         _finish(open_model(run.folder, name), encoders, sources.held_out)

@@ -80,6 +80,20 @@ def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
+def test_weights_in_half_the_bytes(saved: Path, tmp_path: Path) -> None:
+    lion = LION.from_pretrained(saved)
+    lion.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    lion.save_pretrained(tmp_path / "whole")  # what was asked for once does not stick
+    half, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
+    parameters = {name for name, _ in lion.named_parameters()}
+    for name, value in whole.items():
+        assert half[name].dtype == (torch.bfloat16 if name in parameters else value.dtype), name
+        torch.testing.assert_close(half[name].to(value.dtype), value, rtol=2**-8, atol=1e-30)
+    again = LION.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    torch.testing.assert_close(clouds(again), clouds(lion), rtol=0.1, atol=0.1)
+
+
 def test_every_command_takes_the_folder(saved: Path, run: Path, tmp_path: Path) -> None:
     for folder in (saved, run):
         out = tmp_path / folder.name
@@ -193,9 +207,8 @@ def test_an_id_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(hub_module, "snapshot_download", download)
     lion = LION.from_pretrained("somebody/chairs", revision="v1")
-    assert asked == [
-        ("somebody/chairs", {"allow_patterns": ["config.json", "model.safetensors", "picture.png"], "revision": "v1"})
-    ]
+    files = ["config.json", "model.safetensors", "picture.png", "embeddings.npz"]
+    assert asked == [("somebody/chairs", {"allow_patterns": files, "revision": "v1"})]
     assert torch.equal(clouds(lion), clouds(LION.from_pretrained(saved)))
 
 

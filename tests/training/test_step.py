@@ -39,11 +39,16 @@ def test_average_is_that_of_pytorch() -> None:
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_()
-        average.update(torch.tensor(step))
+        average.update(torch.tensor(step), torch.tensor(False))
         expected.update_parameters(module)
         for name, value in expected.module.named_parameters():
             torch.testing.assert_close(average.state_dict()[name], value.detach(), rtol=1e-6, atol=1e-7)
     assert average.state_dict().keys() == module.state_dict().keys()
+    module[0].weight.data = module[0].weight.data + 1  # elsewhere, as where processes share gradients
+    before = [x.clone() for x in average.averaged]
+    average.update(torch.tensor(30), torch.tensor(False))
+    torch.testing.assert_close(average.averaged[0] - before[0], 0.4 * (module[0].weight - before[0]))
+    average.update(torch.tensor(31), torch.tensor(True))
     other = Average(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.6)
     other.load_state_dict(average.state_dict())
     assert all(map(torch.equal, other.averaged, average.averaged))
@@ -88,7 +93,7 @@ def test_a_step_moves_on_and_resumes() -> None:
     place = step.batch["points"].data_ptr()
     coefficients = [step()["kl_coefficient"].item() for _ in range(6)]
     assert coefficients == pytest.approx([1e-7, 0.25, 0.5, 0.75, 1.0, 1.0], abs=1e-6)
-    assert objective.seen == [([2 * 5 * 4096, 4 * i], i) for i in range(6)]
+    assert objective.seen == [([2 * 5 * 4096, 4 * i, 0], i) for i in range(6)]
     saved = {k: v.clone() for k, v in lion.state_dict().items()}
     optimizer = step.optimizer.state_dict()
     # As an older version saved it, or one that ran on another device: a plain number, other flags.
@@ -101,7 +106,7 @@ def test_a_step_moves_on_and_resumes() -> None:
     resumed.resume(6, {"state": state, "param_groups": groups})
     resumed.load(batch)
     assert [resumed()["loss"].item() for _ in range(2)] == losses
-    assert objective.seen == [([2 * 5 * 4096, 4 * i], i) for i in (6, 7)]
+    assert objective.seen == [([2 * 5 * 4096, 4 * i, 0], i) for i in (6, 7)]
 
     step.load({"points": torch.zeros(2, 12, 3)})
     assert step.batch["points"].data_ptr() == place
