@@ -202,7 +202,7 @@ def quickstart() -> TrainConfig:
             kl_end=1.0,
         ),
         priors=PriorTraining(
-            steps=2500,
+            steps=1800,
             batch_size=32,
             learning_rate=2e-3,
             learning_rate_decay="cosine",
@@ -229,7 +229,7 @@ def procedural() -> TrainConfig:
         data=replace(base.data, num_points=1024, num_shapes=8000),
         vae=replace(base.vae, steps=900),
         priors=replace(base.priors, steps=16_000, batch_size=16, ema_decay=0.999, cached_draws=1, drop_condition=0.1),
-        distill=replace(base.distill, steps=1000, batch_size=16),
+        distill=replace(base.distill, teacher_steps=32, counts=(8, 4), steps=1600, batch_size=16),
         picture_every=5000,
     )
 

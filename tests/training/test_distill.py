@@ -381,7 +381,10 @@ def test_errors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
             for each in ("each of the one before it",)
             for counts, got in (((), "none"), ((5, 1), "5 1"), ((4, 4), "4 4"), ((2, 0), "2 0"), ((12,), "12"))
         ),
-        ({"guidance": 1.0}, "distill.guidance: needs a model with classes, trained with priors.drop-condition above 0"),
+        (
+            {"guidance": 1.0},
+            "distill.guidance: needs a model with classes or CLIP, trained with priors.drop-condition above 0",
+        ),
         ({"steps": 0}, "distill.steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "distill.batch-size: expected at least 1, got 0"),
         ({"learning_rate": math.nan}, "distill.learning-rate: expected a number above 0, got nan"),
