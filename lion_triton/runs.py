@@ -1,13 +1,18 @@
 """The run folder: what a training run leaves behind, and how it is read again.
 
-    RUN/config.json                        version, commit, the whole configuration, classes, normalisation
+    RUN/config.json                        version, commit, the whole configuration, classes, normalisation, CLIP
+    RUN/embeddings.npz                     of a run with --clip: CLIP embeddings of some training shapes
     RUN/metrics.jsonl                      one line per logged step
     RUN/tensorboard/                       the same as curves
     RUN/samples/*.png                      pictures
     RUN/checkpoints/step-<n>/              the newest two: model.safetensors, ema.safetensors (priors),
                                            optimizer.pt, state.json with every file's size and SHA-256
+    RUN/distilled/                         priors for few steps, see ``lion_triton.models.hub``
+    RUN/checkpoints/damaged-step-<n>/      one that was found damaged when the run was continued
+    RUN/nonfinite.json                     which tensors were not finite, where that ended the run
 
-A checkpoint folder appears under its name only when it is complete, so an interrupted run never leaves half of one.
+A checkpoint folder appears under its name only when it is complete, and is gone from there before it is deleted, so an
+interrupted run never leaves half of one.
 """
 
 from __future__ import annotations
@@ -31,28 +36,34 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lion_triton import __version__
-from lion_triton.config import TrainConfig, differences, from_json
+from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
-from lion_triton.models.hub import CONFIG, WEIGHTS
+from lion_triton.models.hub import CONFIG, DISTILLED, EMBEDDINGS, WEIGHTS, distilled_files, read_distilled
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors", "surface"]
+Stage = Literal["vae", "priors", "surface", "distill"]
 KEPT_CHECKPOINTS = 2
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what its ``config.json`` says."""
+    """A run folder and what its ``config.json`` says; ``clip``: which CLIP its embeddings are of, where known."""
 
     folder: Path
     config: TrainConfig
     classes: tuple[str, ...]
     normalization: Normalization
+    clip: str | None = None
 
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def embeddings(self) -> Path:
+        """CLIP embeddings of some of its training shapes, in a run with ``--clip``."""
+        return self.folder / EMBEDDINGS
 
     @property
     def results(self) -> Path:
@@ -97,13 +108,21 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
 
 
-def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization) -> Run:
+def create_run(
+    folder: Path,
+    config: TrainConfig,
+    classes: tuple[str, ...],
+    normalization: Normalization,
+    clip: str | None = None,
+) -> Run:
     """Make the run folder and write its ``config.json``.
 
     Raises:
         ValueError: if the folder holds something else than a run.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    path = folder / CONFIG
+    ours = {_partial(path)}  # of a process that was killed
+    if folder.is_file() or (folder.is_dir() and set(folder.iterdir()) - ours):
         raise ValueError(f"out: {folder} exists and is not a run folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -113,9 +132,19 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
         "config": asdict(config),
         "classes": list(classes),
         "normalization": normalization.to_json(),
+        "clip": clip,
     }
-    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    return Run(folder, config, classes, normalization)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return Run(folder, config, classes, normalization, clip)
+
+
+def change_config(run: Run, config: TrainConfig, note: str) -> None:
+    """Write another configuration to ``config.json``, and add ``note`` to the changes there."""
+    path = run.folder / CONFIG
+    content = json.loads(path.read_text())
+    content["config"] = asdict(config)
+    content.setdefault("changes", []).append(note)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def find_run(name: Path) -> Path:
@@ -142,7 +171,7 @@ def open_run(name: Path) -> Run:
         normalization = Normalization.from_json(content["normalization"])
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
         raise ValueError(f"run: {path} is damaged or of another version ({_line(error)})") from None
-    return Run(folder, config, classes, normalization)
+    return Run(folder, config, classes, normalization, content.get("clip"))
 
 
 def check_same_run(run: Run, config: TrainConfig) -> None:
@@ -163,8 +192,11 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
 
 def _without_free_options(config: TrainConfig) -> TrainConfig:
     """The same for all configurations that differ in nothing but what may change when a run is continued."""
-    data = replace(config.data, workers=0)
-    return replace(config, data=data, compile="auto", log_every=1, picture_every=1, checkpoint_every=1)
+    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop", "distill": DistillTraining()}
+    free |= dict.fromkeys(("log_every", "picture_every", "checkpoint_every"), 1)
+    free["data"] = replace(config.data, workers=0)
+    free |= {"vae": replace(config.vae, steps=1), "priors": replace(config.priors, steps=1)}  # see training.longer
+    return replace(config, **free)
 
 
 def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
@@ -176,20 +208,47 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _save_tensors(checkpoint.model, partial / "model.safetensors")
+        save_tensors(checkpoint.model, partial / "model.safetensors")
         if checkpoint.ema:
-            _save_tensors(checkpoint.ema, partial / "ema.safetensors")
+            save_tensors(checkpoint.ema, partial / "ema.safetensors")
         _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
         state = {"stage": checkpoint.stage, "step": checkpoint.step, "files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in run.checkpoints()[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under its name it is there whole, or not at all."""
+    removed = checkpoint.with_name(f".partial-{checkpoint.name}")
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)
+
+
+def set_damaged_aside(run: Run) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None before the first. Each newer one is named and renamed.
+
+    Raises:
+        ValueError: there are some, but none is whole.
+    """
+    for folder in reversed(run.checkpoints()):
+        try:
+            return load_checkpoint(run, folder.name)
+        except ValueError as error:
+            if folder == run.checkpoints()[0]:  # rather than to begin anew without a word
+                raise ValueError(f"{error}; there is none before it: remove it to begin anew") from None
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            print(f"{error}: left aside as {aside}, the one before it is used")
+    return None
 
 
 def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool = True) -> Checkpoint | None:
@@ -232,7 +291,7 @@ def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool =
 
 
 def load_model(run: Run, name: str | None = None) -> LION:
-    """The run's LION in evaluation mode, its priors with the averaged (EMA) weights.
+    """The run's LION in evaluation mode, its priors with the averaged (EMA) weights, with what was distilled from them.
 
     name: of a checkpoint; None: the newest.
 
@@ -242,24 +301,27 @@ def load_model(run: Run, name: str | None = None) -> LION:
     if run.pretrained:
         run.checkpoint(name)  # of which there are none to name
         return LION.from_pretrained(run.folder)
+    folder = run.checkpoint(name)
     checkpoint = load_checkpoint(run, name, with_optimizer=False)
-    if checkpoint is None:
+    if folder is None or checkpoint is None:
         raise ValueError(f"run: {run.folder} has no checkpoint yet")
     if checkpoint.stage == "vae":
         raise ValueError(f"run: {run.folder} has no trained priors yet (stage 1, step {checkpoint.step})")
     lion = LION(run.config.model)
-    load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
+    load_state(lion, {**checkpoint.model, **checkpoint.ema, **read_distilled(run.folder, folder.name)}, run)
     lion.remember(run.folder)
     return lion.eval()
 
 
 def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
-    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it."""
+    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it, and
+    of what was distilled from that."""
     folder = run.checkpoint(name)
     if folder is None:
         return {WEIGHTS: _sha256(run.folder / WEIGHTS)}
     files = json.loads((folder / "state.json").read_text())["files"]
-    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+    distilled = {f"{DISTILLED}/{p.name}": _sha256(p) for p in distilled_files(run.folder, folder.name).values()}
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")} | distilled
 
 
 def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
@@ -272,7 +334,7 @@ def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     try:
         partial.write_text(text)
         os.replace(partial, path)
@@ -280,13 +342,35 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def append_text(path: Path, text: str) -> None:
+    """Add to a file, whole or not at all."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.truncate(path, size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file whole or not at all; what the disk has to say against it is an ``OSError``."""
     on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    partial = _partial(path)
     try:
-        safetensors.torch.save_file(on_cpu, path)
+        safetensors.torch.save_file(on_cpu, partial)
+        os.replace(partial, path)
     except SafetensorError as error:  # is no OSError, though it has one's number in its words
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _save_pickle(content: dict[str, Any], path: Path) -> None:
@@ -297,10 +381,7 @@ def _save_pickle(content: dict[str, Any], path: Path) -> None:
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(
-        f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)}): remove "
-        f"{path.parent} to continue from the one before it"
-    )
+    return ValueError(f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)})")
 
 
 def _line(error: object) -> str:

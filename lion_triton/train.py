@@ -19,8 +19,9 @@ from accelerate import Accelerator
 
 from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
+from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_clip, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
+from lion_triton.data.embeddings import load_embeddings, write_embeddings
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
@@ -28,13 +29,19 @@ from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
-from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
+from lion_triton.runs import Run, check_same_run, create_run, load_model, load_state, open_run, set_damaged_aside
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
+from lion_triton.training.distill import distill
+from lion_triton.training.initial import initial_weights
+from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
+from lion_triton.training.stopping import Stop
+
+KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,22 @@ class Arguments:
 
     Attributes:
         out: run folder; default runs/PRESET.
-        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes.
+        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes, or priors for
+            few steps (--distill.*; all else is as the run was trained).
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
+        clip: condition the priors on CLIP embeddings of the shapes, instead of on classes: those that prepare --clip
+            made, or those of data.embeddings.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
         dry_run: print sizes, parameters, expected time and memory, and stop.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
-    stage: Literal["all", "vae", "priors", "surface"] = "all"
+    stage: Literal["all", "vae", "priors", "surface", "distill"] = "all"
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
+    clip: bool = False
     strict: bool = False
     dry_run: bool = False
 
@@ -63,25 +74,50 @@ def train(args: Arguments) -> None:
     """Run the command; see :class:`Arguments`.
 
     Raises:
-        ValueError: bad data, a run folder of another configuration, a damaged checkpoint, a loss that is not finite.
+        ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite.
     """
     if args.stage == "surface":
         if (count := Processes.launched().count) > 1:
             raise ValueError(f"stage: surface trains in one process, got {count}")
         train_surface(open_run(run_folder(args)), device=best_device())
         return
+    if args.stage == "distill":
+        run = open_run(run_folder(args))
+        if run.config.preset != args.config.preset:  # whose settings of distill these are
+            raise ValueError(f"preset: {run.folder} is a run of {run.config.preset}, got {args.config.preset}")
+        distill(run, args.config.distill, start_processes(run.config))
+        return
     config = with_networks(args.config, args.attention, args.denoiser)
+    config = with_clip(config) if args.clip else config
     check(config)
     sources = load_sources(config.data, config.evaluate_shapes)
+    if config.model.shape_prior.clip:
+        sources = replace(sources, embeddings=load_embeddings(config.data, sources.train))
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
         return
     accelerator = start_processes(config)
-    run = open_or_create(args, config, sources, accelerator)
-    checkpoint = load_checkpoint(run)
+    stop = Stop()
+    with stop.listening():
+        train_stages(args, config, sources, accelerator, stop)
+
+
+def train_stages(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator, stop: Stop) -> None:
+    """Both stages, or the one asked for, from where the run is."""
+    folder = run_folder(args)
+    initial = None
+    if config.init_from is not None and not any((folder / "checkpoints").glob("step-*")):
+        initial = initial_weights(config.init_from, config.model, sources.train.classes, config.data.normalization)
+    initial_vae = initial is not None and "VAE" in initial.parts
+    if args.stage == "priors" and not initial_vae and not (folder / "config.json").exists():
+        raise no_vae(folder)
+    run = open_or_create(folder, args.strict, config, sources, accelerator)
+    with accelerator.main_process_first():
+        checkpoint = set_damaged_aside(run)
+    change_steps(run, checkpoint, accelerator)
     trained = checkpoint is not None and (checkpoint.stage == "priors" or checkpoint.step == config.vae.steps)
-    if args.stage == "priors" and not trained:
+    if args.stage == "priors" and not trained and not initial_vae:
         raise no_vae(run.folder)
 
     torch.manual_seed(config.seed)
@@ -89,6 +125,14 @@ def train(args: Arguments) -> None:
     if checkpoint is not None:
         load_state(lion, checkpoint.model, run)
         accelerator.print(f"continuing {run.folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
+    elif initial is not None:
+        initial.load(lion)
+        accelerator.print("\n".join(initial.lines))
+        if initial_vae and args.stage != "priors" and config.vae.kl_start != config.vae.kl_end:
+            accelerator.print(
+                f"its KL coefficient rises from {config.vae.kl_start:g} again; --vae.kl-start {config.vae.kl_end:g} "
+                "leaves it where it ends"
+            )
     lion.to(accelerator.device)
     compiling: AbstractContextManager[None] = nullcontext()
     if run.config.compile == "on":
@@ -99,7 +143,7 @@ def train(args: Arguments) -> None:
     if reason:
         accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
 
-    context = Context(run, sources, accelerator, lion)
+    context = Context(run, sources, accelerator, lion, stop)
     with compiling:
         if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
             fit_vae(context, checkpoint)
@@ -131,31 +175,31 @@ def start_processes(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator) -> Run:
+def open_or_create(folder: Path, strict: bool, config: TrainConfig, sources: Sources, accelerator: Accelerator) -> Run:
     """The run folder, made if there is none yet, once every cloud has been looked at.
 
     Raises:
         ValueError: bad clouds, or a folder that holds another run.
     """
-    folder = run_folder(args)
     continued = (folder / "config.json").exists()
     points = config.data.num_points
     for clouds in (sources.train, sources.held_out):
-        short = check_all(clouds, points, args.strict, read=not continued)
+        short = check_all(clouds, points, strict, read=not continued)
         if short:
             accelerator.print(f"{short} of {len(clouds)} clouds have fewer than {points} points: points repeat")
     accelerator.wait_for_everyone()
-    if not continued and args.stage == "priors":
-        raise no_vae(folder)
     if not continued and accelerator.is_main_process:
         normalization = Normalization.fit(sources.train, config.data.normalization)
         decided = replace(config, compile=whether_to_compile(config, accelerator.device))
-        create_run(folder, decided, sources.train.classes, normalization)
+        clip = None if sources.embeddings is None else sources.embeddings.model
+        create_run(folder, decided, sources.train.classes, normalization, clip)
     accelerator.wait_for_everyone()
     run = open_run(folder)
     check_same_run(run, config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    if sources.embeddings is not None and accelerator.is_main_process and not run.embeddings.exists():
+        write_embeddings(sources.embeddings.some(KEPT_EMBEDDINGS), run.embeddings)
     # What auto became when the run began, so that a continued run equals an unbroken one.
     compiled = run.config.compile if config.compile == "auto" else config.compile
     return replace(run, config=replace(config, compile=compiled))

@@ -21,7 +21,7 @@ from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.processes import ALONE, Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
-from lion_triton.sample import SampleArguments, class_labels, generate, resolved
+from lion_triton.sample import SampleArguments, by_distilled, class_labels, generate, resolved
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class ScoredRun:
     def conditional(self) -> bool:
         return self.run.config.model.shape_prior.num_classes > 0
 
+    @property
+    def clip(self) -> bool:
+        """Whether its priors are conditioned on CLIP."""
+        return self.run.config.model.shape_prior.clip
+
     def labels(self, clouds: Clouds) -> Int64[Array, " S"] | None:
         """The run's class of each cloud, if it knows all of their names."""
         if not self.conditional or not set(clouds.classes) <= set(self.run.classes):
@@ -70,12 +75,16 @@ class ScoredRun:
         if known is not None:
             labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
-        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title, processes))
+        distilled = by_distilled(self.lion, settings)
+        clouds = generate(self.run, self.lion, options, labels, title=title, processes=processes)
+        points = self.run.normalization.invert(clouds)
         return points, {
             **asdict(settings),
+            "distilled": distilled,
             "seed": options.seed,
             "batch_size": options.batch_size,
             "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",
+            **({"clip": "embeddings of training shapes"} if self.clip else {}),
             "precision": resolve_precision(self.run.config.mixed_precision, self.lion.z_mean.device),
             "checkpoint": str(self.checkpoint),
             "weights_sha256": self.weights_sha256,
@@ -121,5 +130,6 @@ class ScoredRun:
         return scores | {f"bound_{name}": of.numpy() for name, of in bounds.items()}
 
     def bounded(self, references: Clouds) -> bool:
-        """Whether the priors can be asked about these references: a class-conditional one must know their classes."""
-        return not self.conditional or self.labels(references) is not None
+        """Whether the priors can be asked about these references: class-conditional ones must know their classes, and
+        ones that are conditioned on CLIP would need their embeddings."""
+        return not self.clip and (not self.conditional or self.labels(references) is not None)

@@ -48,14 +48,18 @@ def check_out(out: Path, record: str = RECORD) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, which takes the place of ``out`` when all is written and is gone where that fails."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():  # out of its place whole: half of it would be nobody's results
+            os.replace(out, old)
         os.replace(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_finite(points: np.ndarray) -> None:
@@ -102,7 +106,7 @@ def record_of(
     program: str, args: DataclassInstance, checkpoint: str | None, settings: SamplingConfig
 ) -> dict[str, Any]:
     """What repeats a command: its options, the checkpoint by its name, and how it sampled."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    options = json.loads(json.dumps(asdict(args), default=str))
     return {
         "program": f"lion_triton.{program}",
         "checkpoint": checkpoint,

@@ -134,7 +134,8 @@ def prior_loss(
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
     ``batch_size``: of the whole batch, of which ``latents`` are the clouds from the key's third number on; None: of
     ``latents``, all that there are.
-    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
+    ``drop_condition``: the probability that neither is told a cloud's class or embedding (Ho & Salimans 2022,
+    algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
@@ -145,17 +146,17 @@ def prior_loss(
     numbers = full_key(key)[2] + torch.arange(batch, device=device)
 
     def times(numbers: Tensor, count: int, offset: Tensor) -> Tensor:
-        fraction = (numbers + offset) / count
-        return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+        return stratified(numbers, count, schedule.num_train_timesteps, offset) + 1
 
     t_point = times(numbers, batch_size, offsets[0])
     # Each latent's draws lie far apart.
     draws = numbers[:, None] + batch_size * torch.arange(shape_draws, device=device)
     t_shape = times(draws.flatten(), batch_size * shape_draws, offsets[1])
 
-    if drop_condition and labels is not None:
+    if drop_condition:
         dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
-        labels = labels.masked_fill(dropped, -1)
+        labels = None if labels is None else labels.masked_fill(dropped, -1)
+        clip = None if clip is None else clip.masked_fill(dropped.unsqueeze(-1), 0)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -181,9 +182,28 @@ def prior_loss(
     return PriorLoss(shape + point, shape, point)
 
 
+def stratified(numbers: Int[Tensor, " B"], count: int, among: int, offset: Float[Tensor, ""]) -> Int[Tensor, " B"]:
+    """Whole numbers in 0..among - 1 for those of ``numbers`` among ``count``, evenly spaced: of ``offset`` uniform in
+    [0, 1) all are as likely."""
+    return ((numbers + offset) / count * among).long().clamp_max(among - 1)
+
+
+def latents_of(vae: VAE, batch: Mapping[str, Tensor], key: Key) -> tuple[Posterior, Key]:
+    """The latents in a batch, or those of its points; and the first key that they leave free."""
+    if "points" in batch:
+        return posterior(vae, batch["points"], key), later_key(key, 1)
+    return Posterior(*(batch[f.name] for f in fields(Posterior))), key
+
+
 def network_key(key: Key, number: int) -> Key:
     """Of the dropout of one of a step's networks: far from the keys of noise, of other steps and other networks."""
     return later_key(key, number << 52)
+
+
+def kl_coefficient(training: VAETraining, number: Tensor) -> Tensor:
+    """c of the step after ``number`` (int64 scalar) steps: float32 scalar."""
+    progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
+    return (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
 
 
 class VAEObjective(nn.Module):
@@ -196,8 +216,7 @@ class VAEObjective(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3). ``number`` (int64 scalar): steps before this one."""
         training = self.training_config
-        progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
-        coefficient = (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
+        coefficient = kl_coefficient(training, number)
         loss = vae_loss(
             self.vae,
             batch["points"],
@@ -221,18 +240,16 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
-        classes."""
+        classes, clip (B, 512) of one conditioned on CLIP."""
         (lion,) = self._lion
-        if "points" in batch:
-            latents, key = posterior(lion.vae, batch["points"], key), later_key(key, 1)
-        else:
-            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        latents, key = latents_of(lion.vae, batch, key)
         training = self.training_config
         loss = prior_loss(
             lion,
             latents,
             key,
             batch.get("labels"),
+            batch.get("clip"),
             shape_draws=training.shape_draws,
             batch_size=training.batch_size,
             drop_condition=training.drop_condition,

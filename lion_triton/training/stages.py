@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lion_triton.config import PriorTraining, VAETraining
@@ -48,7 +49,8 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-vae.png")
 
     context.lion.vae.requires_grad_(True)
-    fit(context, "vae", VAEObjective(context.lion, training), training, batches, picture, checkpoint)
+    objective = VAEObjective(context.lion, training)
+    fit(context, "vae", objective, training, batches, _names(context, stream, training), picture, checkpoint)
 
 
 def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
@@ -56,7 +58,6 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
     config, lion = context.config, context.lion
     training = config.priors
     lion.vae.requires_grad_(False).eval()
-    stream = _stream(context, training, config.seed + 1)
     cache = encode_all(context, training.cached_draws) if training.cached_draws else None
     continued = checkpoint is not None and checkpoint.stage == "priors"
     if training.standardize and not continued:
@@ -64,20 +65,9 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         noise = normal_noise(latents.h_mu.shape, torch.tensor([config.seed, 0]))
         h = latents.h_mu + latents.h_log_sigma.exp() * noise
         lion.set_latent_statistics(h.flatten(0, 1), latents.z.flatten(0, 1))
-    labels = torch.from_numpy(context.sources.train.labels)
-    conditional = config.model.shape_prior.num_classes > 0
 
     def batches(start: int) -> Iterator[Batch]:
-        samples = _samples(context, training, start)
-        if cache is None:
-            for points, label, _ in read(stream, samples, config.data.workers):
-                yield {"points": points, **({"labels": label} if conditional else {})}
-            return
-        for numbers in samples:
-            index = torch.tensor([stream.shape(i) for i in numbers])
-            draw = torch.tensor([i // len(context.sources.train) % training.cached_draws for i in numbers])
-            latents = {f.name: getattr(cache, f.name)[draw, index] for f in fields(cache)}
-            yield {**latents, **({"labels": labels[index]} if conditional else {})}
+        return prior_batches(context, training, config.seed + 1, cache, start)
 
     objective = PriorObjective(lion, training)
     average = Average(objective, training.ema_decay)
@@ -94,7 +84,34 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    fit(context, "priors", objective, training, batches, picture, checkpoint, average)
+    clouds = _names(context, _stream(context, training, config.seed + 1), training)
+    fit(context, "priors", objective, training, batches, clouds, picture, checkpoint, average)
+
+
+def prior_batches(
+    context: Context, training: PriorTraining, seed: int, cache: Posterior | None, start: int = 0
+) -> Iterator[Batch]:
+    """What the priors are trained on from step ``start`` on: rows of ``cache``, or clouds where that is None."""
+    stream, samples = _stream(context, training, seed), _samples(context, training, start)
+    labels = torch.from_numpy(context.sources.train.labels)
+    conditional, embeddings = context.config.model.shape_prior.num_classes > 0, context.sources.embeddings
+
+    def conditions(numbers: range, index: Tensor) -> Batch:
+        found = {"labels": labels[index]} if conditional else {}
+        if embeddings is not None:
+            found["clip"] = embeddings.draw(stream.seed, numbers, index.tolist())
+        return found
+
+    if cache is None:
+        read_batches = read(stream, samples, context.config.data.workers)
+        for numbers, (points, _, index) in zip(samples, read_batches, strict=True):
+            yield {"points": points, **conditions(numbers, index)}
+        return
+    for numbers in samples:
+        index = torch.tensor([stream.shape(i) for i in numbers])
+        draw = torch.tensor([i // len(context.sources.train) % training.cached_draws for i in numbers])
+        latents = {f.name: getattr(cache, f.name)[draw, index] for f in fields(cache)}
+        yield {**latents, **conditions(numbers, index)}
 
 
 def _stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:
@@ -108,6 +125,14 @@ def _samples(context: Context, training: VAETraining | PriorTraining, start: int
     """The numbers of this process's samples in every step from ``start`` on."""
     size = training.batch_size
     return [context.share(range(step * size, (step + 1) * size)) for step in range(start, training.steps)]
+
+
+def _names(
+    context: Context, stream: TrainingStream, training: VAETraining | PriorTraining
+) -> Callable[[int], list[str]]:
+    """From a step, counted from 0, to the names of its clouds."""
+    size, names = training.batch_size, context.sources.train.names
+    return lambda step: [names[stream.shape(i)] for i in range(step * size, (step + 1) * size)]
 
 
 @torch.no_grad()
