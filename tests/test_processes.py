@@ -22,13 +22,16 @@ LOGGED = ("loss", "reconstruction", "kl_z", "shape", "point", "grad_norm")
 
 
 def trained(folder: Path, *parts: tuple[int, int | None]) -> list[dict[str, Any]]:
-    """What a run logged that went on, part after part, in so many processes until after so many steps."""
+    """What a run logged that went on, part after part, in so many processes until it was stopped at such a step."""
     folder.mkdir()
-    for processes, stop_after in parts:
-        codes, said = launch(processes, folder, train_small, folder / "run", stop_after)
-        assert codes == [0 if stop_after is None else 130] * processes, said
+    records: list[dict[str, Any]] = []
+    for processes, stop_at in parts:
+        codes, said = launch(processes, folder, train_small, folder / "run", stop_at)
+        assert codes == [0] * processes, said
         assert not any(said[1:])  # only the main process speaks
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(records) == (stop_at or 2 * STEPS)
+    return records
 
 
 @pytest.fixture(scope="module")
