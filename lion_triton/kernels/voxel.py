@@ -660,15 +660,7 @@ def avg_voxelize(
     Differentiable in the features (once, by Triton).
     Source: PVConv (module docstring). ValueError: shapes, dtypes, devices or a plan that do not fit.
     """
-    check_float("features", features)
-    if features.ndim != 3 or features.shape[-1] == 0:
-        raise ValueError(f"features: expected shape (B, N, C) with C >= 1, got {tuple(features.shape)}")
-    check_points("coords", coords)
-    check_same(features=features, coords=coords)
-    if features.shape[1] != coords.shape[1]:
-        raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
-    resolution = check_integer("resolution", resolution, 1)
-    check_plan(plan, coords, resolution)
+    resolution = check_averaged(features, coords, resolution, plan)
     if not use_triton(impl, features):
         return avg_voxelize_reference(features, coords, resolution, plan)
     return _avg_voxelize_op(features, *cells_of(plan, coords, resolution), resolution)[0]
@@ -697,6 +689,20 @@ def trilinear_devoxelize(
     if not use_triton(impl, voxels):
         return trilinear_devoxelize_reference(voxels, coords, plan)
     return _trilinear_devoxelize_op(voxels, *cells_of(plan, coords, voxels.shape[1]))
+
+
+def check_averaged(features: Tensor, coords: Tensor, resolution: int, plan: VoxelPlan | None) -> int:
+    """The resolution as a Python integer; ``ValueError`` unless the arguments of ``avg_voxelize`` fit."""
+    check_float("features", features)
+    if features.ndim != 3 or features.shape[-1] == 0:
+        raise ValueError(f"features: expected shape (B, N, C) with C >= 1, got {tuple(features.shape)}")
+    check_points("coords", coords)
+    check_same(features=features, coords=coords)
+    if features.shape[1] != coords.shape[1]:
+        raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
+    resolution = check_integer("resolution", resolution, 1)
+    check_plan(plan, coords, resolution)
+    return resolution
 
 
 def check_voxels(voxels: Tensor) -> None:

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, sums_dtype, use_triton
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
+from lion_triton.kernels.adagn import check_shape
 from lion_triton.kernels.rows import bags, product_reference
-from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, matrices_of, mostly_empty
+from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, check_averaged, matrices_of, mostly_empty
 
 _PRODUCTS = 1 << 21  # elements of P at a time
 _MATRIX_UNITS, _ONEDNN = torch.cpu._is_amx_tile_supported(), torch.backends.mkldnn.is_available()
@@ -70,10 +71,13 @@ def voxelize_conv3d(
 ) -> Float[Tensor, "B R R R C2"]:
     """``conv3d(avg_voxelize(features, coords, R), weight)``, on a CPU without the empty voxels where that is faster.
 
-    features, coords, resolution, plan, impl: as of ``avg_voxelize``. weight: in the dtype of features, which is that of
-        the result.
+    features, coords, resolution, plan, impl: as of ``avg_voxelize``. weight: cast to the dtype of features.
     Differentiable in features and weight; without the empty voxels once.
+    ValueError: that of ``avg_voxelize``; a weight of another shape.
     """
+    resolution = check_averaged(features, coords, resolution, plan)
+    check_shape("weight", weight, (*weight.shape[:1], features.shape[2], 3, 3, 3), features, "features")
+    weight = weight.to(features.dtype)
     if impl != "auto" or use_triton(impl, features) or not _pays(features, resolution):
         return voxelize_conv3d_reference(features, coords, weight, resolution, plan, impl)
     occupied = matrices_of(plan, coords, resolution, features).occupied

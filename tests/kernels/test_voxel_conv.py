@@ -196,3 +196,13 @@ def test_conv3d(B: int) -> None:
         assert conv3d(voxels, weight).is_contiguous()
         compiled = torch.compile(conv3d, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(voxels, weight), expected)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    features, coords, weight, _ = _inputs(2, 6, 2, 3, 4, _random, torch.float32)
+    with pytest.raises(ValueError, match=r"^weight: expected shape \(3, 2, 3, 3, 3\), got \(3, 2, 3, 3, 1\)$"):
+        voxelize_conv3d(features, coords, weight[..., :1], 4)
+    with pytest.raises(ValueError, match=r"^features: expected the N of coords \(6\), got 5$"):
+        voxelize_conv3d(features[:, :5], coords, weight, 4)
+    with pytest.raises(ValueError, match=r"^plan: expected resolution 4, got 5$"):
+        voxelize_conv3d(features, coords, weight, 4, plan=plan_voxels(coords, 5))
