@@ -28,8 +28,8 @@ class Processes:
     @classmethod
     def launched(cls) -> Processes:
         """As the launcher says; nothing is connected yet."""
-        told = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-        return cls(int(told[0]), int(told[2])) if all(told) else cls()
+        index, local, count = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        return cls(int(index), int(count)) if index and local and count else cls()
 
     @classmethod
     def join(cls) -> Processes:

@@ -21,8 +21,8 @@ from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
 from lion_triton.config import PRESETS, EncoderTraining, TrainConfig, check, with_classes, with_clip, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
-from lion_triton.data.embeddings import load_embeddings, write_embeddings
-from lion_triton.data.sources import Sources, load_sources
+from lion_triton.data.embeddings import write_embeddings
+from lion_triton.data.sources import Sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.hub import CONFIG
@@ -35,7 +35,7 @@ from lion_triton.sample import SampleArguments, sample
 from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
-from lion_triton.training.context import Context
+from lion_triton.training.context import Context, training_sources
 from lion_triton.training.distill import distill
 from lion_triton.training.encoders import train_encoders
 from lion_triton.training.initial import initial_weights
@@ -101,9 +101,7 @@ def train(args: Arguments) -> None:
     config = with_networks(args.config, args.attention, args.denoiser)
     config = with_clip(config) if args.clip else config
     check(config)
-    sources = load_sources(config.data, config.evaluate_shapes)
-    if config.model.shape_prior.clip:
-        sources = replace(sources, embeddings=load_embeddings(config.data, sources.train))
+    sources = training_sources(config)
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)

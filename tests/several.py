@@ -45,13 +45,13 @@ def small() -> TrainConfig:
     )
 
 
-def train_small(out: Path, stop_after: int | None = None) -> None:
-    """Without the figures at the end. stop_after: steps of both stages, when somebody sends SIGTERM to one process."""
+def train_small(out: Path, stop_at: int | None = None) -> None:
+    """Without the figures at the end. stop_at: the last step, of both stages, as one process gets SIGTERM."""
     write = loop.Log.write
 
     def write_and_stop(self: loop.Log, *record: Any) -> None:
         write(self, *record)
-        if record[2] == stop_after:
+        if stop_at is not None and record[2] == stop_at - 1:  # the next step sees it
             os.kill(os.getpid(), signal.SIGTERM)
 
     PRESETS["small"] = small

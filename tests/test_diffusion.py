@@ -403,7 +403,7 @@ def test_steps_keys_and_noise_free_end(sample: Callable[..., Tensor], monkeypatc
     monkeypatch.setattr(diffusion, "ancestral_step", spy)
     schedule, seen = Schedule(), []
     out = sample(toy_model, random64(6), schedule, KEY, callback=lambda i, t, x: seen.append((i, t, x)))
-    assert keys == [[7, 100 + i] for i in range(1, 10)]  # never the key itself, which may have made x_T
+    assert keys == [[7, 100 + i, 0] for i in range(1, 10)]  # never the key itself, which may have made x_T
     assert [i for i, _, _ in seen] == list(range(1, 10))
     assert (seen[0][1], seen[-1][1]) == (1000, 1)
     assert all((rho > 0).all() for rho in rhos[:-1])

@@ -74,7 +74,7 @@ def test_interpolating_writes_frames_pictures_and_a_record(
         assert animation.info["loop"] == 0
     written = record(out)
     assert written["checkpoint"] == "step-00000008"
-    assert written["sampling"] == {"sampler": "ddim", "steps": 8, "eta": 0.0, "clip_x0": None}
+    assert written["sampling"] == {"sampler": "ddim", "steps": 8, "eta": 0.0, "clip_x0": None, "guidance": 0.0}
     # The ends come back: nearly as the reconstruction is, far from the frames between.
     for row, frame, number in zip(written["given"], (0, 3), (0, 2), strict=True):  # type: ignore[call-overload]
         assert row["chamfer"] < 2 * row["reconstruction_chamfer"]

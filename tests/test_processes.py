@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lion_triton.diffusion import Schedule
 from lion_triton.kernels.noise import new_key
-from lion_triton.models.lion import LION, keys_per_batch
+from lion_triton.models import sampling
+from lion_triton.models.lion import LION, DiffusionConfig, keys_per_batch
 from lion_triton.processes import Processes
 from tests.several import STEPS, launch, sample_small, train_small, train_until_one_dies
 from tests.tiny import tiny_config, tiny_run
@@ -22,13 +22,16 @@ LOGGED = ("loss", "reconstruction", "kl_z", "shape", "point", "grad_norm")
 
 
 def trained(folder: Path, *parts: tuple[int, int | None]) -> list[dict[str, Any]]:
-    """What a run logged that went on, part after part, in so many processes until after so many steps."""
+    """What a run logged that went on, part after part, in so many processes until it was stopped at such a step."""
     folder.mkdir()
-    for processes, stop_after in parts:
-        codes, said = launch(processes, folder, train_small, folder / "run", stop_after)
-        assert codes == [0 if stop_after is None else 130] * processes, said
+    records: list[dict[str, Any]] = []
+    for processes, stop_at in parts:
+        codes, said = launch(processes, folder, train_small, folder / "run", stop_at)
+        assert codes == [0] * processes, said
         assert not any(said[1:])  # only the main process speaks
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(records) == (stop_at or 2 * STEPS)
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +75,10 @@ def test_sampling_in_several_processes_gives_the_very_same_files(tmp_path: Path)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ode"])
-def test_how_many_keys_a_batch_takes(sampler: Any) -> None:
+def test_how_many_keys_a_batch_takes(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process skips of the batches that are another's."""
-    config = tiny_config()
-    model = config.model
-    lion = LION(model).eval()
-    if sampler == "ode":
-        lion.config = type(model)(model.vae, model.shape_prior, model.point_prior)
-        lion.schedule = Schedule("linear", 1000, 1e-4, 0.02)
+    monkeypatch.setattr(sampling, "probability_flow", lambda eps_model, noise, schedule: noise)
+    lion = LION(tiny_config(diffusion=DiffusionConfig()).model).eval()
     drawn, skipped = (torch.Generator().manual_seed(0) for _ in range(2))
     labels = torch.zeros(1, dtype=torch.int64)
     steps = None if sampler == "ode" else 1

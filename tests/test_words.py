@@ -17,7 +17,7 @@ from PIL import Image
 
 from lion_triton import prepare, sample, train, vary
 from lion_triton.clip import CLIP
-from lion_triton.config import check, with_clip
+from lion_triton.config import DistillTraining, check, with_clip
 from lion_triton.data.clouds import Clouds, Normalization
 from lion_triton.data.embeddings import Embeddings, load_embeddings, read_embeddings, write_embeddings
 from lion_triton.data.sources import DataConfig, load_sources
@@ -334,6 +334,12 @@ def test_two_embeddings_make_two_kinds_of_shapes(tmp_path: Path) -> None:
     ratio = extent[:, 1] / extent[:, [0, 2]].max(1)
     assert ratio[:6].min() > 2 * ratio[6:].max(), ratio
 
+    # Priors for few steps learn from the same embeddings.
+    settings = DistillTraining(teacher_steps=4, counts=(2,), steps=1, batch_size=4)
+    train.train(Arguments(replace(config, distill=settings), out=out, stage="distill"))
+    few = sample.sample(replace(args, num_samples=1, steps=2, out=tmp_path / "few")).points
+    assert few.shape == (2, POINTS, 3)
+
 
 def test_sampling_by_words_and_pictures(run: Run, clip_folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "chair.png"
@@ -343,7 +349,7 @@ def test_sampling_by_words_and_pictures(run: Run, clip_folder: Path, tmp_path: P
     sample.main([*options, "--out", str(tmp_path / "a")])
     made, record = np.load(tmp_path / "a" / "clouds.npz"), json.loads((tmp_path / "a" / "samples.json").read_text())
     assert made["points"].shape == (6, POINTS, 3)
-    names = ["a narrow chair", "a sofa", str(picture)]
+    names = ["a narrow chair", "a sofa", "chair.png"]
     assert (record["prompts"], record["clip"], list(made["ids"])) == (names, str(clip_folder), names)
     clip = CLIP(clip_folder)
     expected = torch.cat((clip.texts(names[:2]), clip.images([Image.open(picture)])))

@@ -22,7 +22,7 @@ COLUMNS, ROWS = 8, 8  # of clouds in the picture
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """G texts, pictures or embeddings as the user named them, their embeddings, and the CLIP that made these if any."""
+    """G texts, names of pictures or of embeddings, the embeddings, and the CLIP that made them if any."""
 
     names: tuple[str, ...]
     embeddings: Float16[np.ndarray, "G 512"]
@@ -35,7 +35,7 @@ class Prompts:
         """The picture of as many clouds for each, each in rows of its own that bear its name."""
         rows = []
         for name, own in zip(self.names, np.split(clouds, len(self)), strict=True):
-            label = textwrap.fill(name, 24, max_lines=2, placeholder=" …")
+            label = textwrap.fill(name, 20, max_lines=2, placeholder=" …")
             shown = own[: COLUMNS * max(1, ROWS // len(self))]
             rows += [(label, shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
         draw_grid(rows, path)
@@ -57,7 +57,7 @@ def read_prompts(
         raise ValueError(f"{option}: this run was trained without --clip, got {given[option]}")
     pictures = [_open(path) for path in images]
     found = None if embedding is None else read_embeddings("clip-embedding", embedding)
-    parts, names, name = [], [*texts, *map(str, images)], None
+    parts, names, name = [], [*texts, *(path.name for path in images)], None
     if names:
         name = model or run.clip
         if name is None:

@@ -14,7 +14,8 @@ bit with any number of threads. What a plan holds:
 - Triton: the points in the order of their cells, ``floor(coords)``: one sort of N keys a cloud. Both near(p) and the
   corners of p lie in {0,1}^3 above its cell, so that a voxel receives from the points of the eight cells below it,
   whichever of the two it is; indices and weights are made from the coordinates where they are used.
-- The reference: both matrices and both transposes, for ``rows.product``.
+- The reference: both matrices and both transposes, for ``rows.product``; on a CPU, where most voxels are empty, also
+  which are not.
 
 Legend: B clouds, N points, C channels, R voxels per side; voxel (x, y, z) has index (x R + y) R + z.
 Coordinates and plans are float32 (float64 where the input is). No gradient to coordinates. Bytes, features of s
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -56,6 +58,19 @@ class Cells(NamedTuple):
     start: Int[Tensor, " B*R^3+1"]
 
 
+class Occupied(NamedTuple):
+    """The V voxels with points, of the whole batch in order, and the 27 around each: for ``voxel_conv.py``.
+
+    Row ``27 u + k`` of ``steps`` has the voxel u - k, with k of {-1, 0, 1}^3 in order; nothing if there is none.
+    """
+
+    first: Int[Tensor, " B+1"]  # where each cloud's begin
+    mean: SparseRows  # V x points: averaging
+    mean_t: SparseRows  # points x V
+    steps: SparseRows  # 27 V x voxels
+    steps_t: SparseRows  # voxels x 27 V
+
+
 class Matrices(NamedTuple):
     """Averaging and gathering as sparse matrices, with their transposes.
 
@@ -67,6 +82,7 @@ class Matrices(NamedTuple):
     near_t: SparseRows  # voxels x points: averaging
     corners: SparseRows  # points x voxels: trilinear gather
     corners_t: SparseRows | None  # voxels x points: its transpose; None in a plan that was made without gradients
+    occupied: Occupied | None  # None unless ``mostly_empty``
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +175,36 @@ def plan_voxels_reference(coords: Float[Tensor, "B N 3"], resolution: int) -> Vo
     corners = SparseRows(corner.view(8, -1).t().contiguous(), None, corner_weight.view(8, -1).t().contiguous())
     # In inference nobody asks for the transpose, whose sort of 8 N entries is most of a plan's time.
     corners_t = _transposed(corners, B * R**3) if torch.is_grad_enabled() else None
-    return VoxelPlan(coords, R, matrices=Matrices(SparseRows(near, None, weight[:, None]), near_t, corners, corners_t))
+    near_rows = SparseRows(near, None, weight[:, None])
+    occupied = _occupied(near_rows, near_t, B, R) if mostly_empty(coords, R) else None
+    return VoxelPlan(coords, R, matrices=Matrices(near_rows, near_t, corners, corners_t, occupied))
+
+
+def mostly_empty(clouds: Float[Tensor, "B N _"], resolution: int) -> bool:
+    """Whether a plan lists the occupied voxels: on a CPU, where they are half of all at most, and int32 counts them."""
+    B, N, _ = clouds.shape
+    return clouds.device.type == "cpu" and resolution**3 >= 2 * N and 27 * B * N < 2**31
+
+
+def _occupied(near: SparseRows, near_t: SparseRows, B: int, R: int) -> Occupied:
+    assert near_t.start is not None
+    full = near_t.start.diff() > 0
+    voxel = full.nonzero()[:, 0].int()
+    before = F.pad(full.cumsum(0, dtype=torch.int32), (1, 0))
+    mean = near_t._replace(start=F.pad(near_t.start[1:].index_select(0, voxel), (1, 0)))
+    mean_t = near._replace(column=before.index_select(0, near.column[:, 0])[:, None])
+
+    minus_k = 1 - torch.arange(3, dtype=torch.int32)
+    axes = [(voxel // stride % R)[:, None] + minus_k for stride in (R * R, R, 1)]  # (V, 3) each
+    x, y, z = ((axis >= 0) & (axis < R) for axis in axes)
+    inside = (x[:, :, None, None] & y[:, None, :, None] & z[:, None, None]).flatten()
+    entry = inside.nonzero()[:, 0]
+    step = ((minus_k[:, None, None] * R + minus_k[:, None]) * R + minus_k).flatten()
+    target = (voxel[:, None] + step).flatten().index_select(0, entry)
+    order, start = sort_by_target(target, B * R**3)
+    steps = SparseRows(target, F.pad(inside.cumsum(0, dtype=torch.int32), (1, 0)))
+    steps_t = SparseRows(entry.int().index_select(0, order), start)
+    return Occupied(before[:: R**3], mean, mean_t, steps, steps_t)
 
 
 def _transposed(matrix: SparseRows, num_columns: int) -> SparseRows:
@@ -173,7 +218,7 @@ def avg_voxelize_reference(
     plan: VoxelPlan | None = None,
 ) -> Float[Tensor, "B R R R C"]:
     """Plain PyTorch form of :func:`avg_voxelize`."""
-    matrices = _matrices_of(plan, coords, resolution, features)
+    matrices = matrices_of(plan, coords, resolution, features)
     voxels = product_reference(features.flatten(0, 1), matrices.near_t, matrices.near)
     return voxels.view(len(features), *[resolution] * 3, features.shape[-1])
 
@@ -186,7 +231,7 @@ def trilinear_devoxelize_reference(
     return features.view(*coords.shape[:2], voxels.shape[-1])
 
 
-def _matrices_of(plan: VoxelPlan | None, coords: Tensor, resolution: int, features: Tensor) -> Matrices:
+def matrices_of(plan: VoxelPlan | None, coords: Tensor, resolution: int, features: Tensor) -> Matrices:
     """A plan's matrices, made here in the precision of the features if it has none."""
     if plan is None or plan.matrices is None:
         dtype = torch.promote_types(coords.dtype, features.dtype)
@@ -199,7 +244,7 @@ def corners_of(
     plan: VoxelPlan | None, coords: Tensor, resolution: int, voxels: Tensor
 ) -> tuple[SparseRows, SparseRows]:
     """A plan's trilinear gather and its transpose; where that is not there and not needed, anything in its place."""
-    matrices = _matrices_of(plan, coords, resolution, voxels)
+    matrices = matrices_of(plan, coords, resolution, voxels)
     if matrices.corners_t is not None:
         return matrices.corners, matrices.corners_t
     if torch.is_grad_enabled() and voxels.requires_grad:
@@ -615,15 +660,7 @@ def avg_voxelize(
     Differentiable in the features (once, by Triton).
     Source: PVConv (module docstring). ValueError: shapes, dtypes, devices or a plan that do not fit.
     """
-    check_float("features", features)
-    if features.ndim != 3 or features.shape[-1] == 0:
-        raise ValueError(f"features: expected shape (B, N, C) with C >= 1, got {tuple(features.shape)}")
-    check_points("coords", coords)
-    check_same(features=features, coords=coords)
-    if features.shape[1] != coords.shape[1]:
-        raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
-    resolution = check_integer("resolution", resolution, 1)
-    check_plan(plan, coords, resolution)
+    resolution = check_averaged(features, coords, resolution, plan)
     if not use_triton(impl, features):
         return avg_voxelize_reference(features, coords, resolution, plan)
     return _avg_voxelize_op(features, *cells_of(plan, coords, resolution), resolution)[0]
@@ -652,6 +689,20 @@ def trilinear_devoxelize(
     if not use_triton(impl, voxels):
         return trilinear_devoxelize_reference(voxels, coords, plan)
     return _trilinear_devoxelize_op(voxels, *cells_of(plan, coords, voxels.shape[1]))
+
+
+def check_averaged(features: Tensor, coords: Tensor, resolution: int, plan: VoxelPlan | None) -> int:
+    """The resolution as a Python integer; ``ValueError`` unless the arguments of ``avg_voxelize`` fit."""
+    check_float("features", features)
+    if features.ndim != 3 or features.shape[-1] == 0:
+        raise ValueError(f"features: expected shape (B, N, C) with C >= 1, got {tuple(features.shape)}")
+    check_points("coords", coords)
+    check_same(features=features, coords=coords)
+    if features.shape[1] != coords.shape[1]:
+        raise ValueError(f"features: expected the N of coords ({coords.shape[1]}), got {features.shape[1]}")
+    resolution = check_integer("resolution", resolution, 1)
+    check_plan(plan, coords, resolution)
+    return resolution
 
 
 def check_voxels(voxels: Tensor) -> None:

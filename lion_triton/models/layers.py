@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from lion_triton.kernels import (
     VoxelPlan,
     adagn_devoxelize,
-    avg_voxelize,
     group_offsets,
     max_neighbors,
     three_interpolate,
 )
+from lion_triton.kernels.voxel_conv import conv3d, voxelize_conv3d
 from lion_triton.models.attention import Attention
 from lion_triton.models.modulation import GROUPS, Norm, NormPlace, normalize
 from lion_triton.models.plan import LevelPlan
@@ -125,8 +125,8 @@ class PVConv(nn.Module):
         first, second, branch = norms
         # Into the grid it is concatenated: what the points share is not in empty voxels.
         whole = x if shared is None else torch.cat([x, shared[:, None].expand(-1, x.shape[1], -1)], dim=-1)
-        voxels = _convolve(self.conv1, avg_voxelize(whole, plan.coords, self.resolution, plan=plan))
-        voxels = _convolve(self.conv2, normalize(voxels, first, dropout=self.dropout))
+        voxels = voxelize_conv3d(whole, plan.coords, self.conv1.weight, self.resolution, plan=plan)
+        voxels = conv3d(normalize(voxels, first, dropout=self.dropout), self.conv2.weight)
 
         weight = self.point_linear.weight
         if shared is not None:
@@ -146,11 +146,6 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Conv3d:
     """In the memory format of channels-last grids, so that no call has to change it."""
     conv = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
     return conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-
-def _convolve(conv: nn.Conv3d, voxels: Float[Tensor, "B R R R C"]) -> Float[Tensor, "B R R R C2"]:
-    """Convolve a channels-last grid; the permuted view already is torch.channels_last_3d."""
-    return conv(voxels.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
 class SetAbstraction(nn.Module):

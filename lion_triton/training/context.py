@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -10,11 +10,24 @@ from torch import Tensor
 
 from lion_triton.config import TrainConfig
 from lion_triton.data.clouds import fixed_batch
-from lion_triton.data.sources import Sources
+from lion_triton.data.embeddings import load_embeddings
+from lion_triton.data.sources import Sources, load_sources
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, Stage
 from lion_triton.training import report
 from lion_triton.training.stopping import Stop
+
+
+def training_sources(config: TrainConfig) -> Sources:
+    """The run's clouds and, where its priors are conditioned on CLIP, the embeddings of those for training.
+
+    Raises:
+        ValueError: see ``load_sources`` and ``load_embeddings``.
+    """
+    sources = load_sources(config.data, config.evaluate_shapes)
+    if not config.model.shape_prior.clip:
+        return sources
+    return replace(sources, embeddings=load_embeddings(config.data, sources.train))
 
 
 @dataclass

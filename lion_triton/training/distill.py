@@ -32,7 +32,6 @@ from tqdm import tqdm
 from lion_triton import __version__
 from lion_triton.capture import Captured, why_uncaptured
 from lion_triton.config import DistillTraining, check_distill, differences
-from lion_triton.data.sources import load_sources
 from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
 from lion_triton.kernels.noise import later_key
@@ -43,7 +42,7 @@ from lion_triton.runs import Run, commit, load_checkpoint, load_model, save_tens
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.training import report
 from lion_triton.training.batches import prefetch
-from lion_triton.training.context import Context
+from lion_triton.training.context import Context, training_sources
 from lion_triton.training.log import Log
 from lion_triton.training.objectives import latents_of, stratified
 from lion_triton.training.stages import encode_all, prior_batches
@@ -187,7 +186,7 @@ def begin(folder: Path, training: DistillTraining, checkpoint: str) -> None:
 
 def train_rounds(run: Run, training: DistillTraining, accelerator: Accelerator, lion: LION) -> None:
     """All rounds that are not done; ``lion`` has those that are, and gets the others."""
-    sources = load_sources(run.config.data, run.config.evaluate_shapes)
+    sources = training_sources(run.config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {run.folder} was trained with the classes {', '.join(run.classes)}, got others")
     context = Context(run, sources, accelerator, lion.requires_grad_(False))

@@ -112,7 +112,7 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, watched)
 
     watch(modulation, "adagn", lambda x, *_, dropout, **__: (x[0, ..., 0].numel(), x.shape[-1], dropout > 0))
-    watch(layers, "avg_voxelize", lambda x, coords, r, plan: (x.shape[1], r, x.shape[2]))
+    watch(layers, "voxelize_conv3d", lambda x, coords, w, r, plan: (x.shape[1], r, x.shape[2]))
     watch(layers, "adagn_devoxelize", lambda v, coords, *_, **__: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
     watch(layers, "group_offsets", lambda x, idx, *_: (x.shape[1], *idx.shape[1:], x.shape[2]))
@@ -128,7 +128,7 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         lion.point_prior(h, torch.tensor([5]), z)
 
     covered: set[tuple[str, Any]] = {("adagn", shape) for shape in census.NORMALIZED}
-    for name, table in (("avg_voxelize", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
+    for name, table in (("voxelize_conv3d", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
         covered |= {(name, (n, r, c)) for (n, r), channels in table.items() for c in channels}
     K = census.NEIGHBORS
     for n, m in census.LEVELS:
