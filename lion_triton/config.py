@@ -104,6 +104,10 @@ class TrainConfig:
         mixed_precision: ``auto`` is bf16 where the hardware has it natively, else float32.
         compile: torch.compile the networks' repeated blocks; ``auto``: on a GPU, if the run will last so long that this
             pays back, decided when it begins.
+        init_from: a run, a folder of ``save_pretrained`` or a published checkpoint (.pt) whose weights a new run starts
+            from: the VAE's, the priors' (averaged), or both, whichever fit.
+        on_nonfinite: stop at a step whose loss or gradient is not finite, or skip its update (and stop after ten in a
+            row).
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
@@ -115,6 +119,8 @@ class TrainConfig:
     priors: PriorTraining
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
+    init_from: str | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50

@@ -6,8 +6,11 @@
     RUN/samples/*.png                      pictures
     RUN/checkpoints/step-<n>/              the newest two: model.safetensors, ema.safetensors (priors),
                                            optimizer.pt, state.json with every file's size and SHA-256
+    RUN/checkpoints/damaged-step-<n>/      one that was found damaged when the run was continued
+    RUN/nonfinite.json                     which tensors were not finite, where that ended the run
 
-A checkpoint folder appears under its name only when it is complete, so an interrupted run never leaves half of one.
+A checkpoint folder appears under its name only when it is complete, and is gone from there before it is deleted, so an
+interrupted run never leaves half of one.
 """
 
 from __future__ import annotations
@@ -103,7 +106,10 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
     Raises:
         ValueError: if the folder holds something else than a run.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    path = folder / CONFIG
+    if folder.is_file() or (
+        folder.is_dir() and set(folder.iterdir()) - {_partial(path)}
+    ):  # of a process that was killed
         raise ValueError(f"out: {folder} exists and is not a run folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -114,8 +120,17 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
         "classes": list(classes),
         "normalization": normalization.to_json(),
     }
-    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
     return Run(folder, config, classes, normalization)
+
+
+def change_config(run: Run, config: TrainConfig, note: str) -> None:
+    """Write another configuration to ``config.json``, and add ``note`` to the changes there."""
+    path = run.folder / CONFIG
+    content = json.loads(path.read_text())
+    content["config"] = asdict(config)
+    content.setdefault("changes", []).append(note)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def find_run(name: Path) -> Path:
@@ -163,8 +178,11 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
 
 def _without_free_options(config: TrainConfig) -> TrainConfig:
     """The same for all configurations that differ in nothing but what may change when a run is continued."""
-    data = replace(config.data, workers=0)
-    return replace(config, data=data, compile="auto", log_every=1, picture_every=1, checkpoint_every=1)
+    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop"}
+    free |= dict.fromkeys(("log_every", "picture_every", "checkpoint_every"), 1)
+    free["data"] = replace(config.data, workers=0)
+    free |= {"vae": replace(config.vae, steps=1), "priors": replace(config.priors, steps=1)}  # see training.longer
+    return replace(config, **free)
 
 
 def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
@@ -183,13 +201,40 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
         state = {"stage": checkpoint.stage, "step": checkpoint.step, "files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in run.checkpoints()[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under its name it is there whole, or not at all."""
+    removed = checkpoint.with_name(f".partial-{checkpoint.name}")
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)
+
+
+def set_damaged_aside(run: Run) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None before the first. Each newer one is named and renamed.
+
+    Raises:
+        ValueError: there are some, but none is whole.
+    """
+    for folder in reversed(run.checkpoints()):
+        try:
+            return load_checkpoint(run, folder.name)
+        except ValueError as error:
+            if folder == run.checkpoints()[0]:  # rather than to begin anew without a word
+                raise ValueError(f"{error}; there is none before it: remove it to begin anew") from None
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            print(f"{error}: left aside as {aside}, the one before it is used")
+    return None
 
 
 def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool = True) -> Checkpoint | None:
@@ -272,12 +317,29 @@ def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     try:
         partial.write_text(text)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a file, whole or not at all."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.truncate(path, size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -297,10 +359,7 @@ def _save_pickle(content: dict[str, Any], path: Path) -> None:
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(
-        f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)}): remove "
-        f"{path.parent} to continue from the one before it"
-    )
+    return ValueError(f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)})")
 
 
 def _line(error: object) -> str:

@@ -27,13 +27,16 @@ from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.reconstruction import reconstruct
-from lion_triton.runs import Run, check_same_run, create_run, load_checkpoint, load_model, load_state, open_run
+from lion_triton.runs import Run, check_same_run, create_run, load_model, load_state, open_run, set_damaged_aside
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
+from lion_triton.training.initial import initial_weights
+from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
+from lion_triton.training.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def train(args: Arguments) -> None:
     """Run the command; see :class:`Arguments`.
 
     Raises:
-        ValueError: bad data, a run folder of another configuration, a damaged checkpoint, a loss that is not finite.
+        ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite.
     """
     if args.stage == "surface":
         train_surface(open_run(run_folder(args)), device=best_device())
@@ -75,10 +78,26 @@ def train(args: Arguments) -> None:
         report.dry_run(config, sources)
         return
     accelerator = start_processes(config)
-    run = open_or_create(args, config, sources, accelerator)
-    checkpoint = load_checkpoint(run)
+    stop = Stop()
+    with stop.listening():
+        train_stages(args, config, sources, accelerator, stop)
+
+
+def train_stages(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator, stop: Stop) -> None:
+    """Both stages, or the one asked for, from where the run is."""
+    folder = run_folder(args)
+    initial = None
+    if config.init_from is not None and not any((folder / "checkpoints").glob("step-*")):
+        initial = initial_weights(config.init_from, config.model, sources.train.classes, config.data.normalization)
+    initial_vae = initial is not None and "VAE" in initial.parts
+    if args.stage == "priors" and not initial_vae and not (folder / "config.json").exists():
+        raise no_vae(folder)
+    run = open_or_create(folder, args.strict, config, sources, accelerator)
+    with accelerator.main_process_first():
+        checkpoint = set_damaged_aside(run)
+    change_steps(run, checkpoint, accelerator)
     trained = checkpoint is not None and (checkpoint.stage == "priors" or checkpoint.step == config.vae.steps)
-    if args.stage == "priors" and not trained:
+    if args.stage == "priors" and not trained and not initial_vae:
         raise no_vae(run.folder)
 
     torch.manual_seed(config.seed)
@@ -86,6 +105,9 @@ def train(args: Arguments) -> None:
     if checkpoint is not None:
         load_state(lion, checkpoint.model, run)
         accelerator.print(f"continuing {run.folder}: {checkpoint.step} steps of stage {checkpoint.stage} are done")
+    elif initial is not None:
+        initial.load(lion)
+        accelerator.print("\n".join(initial.lines))
     lion.to(accelerator.device)
     compiling: AbstractContextManager[None] = nullcontext()
     if run.config.compile == "on":
@@ -96,7 +118,7 @@ def train(args: Arguments) -> None:
     if reason:
         accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
 
-    context = Context(run, sources, accelerator, lion)
+    context = Context(run, sources, accelerator, lion, stop)
     with compiling:
         if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
             fit_vae(context, checkpoint)
@@ -128,22 +150,19 @@ def start_processes(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def open_or_create(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator) -> Run:
+def open_or_create(folder: Path, strict: bool, config: TrainConfig, sources: Sources, accelerator: Accelerator) -> Run:
     """The run folder, made if there is none yet, once every cloud has been looked at.
 
     Raises:
         ValueError: bad clouds, or a folder that holds another run.
     """
-    folder = run_folder(args)
     continued = (folder / "config.json").exists()
     points = config.data.num_points
     for clouds in (sources.train, sources.held_out):
-        short = check_all(clouds, points, args.strict, read=not continued)
+        short = check_all(clouds, points, strict, read=not continued)
         if short:
             accelerator.print(f"{short} of {len(clouds)} clouds have fewer than {points} points: points repeat")
     accelerator.wait_for_everyone()
-    if not continued and args.stage == "priors":
-        raise no_vae(folder)
     if not continued and accelerator.is_main_process:
         normalization = Normalization.fit(sources.train, config.data.normalization)
         decided = replace(config, compile=whether_to_compile(config, accelerator.device))

@@ -48,14 +48,18 @@ def check_out(out: Path, record: str = RECORD) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, which takes the place of ``out`` when all is written and is gone where that fails."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():  # out of its place whole: half of it would be nobody's results
+            os.replace(out, old)
         os.replace(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_finite(points: np.ndarray) -> None:

@@ -15,7 +15,15 @@ from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.models.lion import LION
 from lion_triton.pictures import mesh_grid
-from lion_triton.runs import Checkpoint, Run, load_checkpoint, load_state, save_checkpoint, write_text
+from lion_triton.runs import (
+    Checkpoint,
+    Run,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    set_damaged_aside,
+    write_text,
+)
 from lion_triton.surface.config import SurfaceTraining, surface_config
 from lion_triton.surface.meshing import RESOLUTION, Frame, Mesher, to_cube
 from lion_triton.surface.network import SurfaceNetwork
@@ -99,7 +107,7 @@ def train_surface(
     objective = SurfaceObjective(network, training).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
     start = 0
-    checkpoint = load_checkpoint(surface.run)
+    checkpoint = set_damaged_aside(surface.run)
     if checkpoint is not None:
         load_network(network, surface, dict(checkpoint.model))
         optimizer.load_state_dict(dict(checkpoint.optimizer))

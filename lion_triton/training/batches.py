@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lion_triton.data.clouds import TrainingStream
+from lion_triton.training.stopping import SIGNALS
 
 Batch = dict[str, Tensor]
 
@@ -17,7 +19,13 @@ Batch = dict[str, Tensor]
 def read(stream: TrainingStream, samples: list[range], workers: int) -> DataLoader[Any]:
     """``(points, labels, indices of the clouds)`` of each range of sample numbers, in order."""
     batches: Any = samples  # ranges, not lists: the published recipe has hundreds of millions of sample numbers
-    return DataLoader(stream, batch_sampler=batches, num_workers=workers)
+    return DataLoader(stream, batch_sampler=batches, num_workers=workers, worker_init_fn=_outlive_signals)
+
+
+def _outlive_signals(_: int) -> None:
+    """Signals often go to every process of a run; its own processes end the readers, when they have saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

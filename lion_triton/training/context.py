@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from lion_triton.data.sources import Sources
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, Stage
 from lion_triton.training import report
+from lion_triton.training.stopping import Stop
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Context:
     sources: Sources
     accelerator: Accelerator
     lion: LION
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def config(self) -> TrainConfig:

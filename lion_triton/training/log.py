@@ -7,7 +7,7 @@ import math
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lion_triton.runs import Run, Stage, write_text
+from lion_triton.runs import Run, Stage, append_text, write_text
 
 
 class Log:
@@ -21,11 +21,13 @@ class Log:
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=total_step + 1)
 
     def write(self, stage: Stage, step: int, total_step: int, values: dict[str, float]) -> None:
-        record = {"total_step": total_step, "stage": stage, "step": step, **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(f"{stage}/{name}", value, total_step)
+        """Add a line; what is not finite, of a step that was skipped, is null there and no point of a curve."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"total_step": total_step, "stage": stage, "step": step, **finite}
+        append_text(self.path, json.dumps(record) + "\n")
+        for name, value in finite.items():
+            if value is not None:
+                self.board.add_scalar(f"{stage}/{name}", value, total_step)
 
 
 def _total_step(line: str) -> float:

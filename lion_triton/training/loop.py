@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +16,7 @@ from lion_triton.runs import Checkpoint, Stage, save_checkpoint
 from lion_triton.training.batches import Batch, prefetch
 from lion_triton.training.context import Context
 from lion_triton.training.log import Log
+from lion_triton.training.nonfinite import explain
 from lion_triton.training.step import Average, Step
 
 
@@ -28,6 +26,7 @@ def fit(
     objective: nn.Module,
     training: VAETraining | PriorTraining,
     batches: Callable[[int], Iterator[Batch]],
+    clouds: Callable[[int], list[str]],
     picture: Callable[[int], None],
     checkpoint: Checkpoint | None,
     average: Average | None = None,
@@ -35,9 +34,15 @@ def fit(
     """Train ``objective`` to the end of its stage, from ``checkpoint`` if that is one of this stage.
 
     ``batches(start)`` yields what the objective trains on in step ``start``, ``start + 1``, ... and nothing but the
-    step's number decides it. The device's results are waited for where they are logged or saved, and nowhere else.
+    step's number decides it; ``clouds(start)`` names the clouds of step ``start``, those of all processes. The device's
+    results are waited for where they are logged or saved, and nowhere else.
+
+    Raises:
+        ValueError: a loss or a gradient is not finite, or ten in a row are not where they are skipped; the weights
+            before it are saved.
+        KeyboardInterrupt, SystemExit: asked to stop; the last step is saved.
     """
-    config, accelerator = context.config, context.accelerator
+    config, accelerator, stop = context.config, context.accelerator, context.stop
     step = Step(context, stage, objective, training, average)
     start = 0
     if checkpoint is not None and checkpoint.stage == stage:
@@ -48,21 +53,38 @@ def fit(
     )
     before = config.vae.steps if stage == "priors" else 0
     log = Log(context.run, before + start) if accelerator.is_main_process else None
+    losses: dict[str, Tensor] = {}
+    clock, clock_step, saved = time.perf_counter(), start, start
+
+    def write(done: int) -> None:
+        values = dict(zip(losses, torch.stack([x.double() for x in losses.values()]).tolist(), strict=True))
+        values["shapes_per_second"] = (done - clock_step) * training.batch_size / (time.perf_counter() - clock)
+        bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['shapes_per_second']:.0f} shapes/s")
+        if log is not None:
+            log.write(stage, done, before + done, values)
 
     def save(done: int) -> None:
+        nonlocal saved
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             averaged = {} if average is None else average.state_dict()
-            state = Checkpoint(stage, done, context.lion.state_dict(), averaged, step.optimizer.state_dict())
+            state = Checkpoint(stage, done, context.lion.state_dict(), averaged, step.state_dict())
             save_checkpoint(context.run, before + done, state)
         accelerator.wait_for_everyone()
+        saved = done
 
-    def finite(losses: dict[str, Tensor], done: int) -> None:
-        if not math.isfinite(losses["loss"].item()):
-            raise ValueError(
-                f"loss: not finite at step {done} of stage {stage}; a smaller {stage}.learning-rate may help; the last "
-                f"checkpoint is kept in {context.run.folder}"
-            )
+    def draw(done: int) -> None:
+        # What is drawn can be drawn again; but processes that wait for this one would not see it end.
+        with stop.deferred(accelerator.num_processes > 1):
+            if accelerator.is_main_process:
+                objective.eval()
+                picture(before + done)
+                objective.train()
+            accelerator.wait_for_everyone()
+
+    # What is done every so many steps and after the last, in this order.
+    tasks = [(config.log_every, write), (config.checkpoint_every, save), (config.picture_every, draw)]
+    to_stop = [(config.log_every, write), (1, save)]
 
     objective.train()
     bar = tqdm(
@@ -72,64 +94,28 @@ def fit(
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )
-    clock, clock_step = time.perf_counter(), start
-    with bar, stop_requests() as stop, nullcontext() if log is None else closing(log.board):
+    with bar, stop.deferred(), nullcontext() if log is None else closing(log.board):
         for done, batch in enumerate(prefetch(batches(start), context.device), start + 1):
             step.load(batch)
             losses = captured()
             bar.update()
-
-            if done % config.log_every == 0 or done == training.steps:
-                finite(losses, done)
-                values = dict(zip(losses, torch.stack([x.double() for x in losses.values()]).tolist(), strict=True))
-                elapsed = time.perf_counter() - clock
-                values["shapes_per_second"] = (done - clock_step) * training.batch_size / elapsed
-                bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['shapes_per_second']:.0f} shapes/s")
-                if log is not None:
-                    log.write(stage, done, before + done, values)
-            stopping = stop(accelerator)
-            if stopping or done % config.checkpoint_every == 0 or done == training.steps:
-                finite(losses, done)
-                save(done)
+            stopping = stop.asked(accelerator)
+            due = [do for every, do in (to_stop if stopping else tasks) if done % every == 0 or done == training.steps]
+            # All processes must come to know it at the same step.
+            if step.failed(wait=bool(due) or accelerator.num_processes > 1):
+                good = step.good
+                if good > saved:
+                    save(good)
+                batch, share = next(prefetch(batches(good), context.device)), context.share(range(training.batch_size))
+                raise ValueError(explain(context, stage, step, batch, clouds(good), share))
+            for do in due:
+                do(done)
             if stopping:
                 accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues")
-                raise KeyboardInterrupt
-            if done % config.picture_every == 0 or done == training.steps:
-                if accelerator.is_main_process:
-                    objective.eval()
-                    picture(before + done)
-                    objective.train()
-                accelerator.wait_for_everyone()
-            if done % config.log_every == 0:
+                stop.now()
+            if write in due:
                 clock, clock_step = time.perf_counter(), done
-        if stop(accelerator):  # asked for while the last step was being saved
-            raise KeyboardInterrupt
+        if stop.asked(accelerator):  # while the last step was being saved
+            stop.now()
     step.optimizer.zero_grad()
     accelerator.free_memory()
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[Accelerator], bool]]:
-    """Ctrl-C or SIGTERM lets the step finish and asks for a checkpoint instead of breaking off.
-
-    Yields a function that says whether to stop; all processes get the same answer.
-    """
-    requested = False
-
-    def request(*_: object) -> None:
-        nonlocal requested
-        requested = True
-
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-
-        def stop(accelerator: Accelerator) -> bool:
-            if accelerator.num_processes == 1:
-                return requested
-            anyone = accelerator.reduce(torch.tensor(float(requested), device=accelerator.device), "max")
-            return bool(anyone.item() > 0)
-
-        yield stop
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)

@@ -181,6 +181,12 @@ def network_key(key: Int[Tensor, " 2"], number: int) -> Int[Tensor, " 2"]:
     return key + torch.arange(2, device=key.device) * (number << 52)
 
 
+def kl_coefficient(training: VAETraining, number: Tensor) -> Tensor:
+    """c of the step after ``number`` (int64 scalar) steps: float32 scalar."""
+    progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
+    return (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
+
+
 class VAEObjective(nn.Module):
     """Stage 1's loss as one module, so that it can be distributed."""
 
@@ -191,8 +197,7 @@ class VAEObjective(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3). ``number`` (int64 scalar): steps before this one."""
         training = self.training_config
-        progress = (number.double() / max(training.kl_anneal * training.steps, 1)).clamp_max(1)
-        coefficient = (training.kl_start + (training.kl_end - training.kl_start) * progress).float()
+        coefficient = kl_coefficient(training, number)
         loss = vae_loss(
             self.vae,
             batch["points"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import torch
@@ -48,7 +48,8 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-vae.png")
 
     context.lion.vae.requires_grad_(True)
-    fit(context, "vae", VAEObjective(context.lion, training), training, batches, picture, checkpoint)
+    objective = VAEObjective(context.lion, training)
+    fit(context, "vae", objective, training, batches, _names(context, stream, training), picture, checkpoint)
 
 
 def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
@@ -94,7 +95,8 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    fit(context, "priors", objective, training, batches, picture, checkpoint, average)
+    clouds = _names(context, stream, training)
+    fit(context, "priors", objective, training, batches, clouds, picture, checkpoint, average)
 
 
 def _stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:
@@ -108,6 +110,14 @@ def _samples(context: Context, training: VAETraining | PriorTraining, start: int
     """The numbers of this process's samples in every step from ``start`` on."""
     size = training.batch_size
     return [context.share(range(step * size, (step + 1) * size)) for step in range(start, training.steps)]
+
+
+def _names(
+    context: Context, stream: TrainingStream, training: VAETraining | PriorTraining
+) -> Callable[[int], list[str]]:
+    """From a step, counted from 0, to the names of its clouds."""
+    size, names = training.batch_size, context.sources.train.names
+    return lambda step: [names[stream.shape(i)] for i in range(step * size, (step + 1) * size)]
 
 
 @torch.no_grad()

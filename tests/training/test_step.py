@@ -39,7 +39,7 @@ def test_average_is_that_of_pytorch() -> None:
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_()
-        average.update(torch.tensor(step))
+        average.update(torch.tensor(step), torch.tensor(False))
         expected.update_parameters(module)
         for name, value in expected.module.named_parameters():
             torch.testing.assert_close(average.state_dict()[name], value.detach(), rtol=1e-6, atol=1e-7)
