@@ -247,7 +247,8 @@ def test_a_damaged_checkpoint_is_named(
     assert before is not None and (before.stage, before.step) == ("priors", 2)
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     line = capsys.readouterr().out
-    assert line.startswith(f"checkpoint: {path} is damaged (") and line.endswith(f"{aside}, the one before it is used\n")
+    assert line.startswith(f"checkpoint: {path} is damaged (")
+    assert line.endswith(f"{aside}, the one before it is used\n")
     assert (aside / name).read_bytes() == content[:-5] + b"\xff" + content[-4:]
     assert [p.name for p in opened.checkpoints()] == ["step-00000006"]
     (out / "checkpoints" / "step-00000006" / "state.json").unlink()

@@ -29,8 +29,8 @@ class Step:
     Calling it does the next step on ``batch``, which ``load`` fills, and returns the losses and the gradient norm.
 
     A step whose loss or gradient is not finite changes no weight, no average and no state of Adam, in any process.
-    After ``limit`` such steps in a row nothing changes any more, not even ``number``, however often it is called: the host
-    may come to know it late (``failed``), and still finds the weights good and the step's number right.
+    After ``limit`` such steps in a row nothing changes any more, not even ``number``, however often it is called: the
+    host may come to know it late (``failed``), and still finds the weights good and the step's number right.
 
     Args:
         objective: ``objective(batch, key, number)`` returns losses by name, of which "loss" is minimised; ``number`` is

@@ -3,17 +3,18 @@
     python -m tests.soak.kills --count 500
 
 trains a run as small as can be (both stages, pictures, final samples and figures) in one process, and in two. Half of
-the kills (SIGKILL) come at any moment, half while a checkpoint is being written; of two processes both are killed, or one,
-and then the other must end by itself. Every tenth time all get SIGTERM instead and must end with exit code 0. The same
-command then goes on, until the run is done: then weights, averages, state of Adam, metrics, samples and figures are
-compared with the undisturbed run's. Prints how many kills there were, and ends with exit code 1 if anything differed,
-hung or failed. The moments are random, so no two soaks are alike.
+the kills (SIGKILL) come at any moment, half while a checkpoint is being written; of two processes both are killed, or
+one, and then the other must end by itself. Every tenth time all get SIGTERM instead and must end with exit code 0. The
+same command then goes on until the run is done. Then weights, averages, state of Adam, metrics, samples and figures are
+compared with those of a run that nobody disturbed, and the next one begins. Prints how many kills there were, and ends
+with exit code 1 if anything differed, hung or failed. The moments are random, so no two soaks are alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ class Processes:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
                 self.running.remove(pid)
         return bool(self.running)
+
+    @property
+    def failed(self) -> bool:
+        return any(self.codes.values())
 
     def wait(self, seconds: float) -> bool:
         """Whether all end within that time; whatever does not is killed."""
@@ -161,11 +166,11 @@ def disturb(processes: Processes, out: Path, moment: float, rng: random.Random) 
         if number == signal.SIGTERM and not (out / "config.json").exists():
             return False  # who has begun nothing may end as any program does
         late = time.monotonic() - start > moment
-        return late and (not writing or any(out.glob("checkpoints/.partial-[0-9]*")))
+        return late and (not writing or any(out.glob("checkpoints/.partial-*")))
 
     while not reached():
         if not processes.poll():
-            return "done" if set(processes.codes.values()) == {0} else "failures"
+            return "failures" if processes.failed else "done"
         time.sleep(0.0005)
     if writing:
         time.sleep(rng.uniform(0, 0.004))
@@ -176,58 +181,50 @@ def disturb(processes: Processes, out: Path, moment: float, rng: random.Random) 
     if not processes.wait(SECONDS if number == signal.SIGKILL else STOP_SECONDS):
         return "hangs"
     if number == signal.SIGTERM:
-        return "stops" if set(processes.codes.values()) == {0} else "failures"
+        return "failures" if processes.failed else "stops"
     return "kills"
 
 
-def soak(
-    count: int, processes: int, folder: Path, rng: random.Random, start: Callable[[TrainConfig, Path, int], Processes]
-) -> Iterator[str]:
+def soak(count: int, processes: int, folder: Path, rng: random.Random) -> Iterator[str]:
     """What came of each disturbance, and of each finished run: "equal" or "differences"."""
     config = soak_config()
+    runs = (folder / f"run-{processes}-{number}" for number in itertools.count())
+    out = next(runs)
     begun = time.monotonic()
-    undisturbed = start(config, folder / f"undisturbed-{processes}", processes)
-    undisturbed.wait(600)
-    if set(undisturbed.codes.values()) != {0}:
+    undisturbed = Processes(config, out, processes)
+    if not undisturbed.wait(600) or undisturbed.failed:
         raise RuntimeError(f"the undisturbed run failed: {undisturbed.log.read_text()[-2000:]}")
-    seconds = time.monotonic() - begun
-    expected = results(folder / f"undisturbed-{processes}")
+    seconds, expected = time.monotonic() - begun, results(out)
     print(
-        f"{processes} process{'es' * (processes > 1)}: a run takes {seconds:.1f} s undisturbed; {count} kills at random "
-        f"moments of it should take about {count * (seconds * 0.75 + 0.1) / 60:.0f} minutes",
+        f"processes: {processes}; a run that is not disturbed takes {seconds:.1f} s, so {count} kills take about "
+        f"{count * seconds / 60:.0f} minutes",
         flush=True,
     )
-    kills, number = 0, 0
-    out = folder / f"disturbed-{processes}-{number}"
+    kills, out = 0, next(runs)
     while True:
-        running = start(config, out, processes)
+        running = Processes(config, out, processes)
         if kills < count:
             outcome = disturb(running, out, rng.uniform(0, seconds), rng)
         else:
-            ended = running.wait(600)
-            outcome = "done" if ended and set(running.codes.values()) == {0} else "failures"
-        kills += outcome == "kills"
-        if outcome == "kills" and any(out.glob("checkpoints/.partial-[0-9]*")):
-            yield "in a checkpoint"
-        if outcome in FAILURES:
-            print(
-                f"{outcome}: exit codes {list(running.codes.values())}: {running.log.read_text()[-3000:]}",
-                file=sys.stderr,
-                flush=True,
-            )
-        if outcome != "done":
-            yield outcome
-        if outcome in ("done", "failures"):
-            if outcome == "done":
-                got = results(out)
-                differing = [name for name in expected if got[name] != expected[name]]
-                if differing:
-                    print(f"differences: {out.name}: {', '.join(differing)}", file=sys.stderr, flush=True)
-                yield "differences" if differing else "equal"
+            outcome = "hangs" if not running.wait(600) else "failures" if running.failed else "done"
+        if outcome == "done":
+            got = results(out)
+            differing = [name for name in expected if got[name] != expected[name]]
+            outcome = "differences" if differing else "equal"
+            if differing:
+                print(f"{out.name} differs in {', '.join(differing)}", file=sys.stderr, flush=True)
+        elif outcome in FAILURES:
+            log = running.log.read_text()[-3000:]
+            print(f"{out.name}: {outcome}, exit codes {running.codes}: {log}", file=sys.stderr, flush=True)
+        yield outcome
+        if outcome == "kills":
+            kills += 1
+            if any(out.glob("checkpoints/.partial-*")):
+                yield "in a checkpoint"
+        elif outcome != "stops":
             if kills >= count:
                 return
-            number += 1
-            out = folder / f"disturbed-{processes}-{number}"
+            out = next(runs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         for processes, count in ((1, args.count - args.count // 2), (2, args.count // 2)):
             counts: Counter[str] = Counter()
             with tqdm(total=count, desc="kills", unit="kill", disable=None) as bar:
-                for outcome in soak(count, processes, Path(name), rng, Processes):
+                for outcome in soak(count, processes, Path(name), rng):
                     counts[outcome] += 1
                     bar.update(outcome == "kills")
             rows[processes] = counts
