@@ -20,7 +20,7 @@ from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
 from lion_triton.models.lion import LION, default_steps
-from lion_triton.runs import Run, load_model, open_run
+from lion_triton.runs import Run, load_model, note_best, open_run
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SampleArguments:
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
-        checkpoint: one of the run's, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
 
@@ -81,10 +81,11 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
-    newest = run.checkpoint(args.checkpoint)
+    asked, newest = args.checkpoint, run.checkpoint(args.checkpoint)
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
+        note_best(run, asked)
         lion = load_model(run, args.checkpoint).to(best_device())
     points = run.normalization.invert(generate(run, lion, args, labels))
     check_finite(points)
