@@ -71,16 +71,20 @@ class Curve:
     of no more use where that interval excludes that it falls, and the best is older than three measurements: noise
     alone makes the last ones no better than one before them often, and seldom gives them a rising trend as well. Else
     it may help or not.
+
+    ``settled``: the step from which on the loss that is measured is the one that is minimised. As long as the KL
+    coefficient rises it is another one, which may well get worse: no trend is told, and no patience lost.
     """
 
     stage: Stage
+    settled: int = 0
     steps: list[int] = field(default_factory=list)
     figures: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, run: Run, stage: Stage, step: int) -> Curve:
+    def read(cls, run: Run, stage: Stage, step: int, settled: int = 0) -> Curve:
         """What metrics.jsonl says of the first ``step`` steps of a stage."""
-        curve = cls(stage)
+        curve = cls(stage, settled)
         for line in run.metrics.read_text().splitlines() if run.metrics.exists() else []:
             if f'"{PREFIX}' not in line:
                 continue
@@ -110,16 +114,21 @@ class Curve:
 
     @property
     def age(self) -> int:
-        """Measurements since the best; 0 before the first."""
-        return len(self.steps) - 1 - self.best if self.steps else 0
+        """Measurements since the best, or since the first settled one if that was later; 0 before."""
+        settled = sum(step >= self.settled for step in self.steps)
+        return min(len(self.steps) - 1 - self.best, max(settled - 1, 0)) if self.steps else 0
 
     def loss_at(self, step: int) -> float | None:
         """What was measured last, if it was after ``step`` steps and is finite."""
         return self.losses[-1] if self.steps and self.steps[-1] == step and math.isfinite(self.losses[-1]) else None
 
     def trend(self) -> Trend | None:
-        """Of the loss over the last measurements."""
-        return Trend.of(self.steps[-WINDOW:], self.losses[-WINDOW:])
+        """Of the loss over the last measurements, settled ones."""
+        return Trend.of(*self._last())
+
+    def _last(self) -> tuple[list[int], list[float]]:
+        first = max(len(self.steps) - WINDOW, sum(step < self.settled for step in self.steps))
+        return self.steps[first:], self.losses[first:]
 
     def verdict(self) -> Verdict:
         """Whether going on helps."""
@@ -130,10 +139,11 @@ class Curve:
 
     def line(self) -> str:
         """The best checkpoint, by which figure, and whether going on helps. Takes at least one measurement."""
-        ago = f", {self.age} of {len(self.steps)} measurements ago" if self.age else ""
+        since = len(self.steps) - 1 - self.best
+        ago = f", {since} of {len(self.steps)} measurements ago" if since else ""
         best = f"best by loss on validation shapes: step {self.steps[self.best]} ({self.losses[self.best]:.4g}{ago})"
-        trend, count = self.trend(), len(self.steps[-WINDOW:])
-        last = "" if trend is None else f"; over the last {count} it changed by {trend}"
+        trend = self.trend()
+        last = "" if trend is None else f"; over the last {len(self._last()[0])} it changed by {trend}"
         return f"stage {self.stage}, {best}{last}: going on {self.verdict()}"
 
     def draw(self, path: Path) -> None:

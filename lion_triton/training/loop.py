@@ -56,7 +56,7 @@ def fit(
         step, f"the step of stage {stage}", not why_uncaptured(context.device, accelerator.num_processes)
     )
     before = config.vae.steps if stage == "priors" else 0
-    watch = None if measure is None else Watch(context, stage, training.steps, start, measure)
+    watch = None if measure is None else Watch(context, stage, training, start, measure)
     accelerator.wait_for_everyone()  # all have read what was measured so far
     log = Log(context.run, before + start) if accelerator.is_main_process else None
     losses: dict[str, Tensor] = {}
@@ -146,9 +146,7 @@ def fit(
             if watch is not None and watch.ended:
                 for do in [do for do in (write, draw) if do not in due]:
                     do(done)
-                accelerator.print(
-                    f"\nstage {stage} ends after step {done}, as --patience {config.patience} is at its end"
-                )
+                accelerator.print(f"\nstage {stage} ends after step {done}: --patience {config.patience} is at its end")
                 break
             if write in due:
                 clock, clock_step = time.perf_counter(), done

@@ -24,7 +24,7 @@ from lion_triton.training.context import Context
 from lion_triton.training.loop import fit
 from lion_triton.training.objectives import PriorObjective, VAEObjective
 from lion_triton.training.step import Average
-from lion_triton.training.validation import prior_figures, sample_figures, vae_figures
+from lion_triton.training.validation import prior_measure, vae_measure
 
 STATISTICS_SHAPES = 512  # enough for the means and standard deviations of the latents
 
@@ -51,15 +51,8 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
 
     context.lion.vae.requires_grad_(True)
     objective = VAEObjective(context.lion, training)
-    shapes, _ = context.validation()
-
-    def measure(_: bool) -> dict[str, float]:
-        with autocast(config.mixed_precision, context.device):
-            return vae_figures(objective, context.lion, shapes, context.run.normalization)
-
-    watched = measure if context.watched else None
-    clouds = _names(context, stream, training)
-    fit(context, "vae", objective, training, batches, clouds, picture, watched, checkpoint)
+    clouds, measure = _names(context, stream, training), vae_measure(context, objective)
+    fit(context, "vae", objective, training, batches, clouds, picture, measure, checkpoint)
 
 
 def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
@@ -114,18 +107,8 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    shapes, classes = context.validation()
-
-    def measure(sampled: bool) -> dict[str, float]:
-        with averaged_weights():
-            with autocast(config.mixed_precision, context.device):
-                latents = posterior(lion.vae, shapes, torch.tensor([2, 0], device=context.device))
-                figures = prior_figures(lion, latents, classes if conditional else None)
-            return figures | (sample_figures(context, shapes, classes) if sampled else {})
-
-    watched = measure if context.watched else None
-    clouds = _names(context, stream, training)
-    fit(context, "priors", objective, training, batches, clouds, picture, watched, checkpoint, average)
+    clouds, measure = _names(context, stream, training), prior_measure(context, averaged_weights)
+    fit(context, "priors", objective, training, batches, clouds, picture, measure, checkpoint, average)
 
 
 def _take_best_vae(context: Context) -> None:

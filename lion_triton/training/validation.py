@@ -7,6 +7,7 @@ shows long before it is as large as what other shapes would have changed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from lion_triton.config import PriorTraining, VAETraining
 from lion_triton.data.clouds import Normalization
+from lion_triton.devices import autocast
 from lion_triton.diffusion import diffusion_loss
 from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
-from lion_triton.models.lion import LION, Posterior
+from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.runs import Stage
 from lion_triton.sample import SampleArguments, generate
 from lion_triton.training import report
@@ -97,15 +100,50 @@ def sample_figures(context: Context, clouds: Float[Tensor, "K N 3"], labels: Int
     }
 
 
+def vae_measure(context: Context, objective: VAEObjective) -> Measure | None:
+    """``vae_figures`` of the run's validation shapes; None of a run that is not watched."""
+    if not context.watched:
+        return None
+    shapes, _ = context.validation()
+
+    def measure(_: bool) -> dict[str, float]:
+        with autocast(context.config.mixed_precision, context.device):
+            return vae_figures(objective, context.lion, shapes, context.run.normalization)
+
+    return measure
+
+
+def prior_measure(context: Context, averaged_weights: Callable[[], AbstractContextManager[None]]) -> Measure | None:
+    """``prior_figures`` of the run's validation shapes, and now and then ``sample_figures``; None of a run that is not
+    watched. ``averaged_weights``: within it the priors have these."""
+    if not context.watched:
+        return None
+    (shapes, labels), lion = context.validation(), context.lion
+    with autocast(context.config.mixed_precision, context.device):
+        latents = posterior(lion.vae, shapes, torch.tensor([2, 0], device=context.device))
+
+    def measure(sampled: bool) -> dict[str, float]:
+        with averaged_weights():
+            with autocast(context.config.mixed_precision, context.device):
+                figures = prior_figures(lion, latents, labels if lion.config.shape_prior.num_classes else None)
+            return figures | (sample_figures(context, shapes, labels) if sampled else {})
+
+    return measure
+
+
 class Watch:
     """Measures a stage every so many steps, tells what is the best so far, and when patience is at its end.
 
     All processes call it, one measures, and all know the same.
     """
 
-    def __init__(self, context: Context, stage: Stage, steps: int, start: int, measure: Measure) -> None:
-        self.context, self.steps, self.measure = context, steps, measure
-        self.curve = Curve.read(context.run, stage, start)
+    def __init__(
+        self, context: Context, stage: Stage, training: VAETraining | PriorTraining, start: int, measure: Measure
+    ) -> None:
+        self.context, self.steps, self.measure = context, training.steps, measure
+        annealed = isinstance(training, VAETraining) and training.kl_start != training.kl_end
+        settled = round(training.kl_anneal * training.steps) if annealed else 0
+        self.curve = Curve.read(context.run, stage, start, settled)
 
     def missed(self, start: int) -> bool:
         """Whether it should have been measured after ``start`` steps, where the run was stopped."""
@@ -123,7 +161,7 @@ class Watch:
         curve.add(done, figures)
         if log is not None:
             log.write(curve.stage, done, total_step, {f"{PREFIX}{name}": x for name, x in figures.items()})
-            if curve.verdict() != verdict:
+            if curve.verdict() != verdict and done < self.steps:
                 tqdm.write(curve.line())
 
     @property
