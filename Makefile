@@ -15,9 +15,10 @@ test: .venv/.installed-test check  ## lint, types, and the whole test suite
 test-oldest: .venv-oldest/.installed-test  ## the suite with the oldest PyTorch, Triton and NumPy that are supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
-soak: .venv/.installed-test  ## damaged files of every format, and random arguments of the public functions: counts
+soak: .venv/.installed-test  ## damaged files, random arguments of the public functions, runs killed at random: counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.hostile_files --count 1000
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.properties --cases 10000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.kills --count 500
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -127,9 +127,8 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
         ValueError: if the folder holds something else than a run.
     """
     path = folder / CONFIG
-    if folder.is_file() or (
-        folder.is_dir() and set(folder.iterdir()) - {_partial(path)}
-    ):  # of a process that was killed
+    ours = {_partial(path)}  # of a process that was killed
+    if folder.is_file() or (folder.is_dir() and set(folder.iterdir()) - ours):
         raise ValueError(f"out: {folder} exists and is not a run folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = {

@@ -117,6 +117,11 @@ def train_stages(args: Arguments, config: TrainConfig, sources: Sources, acceler
     elif initial is not None:
         initial.load(lion)
         accelerator.print("\n".join(initial.lines))
+        if initial_vae and args.stage != "priors" and config.vae.kl_start != config.vae.kl_end:
+            accelerator.print(
+                f"its KL coefficient rises from {config.vae.kl_start:g} again; --vae.kl-start {config.vae.kl_end:g} "
+                "leaves it where it ends"
+            )
     lion.to(accelerator.device)
     compiling: AbstractContextManager[None] = nullcontext()
     if run.config.compile == "on":

@@ -1,7 +1,9 @@
-"""The soak of properties counts what becomes of cases, failures too."""
+"""The soaks count what becomes of cases, failures too; and a few kills."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -37,3 +39,14 @@ def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].split() == ["all", "3", "0", "0", "1", "1", "1"]
     assert "AssertionError: never" in err and "IndexError" in err and "no answer after 1 s" in err
+
+
+def test_killed_runs_end_as_undisturbed_ones() -> None:
+    """One kill in one process, one in two. In a process of its own: it forks, and one that has trained cannot."""
+    command = [sys.executable, "-m", "tests.soak.kills", "--count", "2", "--seed", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    head, *rows = (line.split() for line in ended.stdout.replace("in a checkpoint", "writing").splitlines()[-3:])
+    counts = [dict(zip(head, map(int, row), strict=True)) for row in rows]
+    for processes, count in enumerate(counts, 1):
+        assert (count["processes"], count["kills"]) == (processes, 1) and count["equal"] >= 1

@@ -80,7 +80,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "step", "number", "code"),
-    [("vae", 2, signal.SIGTERM, 0), ("vae", 4, signal.SIGINT, 130), ("priors", 2, signal.SIGTERM, 0)],
+    [("vae", 4, signal.SIGINT, 130), ("priors", 2, signal.SIGTERM, 0)],
 )
 def test_a_stopped_run_continues_as_if_unbroken(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int, number: int, code: int

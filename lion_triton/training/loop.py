@@ -97,7 +97,10 @@ def fit(
             save(done)
 
     def draw(done: int) -> None:
-        # What is drawn can be drawn again; but processes that wait for this one would not see it end.
+        # What is saved and drawn can be drawn again, so a signal need not wait for it; but processes that wait for this
+        # one would not see it end.
+        if saved < done:
+            save(done)
         with stop.deferred(accelerator.num_processes > 1):
             if accelerator.is_main_process:
                 objective.eval()

@@ -47,7 +47,9 @@ class Fault:
         parts = [f"the batch's {name}" for name in self.inputs]
         if self.output:
             parts.append(f"the output of {self.output} (its input was {'not ' * self.from_input}finite)")
-        parts += [f"the loss {name}" for name in self.losses]
+        if self.losses:
+            terms = ", ".join(name for name in self.losses if name != "loss")
+            parts.append(f"the loss{f' ({terms})' if terms else ''}")
         if self.gradient:
             parts.append(f"the gradient of {self.gradient}")
         return ", ".join(parts) or "nothing: done once more, the step is finite, so a fault of the machine is likely"

@@ -171,15 +171,16 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay
-        self.parameters = [p.detach() for p in module.parameters()]
-        self.averaged = [p.clone() for p in self.parameters]
+        self.averaged = [p.detach().clone() for p in module.parameters()]
 
+    @torch.no_grad()
     def update(self, done: Tensor, skip: Tensor) -> None:
         """Take in the parameters after a step; ``done`` (int64 scalar): steps before that one; ``skip`` (bool scalar):
         it changed none, so take in nothing."""
         k = done.double()
         decay = ((1 + k) / (10 + k)).clamp_max(self.decay) * (k > 0)  # the first is a copy
-        torch._foreach_lerp_(self.averaged, self.parameters, [((1 - decay) * ~skip).float()] * len(self.averaged))
+        parameters = list(self.module.parameters())  # not kept: where they are distributed, their memory changes
+        torch._foreach_lerp_(self.averaged, parameters, [((1 - decay) * ~skip).float()] * len(parameters))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's, with averaged parameters."""

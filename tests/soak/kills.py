@@ -7,12 +7,14 @@ the kills (SIGKILL) come at any moment, half while a checkpoint is being written
 one, and then the other must end by itself. Every tenth time all get SIGTERM instead and must end with exit code 0. The
 same command then goes on until the run is done. Then weights, averages, state of Adam, metrics, samples and figures are
 compared with those of a run that nobody disturbed, and the next one begins. Prints how many kills there were, and ends
-with exit code 1 if anything differed, hung or failed. The moments are random, so no two soaks are alike.
+with exit code 1 if anything differed, hung or failed. The moments are random, so no two soaks are alike. Ctrl-C
+ends it with the counts so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -68,8 +70,25 @@ class Processes:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.log = out.with_suffix(".log")
+        self.logged = self.log.stat().st_size if self.log.exists() else 0
         self.codes: dict[int, int] = {}
-        self.running = [_fork(config, out, self.log, rank, count, port) for rank in range(count)]
+        self.checkpoints = out / "checkpoints"
+        self.pids = [_fork(config, out, self.log, rank, count, port) for rank in range(count)]
+        self.running = list(self.pids)
+
+    @property
+    def failed(self) -> bool:
+        return any(self.codes.values())
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is half written; not one that an earlier process left so."""
+        return any((self.checkpoints / f".partial-{pid}").exists() for pid in self.pids)
+
+    @property
+    def met(self) -> bool:
+        """Whether the processes know each other. One that waits for the others to come waits for long."""
+        return b"steps run launch by launch" in self.log.read_bytes()[self.logged :]
 
     def poll(self) -> bool:
         """Whether any runs still; notes the exit codes of those that do not, minus the signal's number if killed."""
@@ -79,10 +98,6 @@ class Processes:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
                 self.running.remove(pid)
         return bool(self.running)
-
-    @property
-    def failed(self) -> bool:
-        return any(self.codes.values())
 
     def wait(self, seconds: float) -> bool:
         """Whether all end within that time; whatever does not is killed."""
@@ -156,9 +171,13 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(plain(content)).encode()).hexdigest()
 
 
-def disturb(processes: Processes, out: Path, moment: float, rng: random.Random) -> str:
-    """Send a signal after ``moment`` seconds, or once a checkpoint is being written; "done" if all ended before."""
+def disturb(processes: Processes, out: Path, seconds: float, rng: random.Random) -> str:
+    """Send a signal at a random moment, or then wait until a checkpoint is being written; "done" if all ended before.
+
+    seconds: that a whole run takes.
+    """
     writing = rng.random() < 0.5
+    moment = rng.uniform(0, seconds * (0.4 if writing else 0.9))
     number = signal.SIGTERM if rng.random() < 0.1 else signal.SIGKILL
     start = time.monotonic()
 
@@ -166,7 +185,7 @@ def disturb(processes: Processes, out: Path, moment: float, rng: random.Random) 
         if number == signal.SIGTERM and not (out / "config.json").exists():
             return False  # who has begun nothing may end as any program does
         late = time.monotonic() - start > moment
-        return late and (not writing or any(out.glob("checkpoints/.partial-*")))
+        return late and (not writing or processes.writing)
 
     while not reached():
         if not processes.poll():
@@ -175,7 +194,7 @@ def disturb(processes: Processes, out: Path, moment: float, rng: random.Random) 
     if writing:
         time.sleep(rng.uniform(0, 0.004))
     victims = list(processes.running)
-    if number == signal.SIGKILL and len(victims) > 1 and rng.random() < 0.5:
+    if number == signal.SIGKILL and len(victims) > 1 and processes.met and rng.random() < 0.5:
         victims = [rng.choice(victims)]
     processes.send(number, victims)
     if not processes.wait(SECONDS if number == signal.SIGKILL else STOP_SECONDS):
@@ -204,7 +223,7 @@ def soak(count: int, processes: int, folder: Path, rng: random.Random) -> Iterat
     while True:
         running = Processes(config, out, processes)
         if kills < count:
-            outcome = disturb(running, out, rng.uniform(0, seconds), rng)
+            outcome = disturb(running, out, seconds, rng)
         else:
             outcome = "hangs" if not running.wait(600) else "failures" if running.failed else "done"
         if outcome == "done":
@@ -219,7 +238,7 @@ def soak(count: int, processes: int, folder: Path, rng: random.Random) -> Iterat
         yield outcome
         if outcome == "kills":
             kills += 1
-            if any(out.glob("checkpoints/.partial-*")):
+            if running.writing:
                 yield "in a checkpoint"
         elif outcome != "stops":
             if kills >= count:
@@ -236,15 +255,13 @@ def main(arguments: list[str] | None = None) -> int:
     tqdm.monitor_interval = 0  # its thread would be forked with
     rng = random.Random(args.seed)
     head = ("kills", "in a checkpoint", "stops", "equal", *FAILURES)
-    rows = {}
-    with tempfile.TemporaryDirectory() as name:
+    rows = {1: Counter[str](), 2: Counter[str]()}
+    with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):  # then the counts so far
         for processes, count in ((1, args.count - args.count // 2), (2, args.count // 2)):
-            counts: Counter[str] = Counter()
             with tqdm(total=count, desc="kills", unit="kill", disable=None) as bar:
                 for outcome in soak(count, processes, Path(name), rng):
-                    counts[outcome] += 1
+                    rows[processes][outcome] += 1
                     bar.update(outcome == "kills")
-            rows[processes] = counts
     print(f"{'processes':>12}" + "".join(f"{column:>17}" for column in head))
     for processes, counts in rows.items():
         print(f"{processes:>12}" + "".join(f"{counts[column]:17}" for column in head))

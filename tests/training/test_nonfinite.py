@@ -90,17 +90,14 @@ def test_a_planted_nan_is_found_at_its_step(
     """At that step, though nothing is logged or saved there; and the checkpoint is that of the step before."""
     if captured:
         pretend(monkeypatch, loop)
-    train.train(
-        train.Arguments(
-            config() if captured else replace(config(), checkpoint_every=3), out=tmp_path / "good", stage="vae"
-        )
-    )
+    else:
+        train.train(train.Arguments(replace(config(), checkpoint_every=3), out=tmp_path / "good", stage="vae"))
     plant(monkeypatch, bad_output)
     line, record = ended(tmp_path / "bad", config())
     batch = names(config(), AT)
     assert (
-        f"not finite in step {AT} of stage vae; first at fault: the output of vae.decoder.out (its input was finite)"
-        in line
+        f"not finite in step {AT} of stage vae; first at fault: the output of vae.decoder.out (its input was finite), "
+        "the loss (reconstruction)" in line
     )
     assert f", at {batch[1]}; clouds of the batch: {', '.join(batch)}; largest gradient norms before: " in line
     assert (record["stage"], record["step"], record["in_a_row"], record["clouds"]) == ("vae", AT, 1, batch)

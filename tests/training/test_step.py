@@ -44,6 +44,11 @@ def test_average_is_that_of_pytorch() -> None:
         for name, value in expected.module.named_parameters():
             torch.testing.assert_close(average.state_dict()[name], value.detach(), rtol=1e-6, atol=1e-7)
     assert average.state_dict().keys() == module.state_dict().keys()
+    module[0].weight.data = module[0].weight.data + 1  # elsewhere, as where processes share gradients
+    before = [x.clone() for x in average.averaged]
+    average.update(torch.tensor(30), torch.tensor(False))
+    torch.testing.assert_close(average.averaged[0] - before[0], 0.4 * (module[0].weight - before[0]))
+    average.update(torch.tensor(31), torch.tensor(True))
     other = Average(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.6)
     other.load_state_dict(average.state_dict())
     assert all(map(torch.equal, other.averaged, average.averaged))
