@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints-$(if $(shell nvidia-smi -L 2>/dev/null),nvidia,cpu).txt
 
-.PHONY: train test test-oldest soak check census gpu clean
+.PHONY: train test test-oldest soak check census gpu release clean
 
 train: .venv/.installed  ## train the quickstart, sample from it and draw what it learned
 	$(BIN)/python -m lion_triton.train quickstart
@@ -30,6 +30,14 @@ census: .venv/.installed  ## registers, spills and shared memory of every kernel
 
 gpu:  ## all tests, the benchmarks, a real run and the census on this machine's GPU, in eight minutes
 	$(PYTHON) bench/gpu.py
+
+release: build/environment/bin/python  ## the wheel, its size, and what it does in an environment where there is nothing else
+	rm -rf build/wheel build/lib build/chairs
+	$< -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@du -k build/wheel/*.whl | awk '{printf "%s: %.1f MB\n", $$2, $$1 / 1024}'
+	$< -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	$< -m pip install --quiet --constraint $(CONSTRAINTS) build/wheel/*.whl
+	cd build && bash -c 'time environment/bin/python -m lion_triton.sample furniture --class chair --out chairs'
 
 # Debian's python3 may come without venv: then pip brings virtualenv, into this folder alone.
 %/bin/python:

@@ -234,7 +234,7 @@ def training(bench: Bench) -> Iterator[tuple[str, int, str, Call]]:
         made = Step(context, stage, objective, config.priors, Average(objective, config.priors.ema_decay))
         batch = {"points": bench.clouds(size)}
         if stage == "priors" and config.priors.cached_draws:
-            latents = posterior(lion.vae, batch["points"], context.key(stage, 0))
+            latents = posterior(lion.vae, batch["points"], context.key(stage, len(batch["points"])))
             batch = {"z": latents.z, "h_mu": latents.h_mu, "h_log_sigma": latents.h_log_sigma}
         made.load(batch | ({} if labels is None else {"labels": labels}))
         return made

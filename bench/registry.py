@@ -90,7 +90,7 @@ class Draw:
         return F.normalize(self.normal(B, N, 3), dim=-1) * torch.tensor([0.5, 0.3, 0.4], device=self.device)
 
     def key(self) -> Tensor:
-        return torch.tensor([7, 0], device=self.device)
+        return torch.tensor([7, 0, 0], device=self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -753,7 +753,7 @@ def _adagn_inputs(s: Shape, draw: Draw) -> tuple[Tensor, ...]:
 
 
 def kept_by_key(x: Tensor, p: float, key: Tensor) -> Tensor:
-    return x * keep_mask_reference(key, x.numel(), keep_threshold(p)[0]).view(x.shape) * keep_threshold(p)[1]
+    return x * keep_mask_reference(key, x.shape, keep_threshold(p)[0]) * keep_threshold(p)[1]
 
 
 def dropout_eager(x: Tensor, p: float, key: Tensor, drop: Callable[..., Tensor] | None = None) -> Tensor:

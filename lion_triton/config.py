@@ -65,7 +65,7 @@ class PriorTraining:
     ``cached_draws`` > 0 encodes so many random draws of points of every shape once and trains on these; 0 encodes
     anew in every step, as published. ``shape_draws``: noisy copies of each shape latent per step; its denoiser is far
     cheaper than that of the points, so a short run can afford several. ``drop_condition``: the share of clouds whose
-    class is withheld, so that the priors can be guided by it (classifier-free guidance).
+    class or embedding is withheld, so that the priors can be guided by it (classifier-free guidance).
     """
 
     steps: int = 100_000
@@ -82,10 +82,31 @@ class PriorTraining:
 
 
 @dataclass(frozen=True)
+class DistillTraining:
+    """The stage that makes priors for few steps out of a run's, in rounds of which each learns from the one before.
+
+    Attributes:
+        teacher_steps: of DDIM, by the run's own priors, for the first round to learn from.
+        guidance: w of classifier-free guidance of these, which all rounds learn; default as the run samples.
+        counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first of
+            teacher_steps.
+        steps, batch_size, learning_rate: of each round's training; the rate falls to 0, by a cosine. All else is as in
+            the training of the priors.
+    """
+
+    teacher_steps: int = 64
+    guidance: float | None = None
+    counts: tuple[int, ...] = (8, 4, 2, 1)
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``.
 
-    ``guidance``: w of classifier-free guidance by class, 0 for none.
+    ``guidance``: w of classifier-free guidance by class or CLIP embedding, 0 for none.
     """
 
     sampler: Literal["ddpm", "ddim", "ode"] = "ddpm"
@@ -122,6 +143,7 @@ class TrainConfig:
     vae: VAETraining
     priors: PriorTraining
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    distill: DistillTraining = field(default_factory=DistillTraining)
     seed: int = 0
     init_from: str | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -197,6 +219,7 @@ def quickstart() -> TrainConfig:
             shape_draws=8,
         ),
         sampling=SamplingConfig(sampler="ddim", steps=50, clip_x0=5.0),
+        distill=DistillTraining(steps=300, learning_rate=1e-3),
         log_every=10,
         picture_every=1000,
         checkpoint_every=500,
@@ -213,6 +236,7 @@ def procedural() -> TrainConfig:
         data=replace(base.data, num_points=1024, num_shapes=8000),
         vae=replace(base.vae, steps=900),
         priors=replace(base.priors, steps=16_000, batch_size=16, ema_decay=0.999, cached_draws=1, drop_condition=0.1),
+        distill=replace(base.distill, steps=1000, batch_size=16),
         picture_every=5000,
         validate_every=300,
     )
@@ -296,6 +320,14 @@ def with_networks(config: TrainConfig, attention: AttentionKind | None, denoiser
     return replace(config, model=replace(model, point_prior=prior))
 
 
+def with_clip(config: TrainConfig) -> TrainConfig:
+    """The same run with both priors conditioned on CLIP embeddings of the shapes and on no classes: words say these."""
+    model = config.model
+    shape_prior = replace(model.shape_prior, num_classes=0, clip=True)
+    point_prior = replace(model.point_prior, num_classes=0, clip=True)
+    return replace(config, model=replace(model, shape_prior=shape_prior, point_prior=point_prior))
+
+
 def with_classes(config: TrainConfig, count: int) -> TrainConfig:
     """The same run for data of ``count`` classes, if its priors are class-conditional at all."""
     model = config.model
@@ -337,6 +369,10 @@ def check(config: TrainConfig) -> None:
     needed = fewest_points(config.model)
     if config.data.num_points < needed:
         raise ValueError(f"data.num-points: this model needs at least {needed}, got {config.data.num_points}")
+    if config.model.shape_prior.clip != config.model.point_prior.clip:
+        raise ValueError("clip: expected both priors to be conditioned on CLIP, or neither")
+    if config.data.embeddings is not None and not config.model.shape_prior.clip:
+        raise ValueError(f"data.embeddings: is for a run with --clip, got {config.data.embeddings}")
     if not 0 <= config.priors.drop_condition < 1:
         raise ValueError(f"priors.drop-condition: expected a number in [0, 1), got {config.priors.drop_condition}")
     reconstruction = config.vae.reconstruction
@@ -344,6 +380,33 @@ def check(config: TrainConfig) -> None:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
     check_sampling(config.sampling, config, "sampling.")
+
+
+def check_distill(distill: DistillTraining, config: TrainConfig) -> None:
+    """Refuse what the model of this run cannot be distilled with.
+
+    Raises:
+        ValueError: one line, naming the option.
+    """
+    diffusion = config.model.diffusion
+    if diffusion.prediction != "v":
+        why = "eps says nothing of x_0 at the noise where few steps begin"
+        raise ValueError(f"stage: distill needs a model that predicts v, as {why}; this one predicts eps")
+    for name in ("steps", "batch_size"):
+        if getattr(distill, name) < 1:
+            raise ValueError(f"distill.{name.replace('_', '-')}: expected at least 1, got {getattr(distill, name)}")
+    if not distill.learning_rate > 0:
+        raise ValueError(f"distill.learning-rate: expected a number above 0, got {distill.learning_rate}")
+    if distill.guidance is not None:
+        check_sampling(replace(config.sampling, guidance=distill.guidance), config, "distill.")
+    T = diffusion.num_train_timesteps
+    if not 1 <= distill.teacher_steps <= T:
+        raise ValueError(f"distill.teacher-steps: expected 1 to {T}, got {distill.teacher_steps}")
+    before = (distill.teacher_steps, *distill.counts)
+    if not distill.counts or any(n < 1 or m % n or m == n for m, n in zip(before, distill.counts, strict=False)):
+        got = " ".join(map(str, distill.counts)) or "none"
+        what = f"divisors of distill.teacher-steps, {distill.teacher_steps}, each of the one before it"
+        raise ValueError(f"distill.counts: expected {what}, got {got}")
 
 
 def check_sampling(sampling: SamplingConfig, config: TrainConfig, prefix: str = "") -> None:
@@ -361,8 +424,9 @@ def check_sampling(sampling: SamplingConfig, config: TrainConfig, prefix: str = 
         raise ValueError(f"{prefix}clip-x0: expected a number above 0, got {sampling.clip_x0}")
     if not 0 <= sampling.guidance < math.inf:
         raise ValueError(f"{prefix}guidance: expected a number from 0, got {sampling.guidance}")
-    if sampling.guidance and not (config.model.shape_prior.num_classes and config.priors.drop_condition):
-        what = "a model with classes, trained with priors.drop-condition above 0"
+    prior = config.model.shape_prior
+    if sampling.guidance and not ((prior.num_classes or prior.clip) and config.priors.drop_condition):
+        what = "a model with classes or CLIP, trained with priors.drop-condition above 0"
         raise ValueError(f"{prefix}guidance: needs {what}, got {sampling.guidance:g} for another")
     if sampling.sampler == "ode" and (diffusion.prediction, diffusion.schedule) != ("eps", "linear"):
         raise ValueError(f"{prefix}sampler: ode needs a linear schedule and prediction of eps, this model has others")

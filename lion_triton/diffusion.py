@@ -4,8 +4,8 @@
 ``x_t = alpha_t x_0 + sigma_t eps``; t is in 1..T, never 0..T-1. ``rho_t^2`` is the variance of the reverse
 step: ``beta_t`` ("fixed_large") or the posterior's ``beta~_t`` ("fixed_small").
 
-A ``key`` is an int64 tensor (2,), (seed, offset): one key, one noise, bit for bit. Samplers give step i,
-counted from 1, the key (seed, offset + i), so that ``key`` itself stays free for x_T.
+A ``key`` is an int64 tensor (seed, offset) or (seed, offset, first), see ``normal_noise``: one key, one noise, bit for
+bit. Samplers give step i, counted from 1, the key of offset + i, so that ``key`` itself stays free for x_T.
 
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song, Meng & Ermon 2021, 2010.02502), IDDPM (Nichol
 & Dhariwal 2021, 2102.09672), v (Salimans & Ho 2022, 2202.00512), SDE (Song et al. 2021, 2011.13456).
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from lion_triton.kernels import ancestral_step, noise_mse, posterior_q_sample, q_sample
 from lion_triton.kernels._checks import check_integer
+from lion_triton.kernels.noise import Key, full_key, later_key, later_keys
 
 ScheduleKind = Literal["linear", "warmup_constant", "cosine"]
 Variance = Literal["fixed_large", "fixed_small"]
 Prediction = Literal["eps", "v"]
 WeightKind = Literal["uniform", "variational"]
-Spacing = Literal["uniform", "quadratic"]
+Spacing = Literal["uniform", "quadratic", "trailing"]
 
 Data = Float[Tensor, "B ..."]
 PerCloud = Float[Tensor, " B"]
 Times = Int64[Tensor, " B"]
-Key = Int64[Tensor, " 2"]
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> like x_t
 Callback = Callable[[int, int, Tensor], None]  # (step from 1, t that it left, the sample it made)
 
@@ -216,7 +216,9 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     """``steps`` strictly decreasing times from T to 1, both visited; ``steps`` = 1 gives T alone.
 
     ``uniform``: equally spaced. ``quadratic``: t - 1 grows with the square of the rank, but by at least one
-    (DDIM appendix D.2, stretched to both ends). Raises ``ValueError`` unless 1 <= steps <= T.
+    (DDIM appendix D.2, stretched to both ends). ``trailing``: from T to T / steps, so that the step to 0 is as long as
+    the others (Lin et al. 2024, 2305.08891, section 3.3), and every second time of 2N is one of N. Raises
+    ``ValueError`` unless 1 <= steps <= T.
     """
     _check_choice("spacing", spacing, Spacing)
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, least=1)
@@ -225,16 +227,13 @@ def timesteps(num_train_timesteps: int, steps: int, spacing: Spacing = "uniform"
     if steps == 1:
         return torch.tensor([num_train_timesteps])
     rank = np.arange(steps)
-    curve = 1 + (num_train_timesteps - 1) * (rank / (steps - 1)) ** (1 if spacing == "uniform" else 2)
+    if spacing == "trailing":
+        curve = num_train_timesteps * (rank + 1) / steps
+    else:
+        curve = 1 + (num_train_timesteps - 1) * (rank / (steps - 1)) ** (1 if spacing == "uniform" else 2)
     # The curve is convex: where it is above the line rank + 1 it climbs by more than 1, so nothing repeats.
     times = np.maximum(np.floor(curve + 0.5).astype(np.int64), rank + 1)
     return torch.from_numpy(times[::-1].copy())
-
-
-def _step_keys(key: Tensor, steps: int) -> Tensor:
-    """Keys (steps, 2) with offsets +1 .. +steps, made on the key's device."""
-    offsets = torch.arange(1, steps + 1, device=key.device)
-    return key + torch.stack([torch.zeros_like(offsets), offsets], 1)
 
 
 @dataclass(frozen=True)
@@ -272,6 +271,56 @@ def ddim_steps(schedule: Schedule, steps: int = 50, eta: float = 0.0, spacing: S
     return _steps(schedule, timesteps(schedule.num_train_timesteps, steps, spacing), eta, "fixed_small")
 
 
+@dataclass(frozen=True)
+class MergedSteps:
+    """S stretches of K steps of DDIM, each of which is to become one step."""
+
+    times: Int64[Tensor, "S K"]  # of each stretch's steps, first to last; the last stretch ends at 0
+    coefficients: Float[Tensor, "S K 3"]  # alpha, sigma, and the share of this prediction of x_0; float64
+
+
+def merged_steps(schedule: Schedule, steps: int, substeps: int = 2, spacing: Spacing = "trailing") -> MergedSteps:
+    """Of DDIM with ``steps * substeps`` steps; if ``spacing`` is "trailing" stretches begin at the times of ``steps``.
+
+    With ``r = alpha / sigma`` a step of DDIM adds ``(r_s - r_t) x_0(t)`` to ``x / sigma``. So one step over a stretch
+    ends where its K steps do if it predicts their mean x~, each weighted by its part of the way in r; and x~ lies
+    within the bounds that they are clamped to. With K = 2 it is that of v, algorithm 2, its fractions cleared. The mean
+    of k + 1 predictions is that of k moved to the last by a share of ``(r_{k+1} - r_k) / (r_{k+1} - r_0)``.
+    """
+    times = timesteps(schedule.num_train_timesteps, steps * substeps, spacing).view(steps, substeps)
+    log = schedule.log_abar[times]
+    alpha, sigma = (log / 2).exp(), (-torch.expm1(log)).sqrt()
+    ratio = alpha / sigma
+    ends = torch.cat([ratio.flatten()[1:], torch.full((1,), math.inf)]).view_as(ratio)  # sigma_0 = 0
+    share = 1 - (ratio - ratio[:, :1]) / (ends - ratio[:, :1])
+    return MergedSteps(times, torch.stack([alpha, sigma, share], -1))
+
+
+@torch.no_grad()
+def merged_v(
+    eps_model: Model,
+    x_t: Data,
+    times: Int64[Tensor, "B K"],
+    coefficients: Float[Tensor, "B K 3"],
+    clip: float | None = None,
+) -> Data:
+    """The v of x~ at x_t: what a step is to predict that ends where the K of ``eps_model`` do (see ``merged_steps``).
+
+    A row of times and coefficients for each cloud. ``clip``: clamp every prediction of x_0, as ``Chain`` does in the
+    steps that are to be merged. Float32 (float64 if x_t is), no gradient.
+    """
+    x_t = _at_least_float32(x_t)
+    alpha_t, sigma_t = (_over(c, x_t) for c in coefficients[:, 0, :2].to(x_t).unbind(1))
+    mean = torch.zeros_like(x_t)
+    for k in range(times.shape[1]):
+        alpha, sigma, share = (_over(c, x_t) for c in coefficients[:, k].to(x_t).unbind(1))
+        # One step by the mean so far ends where the k steps so far do.
+        x = x_t if k == 0 else alpha * mean + sigma / sigma_t * (x_t - alpha_t * mean)
+        x_0 = (x - sigma * eps_model(x, times[:, k]).to(x.dtype)) / alpha
+        mean = torch.lerp(mean, x_0 if clip is None else x_0.clamp(-clip, clip), share)
+    return (alpha_t * x_t - mean) / sigma_t
+
+
 class Chain:
     """A reverse chain over a batch, whose every step is the same function of tensors that stay where they are.
 
@@ -295,8 +344,7 @@ class Chain:
         self.x = torch.empty_like(_at_least_float32(like))
         self.times = torch.ones(num_train_timesteps, dtype=torch.int64, device=like.device)
         self.coefficients = self.x.new_zeros(num_train_timesteps, 5)
-        self.key = torch.zeros(2, dtype=torch.int64, device=like.device)
-        self.offset = torch.arange(2, device=like.device)  # [0, 1]
+        self.key = torch.zeros(3, dtype=torch.int64, device=like.device)
         self.done = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     @torch.no_grad()
@@ -306,7 +354,7 @@ class Chain:
         self.x.copy_(x_T)
         self.times[:count].copy_(steps.times)
         self.coefficients[:count].copy_(steps.coefficients)
-        self.key.copy_(key)
+        self.key.copy_(full_key(key))
         self.done.zero_()
 
     @torch.no_grad()
@@ -321,7 +369,7 @@ class Chain:
             alpha, sigma = _over(alpha, x), _over(sigma, x)
             x_0 = ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)
             eps = (x - alpha * x_0) / sigma
-        x.copy_(ancestral_step(x, eps, coef_x, coef_eps, rho, self.key + self.done * self.offset))
+        x.copy_(ancestral_step(x, eps, coef_x, coef_eps, rho, later_key(self.key, self.done[0])))
 
 
 def _sample(
@@ -445,7 +493,8 @@ def variational_bound(
     chosen = list(range(2, T + 1)) if timesteps is None else timesteps.tolist()
     if timesteps is not None and not (chosen and min(chosen) >= 2 and max(chosen) <= T):
         raise ValueError(f"timesteps: expected one or more times in 2..{T}, got {chosen}")
-    x_0, keys, log_abar = _at_least_float32(x_0), _step_keys(key, T), schedule.log_abar
+    x_0, log_abar = _at_least_float32(x_0), schedule.log_abar
+    keys = later_keys(key, torch.arange(1, T + 1, device=key.device))
     dims = math.prod(x_0.shape[1:])
 
     def mean_term(t: int) -> Tensor:

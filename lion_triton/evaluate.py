@@ -47,6 +47,7 @@ from lion_triton.evaluation.sets import (
     in_units_of,
     open_clouds,
 )
+from lion_triton.processes import ALONE, Processes
 from lion_triton.runs import BEST, find_run, note_best, open_run
 from lion_triton.sample import SampleArguments, resolved
 
@@ -160,15 +161,21 @@ class Inputs:
     out: Path
 
 
-def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    args: EvaluateArguments, command: Sequence[str] = (), processes: Processes = ALONE
+) -> dict[str, Any] | None:
     """Run the command; see :class:`EvaluateArguments`. Returns what ``evaluation.json`` says.
+
+    Several ``processes`` sample a run together; then the main one goes on alone, and the others return None.
 
     Raises:
         ValueError: no run, samples or references, clouds that are not finite, options out of range.
     """
     device, remarks = best_device(), Remarks()
-    inputs = _inputs(args, device, remarks)
+    inputs = _inputs(args, device, remarks, processes)
     run, references, training = inputs.run, inputs.references, inputs.training
+    if run is None and not processes.main:
+        return None
     # A run that goes on has another newest one tomorrow, and perhaps another best one.
     if run is not None and args.checkpoint in (None, BEST) and not run.run.pretrained:
         note_best(run.run, args.checkpoint)
@@ -192,9 +199,11 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     made, sampling, scores, given = None, None, dict[str, Float64[np.ndarray, " R"]](), inputs.given
     if run is not None:
         options = _sampling(args, inputs.num_samples, inputs.points[0])
-        made, sampling = run.sample(options, references.clouds, phases.title("sampling"))
+        made, sampling = run.sample(options, references.clouds, phases.title("sampling"), processes)
         clouds = in_memory("samples", list(made), [str(i) for i in range(len(made))])
         given = CloudSet("samples", f"{args.run_or_samples}, generated", clouds)
+        if not processes.main:
+            return None
         scores = run.scores(references.clouds, inputs.plain, args.matching, args.seed, phases)
         record.remark_on_scores(_means(scores), run.bounded(references.clouds), remarks)
     assert given is not None
@@ -266,7 +275,7 @@ def evaluate(args: EvaluateArguments, command: Sequence[str] = ()) -> dict[str, 
     return result
 
 
-def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> Inputs:
+def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks, processes: Processes) -> Inputs:
     """Check and read everything; what keeps it from being as asked for is pointed out."""
     target = find_run(args.run_or_samples)
     if not target.exists():
@@ -280,7 +289,7 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks) -> 
     if is_run:
         found = open_run(target)
         resolved(found, _sampling(args, 1, 1))  # before the weights are loaded
-        run = ScoredRun.load(found, args.checkpoint, device)
+        run = ScoredRun.load(found, args.checkpoint, device, processes)
     else:
         given = open_clouds("samples", str(target), args.subset, args.categories)
     references, shapes = _data(args, run, given, remarks)
@@ -461,7 +470,7 @@ def main(args: list[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if args is None else args
     prog = "python -m lion_triton.evaluate"
-    run_cli(lambda: evaluate(tyro.cli(EvaluateArguments, args=given, prog=prog), given))
+    run_cli(lambda: evaluate(tyro.cli(EvaluateArguments, args=given, prog=prog), given, Processes.join()))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from lion_triton.generation.progress import Begin, progress_bar
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import grid
 from lion_triton.runs import Run, open_run
-from lion_triton.sample import SampleArguments, resolved
+from lion_triton.sample import SampleArguments, by_distilled, resolved
 
 BATCH = 16  # frames at a time
 COLUMNS = 9  # of the picture
@@ -53,7 +53,8 @@ class InterpolateArguments:
         frames: clouds to generate, A and B included.
         label: class of both; default: that of a file that knows it, otherwise the likeliest; of a seed, the first.
         sampler: which deterministic sampler; default the run's, or ddim.
-        steps: network evaluations per prior; default as the run's configuration.
+        steps: network evaluations per prior; default as the run's configuration. Between two seeds, DDIM takes the
+            priors that are distilled for so many steps, where the run has such.
         num_points: points per cloud; default as in training.
         seed: decides which points of A and B are taken, and which latents of them.
         checkpoint: one of the run's, as step-00001000; default the newest.
@@ -109,6 +110,9 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     settings = deterministic(run, args.sampler, args.steps, clipped=shapes == 0)
 
     model = open_model(args.run, args.checkpoint)
+    distilled = shapes == 0 and by_distilled(model.lion, settings)
+    if distilled:  # which no noise is known of that leads to a given shape
+        model = model.few_step(settings)
     with progress_bar("interpolating", shapes + num_batches(args.frames)) as begin:
         start, end = ends_of(model, a, b, num_points, label, settings, begin)
         clouds = frames(model, start, end, args.frames, settings, begin)
@@ -122,7 +126,7 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
             given.append(shape.record | {"class": name, "chamfer": ours, "reconstruction_chamfer": rebuilt})
             print(f"{shape.name} ({name}): Chamfer distance {ours:.2g} as it comes back, {rebuilt:.2g} rebuilt")
     args = replace(args, checkpoint=model.checkpoint)
-    record = record_of("interpolate", args, args.checkpoint, settings) | {"given": given}
+    record = record_of("interpolate", args, args.checkpoint, settings) | {"distilled": distilled, "given": given}
     nearest = [start.label if i < args.frames / 2 else end.label for i in range(args.frames)]
     labels = np.array([-1 if label is None else label for label in nearest])
     columns = -(-args.frames // -(-args.frames // COLUMNS))  # rows of equal length, or nearly

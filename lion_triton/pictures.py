@@ -135,6 +135,16 @@ def draw_curves(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     _replace(path, lambda unfinished: figure.savefig(unfinished, format="png"))
 
 
+def views(cloud: Float[Array, "N 3"], count: int) -> UInt8[Array, "count CELL CELL 3"]:
+    """The cloud in grey from ``count`` sides: turned about y by equal steps, else as in ``draw_grid``."""
+    grey = []
+    for turn in 2 * math.pi * np.arange(count) / count:
+        cos, sin = math.cos(turn), math.sin(turn)
+        turned = np.asarray(cloud, float) @ np.array(((cos, 0, -sin), (0, 1, 0), (sin, 0, cos)))
+        grey.append(_render(turned, _scale([turned])).mean(-1))
+    return np.rint(grey).astype(np.uint8)[..., None].repeat(3, -1)
+
+
 def mesh_grid(meshes: Sequence[Trimesh], path: str | os.PathLike[str], columns: int = 8) -> None:
     """Draw meshes at one scale, ``columns`` to a row, to the PNG file ``path``; everything else as in ``grid``.
 
@@ -338,7 +348,8 @@ def _write(
     figure.figimage(page)
     for r, label in enumerate(labels):
         middle = 1 - (top + (r + 0.5) * CELL) / height
-        figure.text(0.5 * LABEL / width, middle, label, rotation=90, size=13, color=INK, ha="center", va="center")
+        where = 0.5 * LABEL / width, middle
+        figure.text(*where, label, rotation=90, size=13, color=INK, ha="center", va="center", parse_math=False)
     for c, title in enumerate(titles):
         middle = (left + (c + 0.5) * CELL) / width
         figure.text(

@@ -4,7 +4,8 @@
 
 writes `DIR/<category>/{train,val,test}/<id>.npy`, each (P, 3) float32 with y up, in the units of the source
 (Sweet Home 3D libraries: metres), and `DIR/index.json`, which says where each object came from, and the origin of
-those that lie too far out for float32.
+those that lie too far out for float32. With `--clip` also `DIR/<category>/{train,val,test}/clip/<id>.npy`, (V, 512)
+float16: CLIP embeddings of length 1 of V views of the object.
 """
 
 from __future__ import annotations
@@ -16,30 +17,46 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from numpy import ndarray
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.data.containers import close_archives
-from lion_triton.data.find import SPLITS, Failure, Found, Item, find_shapes, hash_of, one_line, safe_name, split_in_name
+from lion_triton.data.find import (
+    SPLITS,
+    Failure,
+    Found,
+    Item,
+    embeddings_path,
+    find_shapes,
+    hash_of,
+    one_line,
+    safe_name,
+    split_in_name,
+)
 from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
 from lion_triton.data.shape import Shape
 
+if TYPE_CHECKING:
+    from lion_triton.clip import CLIP
+
 SERIAL_BELOW = 32  # starting worker processes takes longer than this many ordinary shapes
 SHOWN_FAILURES = 20
+VIEWS, VIEW_POINTS = 8, 8192  # pictures of an object, and its points in each: more are not seen any more
+BACKLOG = 64  # files that workers may be ahead, as their pictures are held until CLIP has seen them
 
 
 @dataclass(frozen=True)
@@ -61,12 +78,19 @@ class PrepareConfig:
     """Fraction of objects for testing, likewise."""
     seed: int = 0
     """Seed of the drawn points; the split does not depend on it."""
+    clip: bool = False
+    """Also store CLIP embeddings of views of each object, for training with --clip."""
+    clip_model: str | None = None
+    """The CLIP that makes them: a folder that `transformers` saved one in, or an id on a hub; default
+    openai/clip-vit-base-patch32."""
 
     def __post_init__(self) -> None:
         if self.points < 1:
             raise ValueError(f"points: expected at least 1, got {self.points}")
         if not (self.val >= 0 and self.test >= 0 and self.val + self.test <= 1):
             raise ValueError(f"val, test: expected fractions that sum to at most 1, got {self.val}, {self.test}")
+        if self.clip_model is not None and not self.clip:
+            raise ValueError(f"clip-model: is for --clip, got {self.clip_model}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +140,7 @@ def prepare(config: PrepareConfig) -> Summary:
     """
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ValueError(f"out: {config.out} exists and is not an empty folder")
+    clip = _load_clip(config)  # before anything is read, as it may be missing
     out = config.out.resolve()
     unfinished = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
@@ -125,7 +150,7 @@ def prepare(config: PrepareConfig) -> Summary:
             raise ValueError(f"source: no shapes in {config.source} (looked for {known})")
         print(_printable(found), file=sys.stderr)
         unfinished.mkdir(parents=True)
-        summary = _write_all(found, config, unfinished)
+        summary = _write_all(found, config, unfinished, clip)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
@@ -142,7 +167,16 @@ def prepare(config: PrepareConfig) -> Summary:
     return summary
 
 
-def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
+def _load_clip(config: PrepareConfig) -> CLIP | None:
+    if not config.clip:
+        return None
+    from lion_triton.clip import CLIP  # PyTorch, which nothing else here needs
+    from lion_triton.devices import best_device
+
+    return CLIP(config.clip_model, best_device())
+
+
+def _write_all(found: Found, config: PrepareConfig, folder: Path, clip: CLIP | None) -> Summary:
     failures = list(found.failures)
     objects: list[dict[str, Any]] = []
     taken: dict[str, str] = {}
@@ -152,7 +186,7 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
-            row, points = result
+            row, points, pictures = result
             # Two names that differ in case alone are one file on some systems.
             key = f"{row['category']}/{row['split']}/{row['id']}".casefold()
             if key in taken:
@@ -161,9 +195,10 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
             taken[key] = row["path"]
             for split in SPLITS:
                 (folder / row["category"] / split).mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
-            np.save(buffer, points)
-            (folder / row["category"] / row["split"] / f"{row['id']}.npy").write_bytes(buffer.getvalue())
+            path = folder / row["category"] / row["split"] / f"{row['id']}.npy"
+            _save(path, points)
+            if clip is not None and pictures is not None:
+                _save(embeddings_path(path), clip.images(list(pictures)).numpy().astype(np.float16))
             objects.append(row)
     objects.sort(key=lambda row: (row["category"], row["id"]))
     failures.sort(key=lambda failure: failure.path)
@@ -174,6 +209,7 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
         "source": str(config.source),
         "points": config.points,
         "seed": config.seed,
+        **({} if clip is None else {"clip": {"model": clip.name, "views": VIEWS}}),
         "objects": objects,
         "failures": [asdict(failure) for failure in failures],
         "unread": dict(sorted(found.unread.items())),
@@ -182,7 +218,15 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path) -> Summary:
     return Summary(config, objects, failures)
 
 
-Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"]]  # an entry of the index, and its points
+def _save(path: Path, array: ndarray) -> None:
+    buffer = io.BytesIO()  # numpy writing to the disk itself would hide that the disk is full
+    np.save(buffer, array)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
+# An entry of the index, its points, and with --clip its pictures.
+Prepared = tuple[dict[str, Any], Float32[ndarray, "P 3"], UInt8[ndarray, "V H W 3"] | None]
 
 
 def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Prepared | Failure], None, None]:
@@ -193,7 +237,12 @@ def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Pre
     # Spawned, not forked: whoever calls prepare() may have threads.
     pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), multiprocessing.get_context("spawn"))
     try:
-        yield from pool.map(work, items, chunksize=4)
+        ahead = deque[Future[list[Prepared | Failure]]]()
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > BACKLOG:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -240,6 +289,7 @@ def _prepare_one(item: Item, shape: Shape, config: PrepareConfig) -> Prepared | 
         if origin is not None:
             shape = shape.moved(-origin)
         points = shape.sample(config.points, hash_of(f"{config.seed}/{key}"))
+        pictures = _pictures(points) if config.clip else None
     except Exception as error:
         return Failure(item.path, one_line(error))
     row = {
@@ -256,7 +306,14 @@ def _prepare_one(item: Item, shape: Shape, config: PrepareConfig) -> Prepared | 
         row["crossing_faces"] = shape.crossing_faces
     if origin is not None:
         row["origin"] = origin.tolist()
-    return row | item.details, points
+    return row | item.details, points, pictures
+
+
+def _pictures(points: Float32[ndarray, "P 3"]) -> UInt8[ndarray, "V H W 3"]:
+    from lion_triton.pictures import views  # PyTorch and matplotlib, which nothing else here needs
+
+    chosen = np.random.default_rng(0).permutation(len(points))[:VIEW_POINTS]  # clouds keep their order where few
+    return views(points[chosen], VIEWS)
 
 
 def split_of(key: str, config: PrepareConfig) -> str:

@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves behind, and how it is read again.
 
-    RUN/config.json                        version, commit, the whole configuration, classes, normalisation
+    RUN/config.json                        version, commit, the whole configuration, classes, normalisation, CLIP
+    RUN/embeddings.npz                     of a run with --clip: CLIP embeddings of some training shapes
     RUN/metrics.jsonl                      one line per logged step
     RUN/tensorboard/                       the same as curves
     RUN/samples/*.png                      pictures
@@ -8,6 +9,7 @@
                                            ema.safetensors (priors), optimizer.pt, and state.json with every file's
                                            size and SHA-256, and the loss on validation shapes where it was measured
     RUN/validation-<stage>.png             what was measured on validation shapes
+    RUN/distilled/                         priors for few steps, see ``lion_triton.models.hub``
     RUN/checkpoints/damaged-step-<n>/      one that was found damaged when the run was continued
     RUN/nonfinite.json                     which tensors were not finite, where that ended the run
 
@@ -36,12 +38,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lion_triton import __version__
-from lion_triton.config import TrainConfig, differences, from_json
+from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
-from lion_triton.models.hub import CONFIG, WEIGHTS
+from lion_triton.models.hub import CONFIG, DISTILLED, EMBEDDINGS, WEIGHTS, distilled_files, read_distilled
 from lion_triton.models.lion import LION
 
-Stage = Literal["vae", "priors", "surface"]
+Stage = Literal["vae", "priors", "surface", "distill"]
 KEPT_CHECKPOINTS = 2
 BEST = "best"  # instead of a checkpoint's name
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
@@ -49,16 +51,22 @@ SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the pack
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what its ``config.json`` says."""
+    """A run folder and what its ``config.json`` says; ``clip``: which CLIP its embeddings are of, where known."""
 
     folder: Path
     config: TrainConfig
     classes: tuple[str, ...]
     normalization: Normalization
+    clip: str | None = None
 
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def embeddings(self) -> Path:
+        """CLIP embeddings of some of its training shapes, in a run with ``--clip``."""
+        return self.folder / EMBEDDINGS
 
     @property
     def results(self) -> Path:
@@ -120,7 +128,13 @@ class Checkpoint:
     ended: bool = False
 
 
-def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], normalization: Normalization) -> Run:
+def create_run(
+    folder: Path,
+    config: TrainConfig,
+    classes: tuple[str, ...],
+    normalization: Normalization,
+    clip: str | None = None,
+) -> Run:
     """Make the run folder and write its ``config.json``.
 
     Raises:
@@ -138,9 +152,10 @@ def create_run(folder: Path, config: TrainConfig, classes: tuple[str, ...], norm
         "config": asdict(config),
         "classes": list(classes),
         "normalization": normalization.to_json(),
+        "clip": clip,
     }
     write_text(path, json.dumps(content, indent=2) + "\n")
-    return Run(folder, config, classes, normalization)
+    return Run(folder, config, classes, normalization, clip)
 
 
 def change_config(run: Run, config: TrainConfig, note: str) -> None:
@@ -176,7 +191,7 @@ def open_run(name: Path) -> Run:
         normalization = Normalization.from_json(content["normalization"])
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
         raise ValueError(f"run: {path} is damaged or of another version ({_line(error)})") from None
-    return Run(folder, config, classes, normalization)
+    return Run(folder, config, classes, normalization, content.get("clip"))
 
 
 def check_same_run(run: Run, config: TrainConfig) -> None:
@@ -197,7 +212,7 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
 
 def _without_free_options(config: TrainConfig) -> TrainConfig:
     """The same for all configurations that differ in nothing but what may change when a run is continued."""
-    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop", "patience": None}
+    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop", "patience": None, "distill": DistillTraining()}
     free |= dict.fromkeys(("log_every", "picture_every", "checkpoint_every", "validate_every"), 1)
     free["data"] = replace(config.data, workers=0)
     free |= {"vae": replace(config.vae, steps=1), "priors": replace(config.priors, steps=1)}  # see training.longer
@@ -213,9 +228,9 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _save_tensors(checkpoint.model, partial / "model.safetensors")
+        save_tensors(checkpoint.model, partial / "model.safetensors")
         if checkpoint.ema:
-            _save_tensors(checkpoint.ema, partial / "ema.safetensors")
+            save_tensors(checkpoint.ema, partial / "ema.safetensors")
         _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
         state = {"stage": checkpoint.stage, "step": checkpoint.step, "loss": checkpoint.loss, "ended": checkpoint.ended}
@@ -322,7 +337,7 @@ def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool =
 
 
 def load_model(run: Run, name: str | None = None) -> LION:
-    """The run's LION in evaluation mode, its priors with the averaged (EMA) weights.
+    """The run's LION in evaluation mode, its priors with the averaged (EMA) weights, with what was distilled from them.
 
     name: of a checkpoint; None: the newest.
 
@@ -332,24 +347,27 @@ def load_model(run: Run, name: str | None = None) -> LION:
     if run.pretrained:
         run.checkpoint(name)  # of which there are none to name
         return LION.from_pretrained(run.folder)
+    folder = run.checkpoint(name)
     checkpoint = load_checkpoint(run, name, with_optimizer=False)
-    if checkpoint is None:
+    if folder is None or checkpoint is None:
         raise ValueError(f"run: {run.folder} has no checkpoint yet")
     if checkpoint.stage == "vae":
         raise ValueError(f"run: {run.folder} has no trained priors yet (stage 1, step {checkpoint.step})")
     lion = LION(run.config.model)
-    load_state(lion, {**checkpoint.model, **checkpoint.ema}, run)
+    load_state(lion, {**checkpoint.model, **checkpoint.ema, **read_distilled(run.folder, folder.name)}, run)
     lion.remember(run.folder)
     return lion.eval()
 
 
 def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
-    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it."""
+    """SHA-256 of each file of weights: of the checkpoint called ``name`` or the newest, as written down beside it, and
+    of what was distilled from that."""
     folder = run.checkpoint(name)
     if folder is None:
         return {WEIGHTS: _sha256(run.folder / WEIGHTS)}
     files = json.loads((folder / "state.json").read_text())["files"]
-    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+    distilled = {f"{DISTILLED}/{p.name}": _sha256(p) for p in distilled_files(run.folder, folder.name).values()}
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")} | distilled
 
 
 def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
@@ -387,13 +405,18 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file whole or not at all; what the disk has to say against it is an ``OSError``."""
     on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    partial = _partial(path)
     try:
-        safetensors.torch.save_file(on_cpu, path)
+        safetensors.torch.save_file(on_cpu, partial)
+        os.replace(partial, path)
     except SafetensorError as error:  # is no OSError, though it has one's number in its words
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _save_pickle(content: dict[str, Any], path: Path) -> None:

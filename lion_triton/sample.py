@@ -1,25 +1,33 @@
-"""Generate shapes with a trained run: ``python -m lion_triton.sample RUN [--num-samples 16] [--class chair]``."""
+"""Generate shapes with a trained run: ``python -m lion_triton.sample RUN [--num-samples 16] [--class chair]``.
+
+Of a run that is conditioned on CLIP also by words or pictures: ``--text "a narrow chair" "a table"``, ``--image FILE``.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32, Int64
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling
+from lion_triton.data.find import safe_name
 from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
-from lion_triton.models.lion import LION, default_steps
+from lion_triton.generation.prompts import own_embeddings, read_prompts
+from lion_triton.kernels.noise import new_key
+from lion_triton.models.lion import LION, default_steps, keys_per_batch
+from lion_triton.processes import ALONE, Processes
 from lion_triton.runs import Run, load_model, note_best, open_run
 
 
@@ -31,13 +39,20 @@ class SampleArguments:
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
-        num_samples: clouds to generate.
+        num_samples: clouds to generate, of each text, image and embedding if any is given.
         num_points: points per cloud; default as in training.
         sampler: default as the run's configuration.
-        steps: network evaluations per prior; default as the run's configuration.
+        steps: network evaluations per prior; default as the run's configuration. DDIM with eta 0 takes the priors that
+            are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
-        guidance: w of classifier-free guidance by class, 0 for none; for runs trained with priors.drop-condition.
+        guidance: w of classifier-free guidance by class or words, 0 for none; for runs trained with
+            priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
+        text: what to generate, in words; one text or more. Of runs trained with --clip only, as the next three;
+            default: embeddings of training shapes in turn.
+        image: a picture of what to generate; one file or more.
+        clip_embedding: CLIP embeddings of what to generate: a .npy (512,) or (G, 512), or a .npz of embeddings and ids.
+        clip_model: the CLIP that embeds text and image, a folder or an id on a hub; default: the one of the run's data.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
         checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
@@ -52,6 +67,10 @@ class SampleArguments:
     eta: float | None = None
     guidance: float | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    text: tuple[str, ...] = ()
+    image: tuple[Path, ...] = ()
+    clip_embedding: Path | None = None
+    clip_model: str | None = None
     seed: int = 0
     batch_size: int = 64
     checkpoint: str | None = None
@@ -67,8 +86,10 @@ class Samples:
     folder: Path
 
 
-def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
+def sample(args: SampleArguments, lion: LION | None = None, processes: Processes = ALONE) -> Samples:
     """Run the command; see :class:`SampleArguments`. ``lion``: the run's model, where it is loaded already.
+
+    ``processes`` that share the work get the clouds that one alone would make; the main one writes them.
 
     Raises:
         ValueError: no run, no trained priors, a damaged checkpoint, an unknown class, options out of range.
@@ -81,15 +102,23 @@ def sample(args: SampleArguments, lion: LION | None = None) -> Samples:
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
-    asked, newest = args.checkpoint, run.checkpoint(args.checkpoint)
+    prompts = read_prompts(run, args.text, args.image, args.clip_embedding, args.clip_model)
+    asked, newest = args.checkpoint, processes.agreed(run.checkpoint(args.checkpoint))
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
         note_best(run, asked)
         lion = load_model(run, args.checkpoint).to(best_device())
-    points = run.normalization.invert(generate(run, lion, args, labels))
+    record = record_of("sample", args, args.checkpoint, settings) | {"distilled": by_distilled(lion, settings)}
+    more, draw, clip = {}, None, None
+    if prompts is not None:
+        labels, clip = np.tile(labels, len(prompts)), prompts.embeddings.repeat(args.num_samples, axis=0)
+        record |= {"prompts": list(prompts.names), "clip": prompts.model}
+        more, draw = {"embeddings": prompts.embeddings, "ids": np.array(prompts.names)}, prompts.draw
+    points = run.normalization.invert(generate(run, lion, args, labels, clip, processes=processes))
     check_finite(points)
-    write_results(out, points, labels, run.classes, record_of("sample", args, args.checkpoint, settings))
+    if processes.main:
+        write_results(out, points, labels, run.classes, record, more=more, draw=draw and partial(draw, points))
     return Samples(points, labels, out)
 
 
@@ -114,34 +143,66 @@ def resolved(run: Run, args: SampleArguments) -> SamplingConfig:
 
 
 def generate(
-    run: Run, lion: LION, args: SampleArguments, labels: np.ndarray, title: str = "sampling"
+    run: Run,
+    lion: LION,
+    args: SampleArguments,
+    labels: Int64[np.ndarray, " S"],
+    clip: Float16[np.ndarray, "S 512"] | None = None,
+    title: str = "sampling",
+    processes: Processes = ALONE,
 ) -> Float32[np.ndarray, "S P 3"]:
-    """Clouds in the model's units, with a progress bar called ``title``."""
-    settings, device = resolved(run, args), lion.z_mean.device
-    generator = torch.Generator().manual_seed(args.seed)
-    clouds = []
-    with tqdm(total=args.num_samples, desc=title, bar_format=BAR, disable=None) as bar:
-        for start in range(0, args.num_samples, args.batch_size):
-            count = min(args.batch_size, args.num_samples - start)
+    """One cloud for each of the labels in the model's units, with a progress bar called ``title``.
 
-            def advance(done: int, total: int, start: int = start, count: int = count) -> None:
+    clip: CLIP embedding of each cloud; None: of the run's training shapes in turn, if it is conditioned on CLIP.
+    Processes take whole batches in turn: a cloud's last bits may depend on the size of the batch that it is made in.
+    """
+    settings, device, total = resolved(run, args), lion.z_mean.device, len(labels)
+    if clip is None and run.config.model.shape_prior.clip:
+        clip = own_embeddings(run, total)
+    generator = torch.Generator().manual_seed(args.seed)
+    batches = [range(total)[i : i + args.batch_size] for i in range(0, total, args.batch_size)]
+    if len(batches) < processes.count:
+        print(f"{len(batches)} of {processes.count} processes have a batch of {args.batch_size} clouds to generate")
+    mine = sum(len(batch) for number, batch in enumerate(batches) if processes.mine(number))
+    clouds = []
+    with tqdm(total=mine, desc=title, bar_format=BAR, disable=None) as bar:
+        for number, batch in enumerate(batches):
+            if not processes.mine(number):
+                for _ in range(keys_per_batch(settings.sampler)):
+                    new_key(device, generator)
+                continue
+
+            def advance(done: int, total: int, start: float = bar.n, count: int = len(batch)) -> None:
                 bar.update(start + count * done / total - bar.n)
 
             with autocast(run.config.mixed_precision, device):
-                batch = lion.sample(
-                    count,
+                made = lion.sample(
+                    len(batch),
                     steps=settings.steps,
                     sampler=settings.sampler,
                     eta=settings.eta,
                     num_points=run.config.data.num_points if args.num_points is None else args.num_points,
                     generator=generator,
-                    labels=_tensor(labels[start : start + count], device),
+                    labels=_tensor(labels[batch.start : batch.stop], device),
+                    clip=None if clip is None else torch.from_numpy(clip[batch.start : batch.stop]).float().to(device),
                     clip_x0=settings.clip_x0,
                     guidance=settings.guidance,
                     callback=advance,
                 )
-            clouds.append(batch.float().cpu().numpy())
-    return np.concatenate(clouds)
+            clouds.append(made.float().cpu().numpy())
+    return np.concatenate(processes.gathered(clouds))
+
+
+def by_distilled(lion: LION, settings: SamplingConfig) -> bool:
+    """Whether distilled priors sample like this; said of a model that has such."""
+    distilled = lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance) is not lion
+    if distilled:
+        print(f"steps: {settings.steps}, by the priors distilled for so many")
+    elif lion.distilled:
+        guidance = ", ".join(f"{w:g}" for w in set(lion.distilled_steps.values()))
+        which = f"{', '.join(lion.distilled)} of ddim with eta 0 and guidance {guidance}"
+        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; distilled ones take {which}")
+    return distilled
 
 
 def _tensor(labels: np.ndarray, device: torch.device) -> torch.Tensor | None:
@@ -163,17 +224,24 @@ def _default_name(args: SampleArguments) -> str:
     words = [
         args.checkpoint,
         args.label,
+        *args.text,
+        *map(str, args.image),
+        args.clip_embedding and str(args.clip_embedding),
         args.sampler,
         *(f"{k}{v}" for k, v in given.items() if v is not None),
         f"seed{args.seed}",
     ]
-    return "-".join(word for word in words if word)
+    return safe_name("-".join(word for word in words if word))
 
 
 def main(args: list[str] | None = None) -> None:
     """The command line."""
     args = sys.argv[1:] if args is None else args
-    run_cli(lambda: sample(tyro.cli(SampleArguments, args=args, prog="python -m lion_triton.sample")))
+
+    def command() -> None:
+        sample(tyro.cli(SampleArguments, args=args, prog="python -m lion_triton.sample"), processes=Processes.join())
+
+    run_cli(command)
 
 
 if __name__ == "__main__":

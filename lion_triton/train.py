@@ -19,13 +19,15 @@ from accelerate import Accelerator
 
 from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_networks
+from lion_triton.config import PRESETS, TrainConfig, check, with_classes, with_clip, with_networks
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
+from lion_triton.data.embeddings import load_embeddings, write_embeddings
 from lion_triton.data.sources import Sources, load_sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
+from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import (
     Run,
@@ -42,10 +44,13 @@ from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context
+from lion_triton.training.distill import distill
 from lion_triton.training.initial import initial_weights
 from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
 from lion_triton.training.stopping import Stop
+
+KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,22 @@ class Arguments:
 
     Attributes:
         out: run folder; default runs/PRESET.
-        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes.
+        stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes, or priors for
+            few steps (--distill.*; all else is as the run was trained).
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
+        clip: condition the priors on CLIP embeddings of the shapes, instead of on classes: those that prepare --clip
+            made, or those of data.embeddings.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
         dry_run: print sizes, parameters, expected time and memory, and stop.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
-    stage: Literal["all", "vae", "priors", "surface"] = "all"
+    stage: Literal["all", "vae", "priors", "surface", "distill"] = "all"
     attention: AttentionKind | None = None
     denoiser: Literal["transformer"] | None = None
+    clip: bool = False
     strict: bool = False
     dry_run: bool = False
 
@@ -77,11 +86,22 @@ def train(args: Arguments) -> None:
         ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite.
     """
     if args.stage == "surface":
+        if (count := Processes.launched().count) > 1:
+            raise ValueError(f"stage: surface trains in one process, got {count}")
         train_surface(open_run(run_folder(args)), device=best_device())
         return
+    if args.stage == "distill":
+        run = open_run(run_folder(args))
+        if run.config.preset != args.config.preset:  # whose settings of distill these are
+            raise ValueError(f"preset: {run.folder} is a run of {run.config.preset}, got {args.config.preset}")
+        distill(run, args.config.distill, start_processes(run.config))
+        return
     config = with_networks(args.config, args.attention, args.denoiser)
+    config = with_clip(config) if args.clip else config
     check(config)
     sources = load_sources(config.data, config.evaluate_shapes)
+    if config.model.shape_prior.clip:
+        sources = replace(sources, embeddings=load_embeddings(config.data, sources.train))
     config = with_classes(config, len(sources.train.classes))
     if args.dry_run:
         report.dry_run(config, sources)
@@ -184,12 +204,15 @@ def open_or_create(folder: Path, strict: bool, config: TrainConfig, sources: Sou
     if not continued and accelerator.is_main_process:
         normalization = Normalization.fit(sources.train, config.data.normalization)
         decided = replace(config, compile=whether_to_compile(config, accelerator.device))
-        create_run(folder, decided, sources.train.classes, normalization)
+        clip = None if sources.embeddings is None else sources.embeddings.model
+        create_run(folder, decided, sources.train.classes, normalization, clip)
     accelerator.wait_for_everyone()
     run = open_run(folder)
     check_same_run(run, config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {folder} was started with the classes {', '.join(run.classes)}, got others")
+    if sources.embeddings is not None and accelerator.is_main_process and not run.embeddings.exists():
+        write_embeddings(sources.embeddings.some(KEPT_EMBEDDINGS), run.embeddings)
     # What auto became when the run began, so that a continued run equals an unbroken one.
     compiled = run.config.compile if config.compile == "auto" else config.compile
     return replace(run, config=replace(config, compile=compiled))

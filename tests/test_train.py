@@ -196,7 +196,7 @@ def test_configs_survive_json(name: str) -> None:
 
 def test_unknown_preset_class_and_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, train.main, ["chairs"])
-    assert line == "error: preset: expected one of quickstart, furniture, lion, lion_all, got chairs"
+    assert line == "error: preset: expected one of quickstart, procedural, furniture, lion, lion_all, got chairs"
     line = fails(capsys, sample.main, [str(finished), "--class", "boat"])
     assert line == "error: class: expected one of chair, table, sofa, lamp, shelf, got boat"
     assert "is not a run folder" in fails(capsys, sample.main, [str(tmp_path)])

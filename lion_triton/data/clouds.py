@@ -211,7 +211,7 @@ def check_all(clouds: Clouds, num_points: int, strict: bool = False, *, read: bo
         counts = [clouds.source.shape[1]] * len(clouds)
     else:
         count = (lambda i: len(clouds[i])) if read else clouds.num_points
-        counts = list(_map_clouds(count, len(clouds), "checking clouds"))
+        counts = list(map_clouds(count, len(clouds), "checking clouds"))
     short = [i for i, count in enumerate(counts) if count < num_points]
     if strict and short:
         raise ValueError(
@@ -270,7 +270,7 @@ class Normalization:
 
         # Chan et al.: merging (count, mean, sum of squared deviations) stays exact far from the origin.
         n, mean, squares = 0, np.zeros(3), np.zeros(3)
-        for count, cloud_mean, cloud_squares in _map_clouds(moments, len(clouds), "normalising"):
+        for count, cloud_mean, cloud_squares in map_clouds(moments, len(clouds), "normalising"):
             shift, merged = cloud_mean - mean, n + count
             squares += cloud_squares + np.square(shift) * (n * count / merged)
             mean += shift * (count / merged)
@@ -416,7 +416,7 @@ def _axes(cloud: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(cloud.T, dtype=np.float64)
 
 
-def _map_clouds(function: Callable[[int], T], count: int, description: str) -> Iterator[T]:
+def map_clouds(function: Callable[[int], T], count: int, description: str) -> Iterator[T]:
     """``map(function, range(count))``, in order, with a progress bar. Threads, because reading waits."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         results = pool.map(function, range(count))

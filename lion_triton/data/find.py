@@ -250,6 +250,11 @@ def safe_name(text: str) -> str:
     return name
 
 
+def embeddings_path(cloud: Path) -> Path:
+    """Where the CLIP embeddings of the cloud `<category>/<split>/<id>.npy` are kept."""
+    return cloud.parent / "clip" / cloud.name
+
+
 def hash_of(text: str) -> int:
     """64 bits that depend on nothing but the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lion_triton.data.clouds import Clouds, folder_clouds, procedural_clouds
+
+if TYPE_CHECKING:
+    from lion_triton.data.embeddings import Embeddings
 
 PROCEDURAL_POINTS = 2048  # stored per procedural shape; training draws from them
 PROCEDURAL_SEEDS = {"train": 0, "held_out": 1, "fresh": 2, "validation": 3}
@@ -26,6 +29,8 @@ class DataConfig:
         draw_from: draw them from the first so many points of a cloud only (LION: 10,000 of 15,000).
         normalization: ``global`` (one mean and std for the whole set), or per shape ``box`` or ``sphere``.
         workers: processes that read clouds.
+        embeddings: of a run with --clip: a file of CLIP embeddings by the shapes' names or numbers, instead of those
+            beside the clouds.
     """
 
     source: str = "procedural"
@@ -35,17 +40,22 @@ class DataConfig:
     draw_from: int | None = None
     normalization: Literal["global", "box", "sphere"] = "global"
     workers: int = 0
+    embeddings: str | None = None
 
 
 @dataclass(frozen=True)
 class Sources:
     """``validation`` is what checkpoints are compared by, and no figure is of: it may be empty. ``fresh`` is a second
-    held-out set, drawn from the data's own generator: the floor of every comparison."""
+    held-out set, drawn from the data's own generator: the floor of every comparison.
+
+    ``embeddings``: of the training shapes, for priors that are conditioned on CLIP.
+    """
 
     train: Clouds
     validation: Clouds
     held_out: Clouds
     fresh: Clouds | None
+    embeddings: Embeddings | None = None
 
 
 def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:

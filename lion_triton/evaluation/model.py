@@ -18,9 +18,10 @@ from lion_triton.devices import resolve_precision
 from lion_triton.evaluation.phases import Bar
 from lion_triton.evaluation.sets import Array, spread
 from lion_triton.models.lion import LION, Posterior, posterior
+from lion_triton.processes import ALONE, Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Run, load_model, weights_sha256
-from lion_triton.sample import SampleArguments, class_labels, generate, resolved
+from lion_triton.sample import SampleArguments, by_distilled, class_labels, generate, resolved
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class ScoredRun:
     weights_sha256: dict[str, str]
 
     @classmethod
-    def load(cls, run: Run, checkpoint: str | None, device: torch.device) -> ScoredRun:
+    def load(cls, run: Run, checkpoint: str | None, device: torch.device, processes: Processes = ALONE) -> ScoredRun:
         """The weights of the checkpoint, or of the newest; all that is needed of its folder, as a run that goes on
-        will remove it.
+        will remove it. The same for all ``processes``.
 
         Raises:
             ValueError: see ``runs.load_model``.
         """
-        newest = run.checkpoint(checkpoint)
+        newest = processes.agreed(run.checkpoint(checkpoint))
         name = None if newest is None else newest.name
         lion = load_model(run, name)
         return cls(run, lion.to(device), newest or run.folder, weights_sha256(run, name))
@@ -48,6 +49,11 @@ class ScoredRun:
     @property
     def conditional(self) -> bool:
         return self.run.config.model.shape_prior.num_classes > 0
+
+    @property
+    def clip(self) -> bool:
+        """Whether its priors are conditioned on CLIP."""
+        return self.run.config.model.shape_prior.clip
 
     def labels(self, clouds: Clouds) -> Int64[Array, " S"] | None:
         """The run's class of each cloud, if it knows all of their names."""
@@ -62,19 +68,23 @@ class ScoredRun:
         return torch.from_numpy(((points - np.array(normalization.mean)) / normalization.scale).astype(np.float32))
 
     def sample(
-        self, options: SampleArguments, references: Clouds, title: str
+        self, options: SampleArguments, references: Clouds, title: str, processes: Processes = ALONE
     ) -> tuple[Float32[Array, "S N 3"], dict[str, Any]]:
         """Clouds in the units of ``Preparation`` without a box, and how they were made; classes as the references'."""
         labels, known = class_labels(self.run, options), self.labels(references)
         if known is not None:
             labels = known[spread(options.num_samples, len(known))]
         settings = resolved(self.run, options)
-        points = self.run.normalization.invert(generate(self.run, self.lion, options, labels, title))
+        distilled = by_distilled(self.lion, settings)
+        clouds = generate(self.run, self.lion, options, labels, title=title, processes=processes)
+        points = self.run.normalization.invert(clouds)
         return points, {
             **asdict(settings),
+            "distilled": distilled,
             "seed": options.seed,
             "batch_size": options.batch_size,
             "classes": "none" if not self.conditional else "in turn" if known is None else "those of the references",
+            **({"clip": "embeddings of training shapes"} if self.clip else {}),
             "precision": resolve_precision(self.run.config.mixed_precision, self.lion.z_mean.device),
             "checkpoint": str(self.checkpoint),
             "weights_sha256": self.weights_sha256,
@@ -120,5 +130,6 @@ class ScoredRun:
         return scores | {f"bound_{name}": of.numpy() for name, of in bounds.items()}
 
     def bounded(self, references: Clouds) -> bool:
-        """Whether the priors can be asked about these references: a class-conditional one must know their classes."""
-        return not self.conditional or self.labels(references) is not None
+        """Whether the priors can be asked about these references: class-conditional ones must know their classes, and
+        ones that are conditioned on CLIP would need their embeddings."""
+        return not self.clip and (not self.conditional or self.labels(references) is not None)

@@ -171,7 +171,9 @@ def remark_on_scores(scores: Mapping[str, float], bounded: bool, remarks: Remark
     if bad:
         remarks.warnings.append(f"Not finite: {', '.join(NAMES[name] for name in bad)}. Does the model work?")
     if not bounded:
-        remarks.notes.append("No bound of the priors: the references have no classes, or other ones than the run.")
+        remarks.notes.append(
+            "No bound of the priors: the references have no classes or CLIP embeddings, or others than the run."
+        )
 
 
 def remark_on_memorising(memory: dict[str, Any], samples: int, references: int, remarks: Remarks) -> None:

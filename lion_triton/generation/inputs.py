@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from lion_triton.config import fewest_points
+from lion_triton.config import SamplingConfig, fewest_points
 from lion_triton.data.containers import Container
 from lion_triton.data.find import one_line
 from lion_triton.data.meshes import read_shape
@@ -54,6 +54,10 @@ class Model:
         """``count`` times the label, as the priors take it; None where they know no classes."""
         return None if label is None else torch.full((count,), label, device=self.device)
 
+    def few_step(self, settings: SamplingConfig) -> Model:
+        """The model with the priors that are distilled for sampling like this; itself where none are."""
+        return replace(self, lion=self.lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance))
+
     def class_name(self, label: int | None) -> str:
         return "no class" if label is None else self.run.classes[label]
 
@@ -64,9 +68,11 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
     checkpoint: one of a run's, as step-00001000; default the newest.
 
     Raises:
-        ValueError: there is none, it is damaged, or has no trained priors yet.
+        ValueError: there is none, it is damaged, has no trained priors yet, or they are conditioned on CLIP.
     """
     run = open_run(Path(name_or_path))
+    if run.config.model.shape_prior.clip:
+        raise ValueError(f"run: {name_or_path} is conditioned on CLIP, which only sample, mesh and evaluate know")
     newest = run.checkpoint(checkpoint)
     # By its name: a run that goes on may have another newest one by now.
     name = None if newest is None else newest.name

@@ -201,9 +201,13 @@ def _solve(
         return diffusion.probability_flow(eps_model, x, lion.schedule, inverse=inverse)
     steps, clip = _ddim_steps(settings), settings.clip_x0
     if inverse:
-        return diffusion.ddim_inverse(eps_model, x, lion.schedule, steps=steps, clip=clip, callback=callback)
+        return diffusion.ddim_inverse(
+            eps_model, x, lion.schedule, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
+        )
     key = torch.zeros(2, dtype=torch.int64, device=x.device)  # of noise that eta 0 multiplies by 0
-    return diffusion.ddim(eps_model, x, lion.schedule, key, steps=steps, clip=clip, callback=callback)
+    return diffusion.ddim(
+        eps_model, x, lion.schedule, key, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
+    )
 
 
 def _ddim_steps(settings: SamplingConfig) -> int:

@@ -106,7 +106,7 @@ def record_of(
     program: str, args: DataclassInstance, checkpoint: str | None, settings: SamplingConfig
 ) -> dict[str, Any]:
     """What repeats a command: its options, the checkpoint by its name, and how it sampled."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    options = json.loads(json.dumps(asdict(args), default=str))
     return {
         "program": f"lion_triton.{program}",
         "checkpoint": checkpoint,

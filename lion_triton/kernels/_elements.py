@@ -1,6 +1,7 @@
 """What the element-wise ops of diffusion share: how a kernel finds its elements, how it is launched, what is checked.
 
-One program makes one block of one cloud. Elements are counted over the whole batch, as the noise counts its own. Sums
+One program makes one block of one cloud. Elements are counted over the whole batch, as the noise counts its own, which
+may begin before the tensor's first cloud (``noise.py`` on the key's third number). Sums
 over a cloud are partial sums per program, then a sum over programs in a fixed order: results repeat bit for bit.
 
 Legend: B clouds, M elements per cloud (whatever the shape behind B).
@@ -23,17 +24,18 @@ _SMALL, _SMALL_BLOCK, _BLOCK = 128, (32, 1), (256, 4)
 
 
 @triton.jit
-def locate(M, chunks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cloud, first noise counter, the 4 * BLOCK elements from there, and which of them are the cloud's.
+def locate(before, M, chunks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Cloud, first noise counter, where the 4 * BLOCK elements from there are, and which of them are the cloud's.
 
-    Noise counters run over the whole batch: a cloud whose M is no multiple of four may start and end
-    inside a counter.
+    Noise counters run over the whole batch, of which ``before`` clouds come before this tensor's: a cloud whose M is no
+    multiple of four may start and end inside a counter.
     """
     pid = tl.program_id(0)
     cloud = (pid // chunks).to(tl.int64)
     begin = cloud * M
-    first = begin // 4 + (pid % chunks).to(tl.int64) * BLOCK
-    i = first * 4 + tl.arange(0, 4 * BLOCK)
+    start = before * M
+    first = (start + begin) // 4 + (pid % chunks).to(tl.int64) * BLOCK
+    i = first * 4 - start + tl.arange(0, 4 * BLOCK)
     return cloud, first, i, (i >= begin) & (i < begin + M)
 
 

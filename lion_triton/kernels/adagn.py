@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_float, use_triton
@@ -59,7 +59,7 @@ from lion_triton.kernels._groups import (
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
 from lion_triton.kernels.dropout import keep_element, keep_elements, keep_mask_reference, keep_threshold
-from lion_triton.kernels.noise import check_key
+from lion_triton.kernels.noise import Key, check_key, first_sample, full_key
 
 Activation = Literal["silu"] | None
 
@@ -81,7 +81,7 @@ def adagn_reference(
     *,
     offset: Float[Tensor, "B C"] | None = None,
     dropout: float = 0.0,
-    key: Int64[Tensor, " 2"] | None = None,
+    key: Key | None = None,
 ) -> Float[Tensor, "B *P C"]:
     """Plain PyTorch form of :func:`adagn`, weight and bias already in scale and shift."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -102,7 +102,7 @@ def adagn(
     *,
     offset: Float[Tensor, "B C"] | Float[Tensor, " C"] | None = None,
     dropout: float = 0.0,
-    key: Int64[Tensor, " 2"] | None = None,
+    key: Key | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B *P C"]:
     """``drop(act((group_norm(x + offset) * weight + bias) * scale + shift))`` with group statistics per cloud.
@@ -267,7 +267,7 @@ def _as(x: Tensor, buffer: Tensor) -> Tensor:
 def _keep(like: Tensor, dropout: float, key: Tensor, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies by."""
     threshold, scale = keep_threshold(dropout)
-    return keep_mask_reference(key, like.numel(), threshold).view(like.shape).to(dtype).mul_(scale)
+    return keep_mask_reference(key, like.shape, threshold).to(dtype).mul_(scale)
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -302,9 +302,10 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, li
 
 
 @triton.jit
-def _drop(x, row, first_c, c, C, key_ptr, threshold, keep_scale, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Dropout of a block of rows (int64, of the whole tensor) and channels; VECTORS: runs of eight channels."""
+def _drop(x, cloud, row, first_c, c, P, C, key_ptr, threshold, keep_scale, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Dropout of a block of a cloud's rows and of channels; VECTORS: runs of eight channels."""
     if key_ptr is not None:
+        row = row + (first_sample(key_ptr) + cloud) * P  # int64, of the whole batch
         if VECTORS:
             counter = row * (C // 8) + first_c // 8
             counter = counter[:, None] + tl.arange(0, x.shape[1] // 8)[None, :]
@@ -395,7 +396,7 @@ def _adagn_held_kernel(  # type: ignore[no-untyped-def]
     slope = by_channel(rstd, GROUPS, WIDTH) * load(scale_ptr + cloud * scale_stride + c, in_c)
     shift = load(shift_ptr + cloud * shift_stride + c, in_c)
     y = _act(slope[None, :] * x + shift[None, :], SILU)
-    y = _drop(y, cloud * P + row, first_group * CG, c, C, key_ptr, threshold, keep_scale, VECTORS)
+    y = _drop(y, cloud, row, first_group * CG, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -465,7 +466,7 @@ def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
 
     x = tl.where(mask, load(x_ptr + at, mask) - mean[None, :], 0.0)
     dz = load(dy_ptr + at, mask)
-    dz = _drop(dz, cloud * P + row, first_group * CG, c, C, key_ptr, threshold, keep_scale, VECTORS)
+    dz = _drop(dz, cloud, row, first_group * CG, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
     dz = _act_backward(dz, x, slope, shift, SILU)
     s1, s2 = tl.sum(dz, 0), tl.sum(dz * x, 0) * rstd
     n = tl.full((), CG, tl.float32) * P
@@ -585,7 +586,7 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
         base = (cloud * P + begin) * C
         x = load(x_ptr + base + offset, mask) + shared[None, :]
         y = _act(slope[None, :] * (x - mean[None, :]) + shift[None, :], SILU)
-        y = _drop(y, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
+        y = _drop(y, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -642,7 +643,7 @@ def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
         base = (cloud * P + begin) * C
         x = tl.where(mask, load(x_ptr + base + offset, mask) - mean[None, :], 0.0)
         dz = load(dy_ptr + base + offset, mask)
-        dz = _drop(dz, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
+        dz = _drop(dz, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
         dz = _act_backward(dz, x, slope, shift, SILU)
         s1 += dz
         s2 += dz * x
@@ -751,7 +752,7 @@ def _adagn_bwd_kernel(  # type: ignore[no-untyped-def]
         base = (cloud * P + begin) * C
         x = load(x_ptr + base + offset, mask) - mean[None, :]
         dz = load(dy_ptr + base + offset, mask)
-        dz = _drop(dz, cloud * P + begin + row, 0, c, C, key_ptr, threshold, keep_scale, VECTORS)
+        dz = _drop(dz, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
         dz = _act_backward(dz, x, slope, shift, SILU)
         dx = slope[None, :] * dz - m1[None, :] - m2[None, :] * x
         tl.store(dx_ptr + base + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -802,7 +803,7 @@ def _adagn_op(
     x = x.contiguous()
     y, stats = _empty_forward(x, scale, shift, offset, key, num_groups)
     style, strides = per_cloud(scale, shift, offset)
-    tensors = (x, *style, key.contiguous() if key is not None and dropout else None)
+    tensors = (x, *style, full_key(key) if key is not None and dropout else None)
     drop = keep_threshold(dropout)
     held = _Held(x, num_groups, _HELD)
     if held.fits:
@@ -859,7 +860,7 @@ def _adagn_bwd_op(
     gradients = (dscale, dshift, None if offset is None else doffset)
     num_groups = stats.shape[2]
     style, strides = per_cloud(scale, shift, offset)
-    tensors = (dy, x, *style, key.contiguous() if key is not None and dropout else None, stats)
+    tensors = (dy, x, *style, full_key(key) if key is not None and dropout else None, stats)
     drop = keep_threshold(dropout)
     held = _Held(x, num_groups, _HELD_BACKWARD)
     if held.fits:

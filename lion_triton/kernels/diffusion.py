@@ -29,7 +29,7 @@ Cost per element, of s bytes: memory traffic, and instructions per lane in float
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, upcast, use_triton
@@ -45,7 +45,7 @@ from lion_triton.kernels._elements import (
 )
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.noise import check_key, noise_block, normal_noise_reference
+from lion_triton.kernels.noise import Key, check_key, first_sample, full_key, noise_block, normal_noise_reference
 
 # q_sample and posterior_q_sample
 
@@ -73,7 +73,7 @@ def posterior_q_sample_reference(mu: Tensor, log_sigma: Tensor, alpha: Tensor, s
 def _q_sample_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr, log_sigma_ptr, alpha_ptr, sigma_ptr, key_ptr, out_ptr, M, chunks, BLOCK: tl.constexpr
 ):
-    cloud, first, i, mask = locate(M, chunks, BLOCK)
+    cloud, first, i, mask = locate(first_sample(key_ptr), M, chunks, BLOCK)
     x = load(x_ptr, i, mask)
     if log_sigma_ptr is not None:
         x += tl.exp(load(log_sigma_ptr, i, mask)) * noise_block(key_ptr, first, 1, BLOCK)
@@ -97,7 +97,7 @@ def _q_sample_bwd_kernel(  # type: ignore[no-untyped-def]
     chunks,
     BLOCK: tl.constexpr,
 ):
-    cloud, first, i, mask = locate(M, chunks, BLOCK)
+    cloud, first, i, mask = locate(first_sample(key_ptr), M, chunks, BLOCK)
     grad = load(grad_ptr, i, mask)
     dx = tl.load(alpha_ptr + cloud).to(tl.float32) * grad
     tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -116,7 +116,7 @@ def _q_sample_bwd_kernel(  # type: ignore[no-untyped-def]
 @op(fake=empty_like)
 def _q_sample_op(x_0: Tensor, log_sigma: Tensor | None, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
     out = empty_like(x_0)
-    launch_elements(_q_sample_fwd_kernel, x_0, x_0, log_sigma, alpha, sigma, key, out)
+    launch_elements(_q_sample_fwd_kernel, x_0, x_0, log_sigma, alpha, sigma, full_key(key), out)
     return out
 
 
@@ -135,7 +135,7 @@ def _q_sample_bwd_op(
     """dx_0, dlog_sigma if there is a ``log_sigma``, and [dalpha, dsigma] (B, 2) if ``scalars``."""
     dx, dlog_sigma = empty_like(x_0), None if log_sigma is None else empty_like(log_sigma)
     partials = empty_partials(x_0, 2) if scalars else None
-    launch_elements(_q_sample_bwd_kernel, x_0, grad, x_0, log_sigma, alpha, key, dx, dlog_sigma, partials)
+    launch_elements(_q_sample_bwd_kernel, x_0, grad, x_0, log_sigma, alpha, full_key(key), dx, dlog_sigma, partials)
     found = (dx, dlog_sigma, None if partials is None else partials.sum(1))
     return [x for x in found if x is not None]
 
@@ -154,7 +154,7 @@ def q_sample(
     x_0: Float[Tensor, "B ..."],
     alpha: Float[Tensor, " B"],
     sigma: Float[Tensor, " B"],
-    key: Int64[Tensor, " 2"],
+    key: Key,
     *,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B ..."]:
@@ -186,7 +186,7 @@ def posterior_q_sample(
     log_sigma: Float[Tensor, "B ..."],
     alpha: Float[Tensor, " B"],
     sigma: Float[Tensor, " B"],
-    key: Int64[Tensor, " 2"],
+    key: Key,
     *,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B ..."]:
@@ -232,7 +232,7 @@ def ancestral_step_reference(
 def _ancestral_step_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr, eps_ptr, coef_x_ptr, coef_eps_ptr, rho_ptr, key_ptr, out_ptr, M, chunks, BLOCK: tl.constexpr
 ):
-    cloud, first, i, mask = locate(M, chunks, BLOCK)
+    cloud, first, i, mask = locate(first_sample(key_ptr), M, chunks, BLOCK)
     coef_x = tl.load(coef_x_ptr + cloud).to(tl.float32)
     coef_eps = tl.load(coef_eps_ptr + cloud).to(tl.float32)
     rho = tl.load(rho_ptr + cloud).to(tl.float32)
@@ -245,7 +245,7 @@ def _ancestral_step_fwd_kernel(  # type: ignore[no-untyped-def]
 def _ancestral_step_bwd_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, coef_x_ptr, coef_eps_ptr, dx_ptr, deps_ptr, M, chunks, BLOCK: tl.constexpr
 ):
-    cloud, _, i, mask = locate(M, chunks, BLOCK)
+    cloud, _, i, mask = locate(0, M, chunks, BLOCK)
     grad = load(grad_ptr, i, mask)
     dx = tl.load(coef_x_ptr + cloud).to(tl.float32) * grad
     deps = -tl.load(coef_eps_ptr + cloud).to(tl.float32) * grad
@@ -256,7 +256,7 @@ def _ancestral_step_bwd_kernel(  # type: ignore[no-untyped-def]
 @op(fake=empty_like)
 def _ancestral_step_op(x_t: Tensor, eps: Tensor, coef_x: Tensor, coef_eps: Tensor, rho: Tensor, key: Tensor) -> Tensor:
     out = empty_like(x_t)
-    launch_elements(_ancestral_step_fwd_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, key, out)
+    launch_elements(_ancestral_step_fwd_kernel, x_t, x_t, eps, coef_x, coef_eps, rho, full_key(key), out)
     return out
 
 
@@ -282,7 +282,7 @@ def ancestral_step(
     coef_x: Float[Tensor, " B"],
     coef_eps: Float[Tensor, " B"],
     rho: Float[Tensor, " B"],
-    key: Int64[Tensor, " 2"],
+    key: Key,
     *,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B ..."]:

@@ -2,10 +2,10 @@
 
     y[i] = x[i] / q  where bits(key, i) >= threshold,  0 elsewhere;     dx by the same formula from dy
 
-``i`` counts the elements in row-major order. Each has 16 bits of ``philox`` (``noise.py``): element i is half i % 8
-of the four words of counter i // 8. The probability is p to the nearest 2^-16, ``threshold = round(2^16 p)``, and
-``q = 1 - threshold 2^-16`` is exactly the share that is kept, so that the expectation is that of x.
-``adagn`` drops out in its own pass by the same bits.
+``i`` counts the elements of the whole batch in row-major order (``noise.py`` on the key's third number). Each has 16
+bits of ``philox`` (``noise.py``): element i is half i % 8 of the four words of counter i // 8. The probability is p to
+the nearest 2^-16, ``threshold = round(2^16 p)``, and ``q = 1 - threshold 2^-16`` is exactly the share that is kept, so
+that the expectation is that of x. ``adagn`` drops out in its own pass by the same bits.
 
 Arithmetic is float32 (float64 in the reference of float64 x), rounded once. 2 s bytes an element of s bytes, forward
 and backward, and about 10 integer instructions.
@@ -14,14 +14,25 @@ Source: Srivastava et al., "Dropout", JMLR 2014; Salmon et al. 2011 for the bits
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_float, upcast, use_triton
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
-from lion_triton.kernels._triton import launch, tl, triton
-from lion_triton.kernels.noise import check_key, philox, philox_words_reference
+from lion_triton.kernels._triton import cdiv, launch, tl, triton
+from lion_triton.kernels.noise import (
+    Key,
+    check_key,
+    counted_reference,
+    first_sample,
+    full_key,
+    philox,
+    philox_words_reference,
+)
 
 _COUNTERS, _WARPS = 128, 4  # of a program: 1024 elements
 
@@ -34,17 +45,20 @@ def keep_threshold(p: float) -> tuple[int, float]:
     return threshold, 65536 / (65536 - threshold)
 
 
-def keep_mask_reference(key: Int64[Tensor, " 2"], numel: int, threshold: int) -> Bool[Tensor, " numel"]:
+def keep_mask_reference(key: Key, shape: Sequence[int], threshold: int) -> Bool[Tensor, " ..."]:
     """Which elements stay."""
-    counters = torch.arange((numel + 7) // 8, device=key.device)
-    halves = torch.stack(philox_words_reference(key, counters, 0), -1).int().view(torch.int16)  # low half first
-    return ((halves ^ -32768) >= threshold - 32768).flatten()[:numel]  # as unsigned numbers
+
+    def block(counters: Tensor) -> Tensor:
+        halves = torch.stack(philox_words_reference(key, counters, 0), -1).int().view(torch.int16)  # low half first
+        return (halves ^ -32768) >= threshold - 32768  # as unsigned numbers
+
+    return counted_reference(shape, key, 8, block)
 
 
-def dropout_reference(x: Float[Tensor, " ..."], p: float, key: Int64[Tensor, " 2"]) -> Float[Tensor, " ..."]:
+def dropout_reference(x: Float[Tensor, " ..."], p: float, key: Key) -> Float[Tensor, " ..."]:
     """Plain PyTorch form of :func:`dropout`."""
     threshold, scale = keep_threshold(p)
-    keep = keep_mask_reference(key, x.numel(), threshold).view(x.shape)
+    keep = keep_mask_reference(key, x.shape, threshold)
     return (upcast(x) * keep * scale).to(x.dtype)
 
 
@@ -83,20 +97,26 @@ def keep_element(key_ptr, i, threshold):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _dropout_kernel(x_ptr, key_ptr, y_ptr, numel, threshold, scale, COUNTERS: tl.constexpr):  # type: ignore[no-untyped-def]
-    first = tl.program_id(0).to(tl.int64) * COUNTERS
-    i = first * 8 + tl.arange(0, 8 * COUNTERS)
+def _dropout_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, key_ptr, y_ptr, numel, per_row, threshold, scale, COUNTERS: tl.constexpr
+):
+    start = first_sample(key_ptr) * per_row
+    first = start // 8 + tl.program_id(0).to(tl.int64) * COUNTERS
+    i = first * 8 - start + tl.arange(0, 8 * COUNTERS)
+    mask = (i >= 0) & (i < numel)
     keep = keep_elements(key_ptr, first + tl.arange(0, COUNTERS), threshold)
-    x = tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i, tl.where(keep, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=i < numel)
+    x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, tl.where(keep, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @op(fake=lambda x, key, p: x.new_empty(x.shape))
 def _dropout_op(x: Tensor, key: Tensor, p: float) -> Tensor:
     y = x.new_empty(x.shape)
-    sizes = (x.numel(), *keep_threshold(p))
-    grid = (triton.cdiv(x.numel(), 8 * _COUNTERS),)
-    launch(_dropout_kernel, grid, x.contiguous(), key.contiguous(), y, *sizes, COUNTERS=_COUNTERS, num_warps=_WARPS)
+    numel, per_row = x.numel(), prod(x.shape[1:])
+    # Rows that start inside a counter may reach seven elements further.
+    grid = (cdiv(numel + (7 if numel and per_row % 8 else 0), 8 * _COUNTERS),)
+    sizes = (numel, per_row, *keep_threshold(p))
+    launch(_dropout_kernel, grid, x.contiguous(), full_key(key), y, *sizes, COUNTERS=_COUNTERS, num_warps=_WARPS)
     return y
 
 
@@ -105,13 +125,11 @@ def _dropout_backward(needs: Needs, grad: Tensor, key: Tensor, p: float) -> Grad
     return (_dropout_op(grad, key, p),)
 
 
-def dropout(
-    x: Float[Tensor, " ..."], p: float, key: Int64[Tensor, " 2"], *, impl: Impl = "auto"
-) -> Float[Tensor, " ..."]:
+def dropout(x: Float[Tensor, " ..."], p: float, key: Key, *, impl: Impl = "auto") -> Float[Tensor, " ..."]:
     """Zero each element with probability ``p`` and scale the others by 1 / (1 - p); a function of the key alone.
 
     x: any shape, any floating dtype, which is also the result's. p: in [0, 1), to the nearest 2^-16; 0 returns x.
-    key: int64 tensor (seed, offset), see ``normal_noise``; not one that noise is made from.
+    key: int64 tensor (seed, offset) or (seed, offset, first), see ``normal_noise``; not one that noise is made from.
     Differentiable in x, any number of times. Deterministic. Triton computes float64 in float32.
     ValueError: p or key of another kind.
     """

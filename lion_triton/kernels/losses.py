@@ -21,7 +21,7 @@ the noise):
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, sums_dtype, upcast, use_triton
@@ -38,7 +38,7 @@ from lion_triton.kernels._elements import (
 )
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import tl, triton
-from lion_triton.kernels.noise import check_key, noise_block, normal_noise_reference
+from lion_triton.kernels.noise import Key, check_key, first_sample, full_key, noise_block, normal_noise_reference
 
 # noise_mse: its op is without the weight, which autograd handles
 
@@ -52,14 +52,14 @@ def noise_mse_reference(pred: Tensor, key: Tensor, weight: Tensor | None = None)
 
 @triton.jit
 def _noise_mse_fwd_kernel(pred_ptr, key_ptr, partial_ptr, M, chunks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    _, first, i, mask = locate(M, chunks, BLOCK)
+    _, first, i, mask = locate(first_sample(key_ptr), M, chunks, BLOCK)
     error = tl.where(mask, noise_block(key_ptr, first, 0, BLOCK) - load(pred_ptr, i, mask), 0.0)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(error * error) / M)
 
 
 @triton.jit
 def _noise_mse_bwd_kernel(grad_ptr, pred_ptr, key_ptr, dpred_ptr, M, chunks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    cloud, first, i, mask = locate(M, chunks, BLOCK)
+    cloud, first, i, mask = locate(first_sample(key_ptr), M, chunks, BLOCK)
     error = load(pred_ptr, i, mask) - noise_block(key_ptr, first, 0, BLOCK)
     dpred = tl.load(grad_ptr + cloud).to(tl.float32) * 2.0 / M * error
     tl.store(dpred_ptr + i, dpred.to(dpred_ptr.dtype.element_ty), mask=mask)
@@ -68,14 +68,14 @@ def _noise_mse_bwd_kernel(grad_ptr, pred_ptr, key_ptr, dpred_ptr, M, chunks, BLO
 @op(fake=empty_sums)
 def _noise_mse_op(pred: Tensor, key: Tensor) -> Tensor:
     partials = empty_partials(pred)
-    launch_elements(_noise_mse_fwd_kernel, pred, pred, key, partials)
+    launch_elements(_noise_mse_fwd_kernel, pred, pred, full_key(key), partials)
     return partials.sum(1).to(sums_dtype(pred))
 
 
 @op(fake=lambda grad, pred, key: empty_like(pred))
 def _noise_mse_bwd_op(grad: Tensor, pred: Tensor, key: Tensor) -> Tensor:
     dpred = empty_like(pred)
-    launch_elements(_noise_mse_bwd_kernel, pred, grad, pred, key, dpred)
+    launch_elements(_noise_mse_bwd_kernel, pred, grad, pred, full_key(key), dpred)
     return dpred
 
 
@@ -86,7 +86,7 @@ def _noise_mse_backward(needs: Needs, grad: Tensor, pred: Tensor, key: Tensor) -
 
 def noise_mse(
     pred: Float[Tensor, "B ..."],
-    key: Int64[Tensor, " 2"],
+    key: Key,
     weight: Float[Tensor, " B"] | None = None,
     *,
     impl: Impl = "auto",
@@ -129,7 +129,7 @@ def gaussian_kl_reference(mu: Tensor, log_sigma: Tensor) -> Tensor:
 
 @triton.jit
 def _gaussian_kl_fwd_kernel(mu_ptr, log_sigma_ptr, partial_ptr, M, chunks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    _, _, i, mask = locate(M, chunks, BLOCK)
+    _, _, i, mask = locate(0, M, chunks, BLOCK)
     mu = load(mu_ptr, i, mask)
     log_sigma = load(log_sigma_ptr, i, mask)  # zeros beyond the cloud have a KL of zero
     tl.store(
@@ -142,7 +142,7 @@ def _gaussian_kl_fwd_kernel(mu_ptr, log_sigma_ptr, partial_ptr, M, chunks, BLOCK
 def _gaussian_kl_bwd_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, mu_ptr, log_sigma_ptr, dmu_ptr, dlog_sigma_ptr, M, chunks, BLOCK: tl.constexpr
 ):
-    cloud, _, i, mask = locate(M, chunks, BLOCK)
+    cloud, _, i, mask = locate(0, M, chunks, BLOCK)
     grad = tl.load(grad_ptr + cloud).to(tl.float32)
     dmu = grad * load(mu_ptr, i, mask)
     dlog_sigma = grad * (tl.exp(2.0 * load(log_sigma_ptr, i, mask)) - 1.0)

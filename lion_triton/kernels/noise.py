@@ -3,6 +3,10 @@
 Element ``i`` of a noise tensor depends only on ``i`` and the key, so a kernel can make the noise where it
 is used and make it again in the backward pass; it is never stored.
 
+A key is (seed, offset, first), or (seed, offset) where ``first`` is 0: the number of the tensor's first row, a sample,
+in a larger batch. Elements are counted from the start of that batch, so that processes that each hold a slice of it
+make the very noise that one process makes for the whole.
+
     x0, x1, x2, x3 = philox(counter = (c mod 2^32, c // 2^32 + stream * 2^24, lo(offset), hi(offset)),
                             key = (lo(seed), hi(seed)))          with c = i // 4
     noise[4c : 4c + 4] = r(x0) cos(x1), r(x0) sin(x1), r(x2) cos(x3), r(x2) sin(x3)
@@ -23,7 +27,7 @@ Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -33,6 +37,8 @@ from torch import Tensor
 from lion_triton.kernels._checks import Impl, check_integer, use_triton
 from lion_triton.kernels._op import op
 from lion_triton.kernels._triton import cdiv, launch, tl, triton
+
+Key = Int64[Tensor, " 2"] | Int64[Tensor, " 3"]
 
 _U32 = 0xFFFFFFFF
 _BLOCK = 256  # counters per program
@@ -70,7 +76,7 @@ def box_muller_reference(radius: Tensor, angle: Tensor) -> Tensor:
 
 def philox_words_reference(key: Tensor, counters: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four uint32 words of each int64 counter, in int64 tensors."""
-    seed, offset = key.unbind()
+    seed, offset = key[0], key[1]
     return philox_reference(
         counters & _U32,
         (counters >> 32) + (stream << 24),
@@ -87,21 +93,58 @@ def noise_block_reference(key: Tensor, counters: Tensor, stream: int) -> Tensor:
     return box_muller_reference(torch.stack((x0, x2), dim=-1), torch.stack((x1, x3), dim=-1)).flatten(1)
 
 
+def counted_reference(shape: Sequence[int], key: Tensor, size: int, block: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor of ``shape`` made by ``block``, which gives ``size`` elements for each counter: (n,) to (n, size)."""
+    numel, per_row = prod(shape), prod(shape[1:])
+    start = full_key(key)[2] * per_row  # elements of the batch before these
+    counters = start // size + torch.arange(-(-numel // size) + (per_row % size > 0), device=key.device)
+    elements = block(counters).flatten()
+    if per_row % size:  # they may start inside a counter
+        elements = elements[start % size + torch.arange(numel, device=key.device)]
+    return elements[:numel].view(tuple(shape))
+
+
 def normal_noise_reference(shape: Sequence[int], key: Tensor, stream: int = 0) -> Tensor:
     """Specification of ``normal_noise``; ``stream`` (0 to 255) picks one of the key's independent draws."""
-    numel = prod(shape)
-    counters = torch.arange((numel + 3) // 4, device=key.device)
-    return noise_block_reference(key, counters, stream).flatten()[:numel].view(tuple(shape))
+    return counted_reference(shape, key, 4, lambda counters: noise_block_reference(key, counters, stream))
 
 
 def check_key(key: Tensor, like: Tensor | None = None) -> None:
     """Raise ``ValueError`` unless ``key`` is a noise key (on the device of ``like``)."""
     if not isinstance(key, Tensor):
         raise ValueError(f"key: expected an int64 tensor (seed, offset), got {type(key).__name__}")
-    if key.dtype != torch.int64 or key.shape != (2,):
-        raise ValueError(f"key: expected an int64 tensor of shape (2,), got {key.dtype} of shape {tuple(key.shape)}")
+    if key.dtype != torch.int64 or key.shape not in ((2,), (3,)):
+        raise ValueError(
+            f"key: expected an int64 tensor of shape (2,) or (3,), got {key.dtype} of shape {tuple(key.shape)}"
+        )
     if like is not None and key.device != like.device:
         raise ValueError(f"key: expected a key on {like.device}, got one on {key.device}")
+
+
+def full_key(key: Key) -> Int64[Tensor, " 3"]:
+    """The key with its third number, contiguous: what kernels read."""
+    return key.contiguous() if len(key) == 3 else torch.cat([key, key.new_zeros(1)])
+
+
+def later_key(key: Key, offset: int | Int64[Tensor, ""]) -> Key:
+    """The key whose offset is ``offset`` further on."""
+    later = key.clone()
+    later[1].add_(offset)
+    return later
+
+
+def key_of_parts(key: Key, parts: int) -> Int64[Tensor, " 3"]:
+    """The key for rows of which each sample has ``parts``, one after the other."""
+    key = full_key(key).clone()
+    key[2].mul_(parts)
+    return key
+
+
+def later_keys(key: Key, offsets: Int64[Tensor, " n"]) -> Int64[Tensor, "n K"]:
+    """A key for each of ``offsets``, so much further on."""
+    later = key.repeat(len(offsets), 1)
+    later[:, 1].add_(offsets)
+    return later
 
 
 @triton.jit
@@ -155,10 +198,17 @@ def noise_block(key_ptr, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):  # t
 
 
 @triton.jit
-def _normal_noise_kernel(key_ptr, out_ptr, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    i = first * 4 + tl.arange(0, 4 * BLOCK)
-    tl.store(out_ptr + i, noise_block(key_ptr, first, 0, BLOCK), mask=i < numel)
+def first_sample(key_ptr):  # type: ignore[no-untyped-def]
+    """The key's third number."""
+    return tl.load(key_ptr + 2)
+
+
+@triton.jit
+def _normal_noise_kernel(key_ptr, out_ptr, numel, per_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = first_sample(key_ptr) * per_row
+    first = start // 4 + tl.program_id(0).to(tl.int64) * BLOCK
+    i = first * 4 - start + tl.arange(0, 4 * BLOCK)
+    tl.store(out_ptr + i, noise_block(key_ptr, first, 0, BLOCK), mask=(i >= 0) & (i < numel))
 
 
 def _empty_noise(shape: list[int], key: Tensor) -> Tensor:
@@ -168,26 +218,31 @@ def _empty_noise(shape: list[int], key: Tensor) -> Tensor:
 @op(fake=_empty_noise)
 def _normal_noise_op(shape: list[int], key: Tensor) -> Tensor:
     out = _empty_noise(shape, key)
-    grid = (cdiv(out.numel(), 4 * _BLOCK),)
-    launch(_normal_noise_kernel, grid, key.contiguous(), out, out.numel(), BLOCK=_BLOCK, num_warps=4)
+    numel, per_row = out.numel(), prod(shape[1:])
+    # Rows that start inside a counter may reach three elements further.
+    grid = (cdiv(numel + (3 if numel and per_row % 4 else 0), 4 * _BLOCK),)
+    launch(_normal_noise_kernel, grid, full_key(key), out, numel, per_row, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
-def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl = "auto") -> Float32[Tensor, " ..."]:
+def normal_noise(shape: Sequence[int], key: Key, *, impl: Impl = "auto") -> Float32[Tensor, " ..."]:
     """Standard normal noise that is a function of the key alone: the very noise the fused ops use.
 
     Args:
         shape: shape of the result; element i, in row-major order, does not depend on it.
         key: int64 tensor (seed, offset) on the device where the noise is wanted. It is never read on the
             host, so a captured CUDA graph draws new noise when the key's contents change. Two keys that
-            differ in the seed or the offset give independent noise.
+            differ in the seed or the offset give independent noise. A third number >= 0 says how many rows of a
+            larger batch, of the same shape behind the first dimension, come before these: (seed, offset, n) gives
+            what rows n and up of that batch get from (seed, offset).
         impl: "auto" (Triton on a GPU, the reference elsewhere), "triton" or "reference".
 
     Returns:
         float32 tensor of ``shape`` without gradient. Deterministic: same key, same bits.
 
     Raises:
-        ValueError: a shape that is not a sequence of sizes >= 0, or a key that is not an int64 tensor of shape (2,).
+        ValueError: a shape that is not a sequence of sizes >= 0, or a key that is not an int64 tensor of shape (2,)
+            or (3,).
     """
     if not isinstance(shape, Sequence):
         raise ValueError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
@@ -198,8 +253,8 @@ def normal_noise(shape: Sequence[int], key: Int64[Tensor, " 2"], *, impl: Impl =
     return _normal_noise_op(sizes, key)
 
 
-def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int64[Tensor, " 2"]:
-    """A fresh noise key (seed, 0) on ``device``, drawn from ``generator`` (None: PyTorch's default one on the CPU)."""
+def new_key(device: torch.device, generator: torch.Generator | None = None) -> Int64[Tensor, " 3"]:
+    """A fresh noise key (seed, 0, 0) on ``device``, drawn from ``generator`` (None: PyTorch's own on the CPU)."""
     source = None if generator is None else generator.device
     seed = torch.randint(2**62, (1,), generator=generator, device=source)
-    return torch.cat([seed, torch.zeros_like(seed)]).to(device)
+    return torch.cat([seed, seed.new_zeros(2)]).to(device)

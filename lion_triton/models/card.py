@@ -29,13 +29,15 @@ NAMES = {
 
 def model_card(about: dict[str, Any], picture: bool, data_licence: str | None) -> ModelCard:
     """The card of the model of which ``config.json`` says ``about``; a section for everything that it does say."""
-    header = ModelCardData(library_name="lion-triton", tags=["3d", "diffusion", "point-cloud", "shape-generation"])
     config = about["config"]
+    tags = ["3d", "diffusion", "point-cloud", "shape-generation", *(["text-to-3d"] if _clip(config) else [])]
+    header = ModelCardData(library_name="lion-triton", tags=tags)
     name = f"LION, {config['preset']}" if config["preset"] else "LION"
     sections = [
         f"# {name}",
         "A hierarchical latent point diffusion model of 3D shapes "
-        "([Zeng et al. 2022](https://arxiv.org/abs/2210.06978)), made with lion-triton.",
+        "([Zeng et al. 2022](https://arxiv.org/abs/2210.06978)), made with lion-triton."
+        + (f" {_conditioned(about)}" if _clip(config) else ""),
         *(["![Held-out shapes, reconstructions and generated shapes](picture.png)"] if picture else []),
         f"## How to use it\n\n{_use(about)}",
         f"## Data\n\n{_data(about, data_licence)}",
@@ -43,6 +45,17 @@ def model_card(about: dict[str, Any], picture: bool, data_licence: str | None) -
         *([f"## Figures\n\n{_figures(about)}"] if "figures" in about or "evaluation" in about else []),
     ]
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _clip(config: dict[str, Any]) -> bool:
+    """Whether it is conditioned on CLIP."""
+    return bool(config["model"]["shape_prior"].get("clip"))
+
+
+def _conditioned(about: dict[str, Any]) -> str:
+    clip = about.get("clip")
+    name = f"`{clip}`" if clip else "a CLIP ViT-B/32 that is not recorded"
+    return f"It is conditioned on CLIP embeddings, of texts or pictures, by {name}."
 
 
 def _use(about: dict[str, Any]) -> str:
@@ -53,10 +66,14 @@ def _use(about: dict[str, Any]) -> str:
     classes = config["model"]["shape_prior"]["num_classes"]
     words = [f"{k}={v!r}" for k, v in given.items()]
     words += [f"labels=torch.arange(4) % {classes}"] if classes else []
+    text, named = _clip(config), about.get("clip") or "FOLDER_OR_ID_OF_CLIP"
+    words += ["clip=clip.expand(4, -1)"] if text else []
     code = [
         *(["import torch"] if classes else []),
+        *(["from lion_triton.clip import CLIP"] if text else []),
         "from lion_triton.models import LION",
         'lion = LION.from_pretrained("FOLDER_OR_ID")',
+        *([f'clip = CLIP("{named}").texts(["a chair"])'] if text else []),
         f"clouds = lion.sample(4, {', '.join(words)})",
     ]
     norm = about["normalization"]
@@ -65,8 +82,12 @@ def _use(about: dict[str, Any]) -> str:
         units = f"data units are clouds * {norm['scale']:.4g} + ({mean})"
     else:
         units = f"clouds are in units of each shape's {norm['kind']}"
-    command = "python -m lion_triton.sample FOLDER --num-samples 16"
-    return f"```python\n{chr(10).join(code)}\n```\n\nThere {units}. The same from a command line: `{command}`."
+    command = "python -m lion_triton.sample FOLDER --num-samples 16" + (' --text "a chair"' if text else "")
+    few = ""
+    if "distilled" in about:
+        counts = ", ".join(map(str, about["distilled"]["steps"]))
+        few = f"\n\nDistilled priors sample in few steps: `sampler='ddim'` with `steps` {counts}, or `--steps`."
+    return f"```python\n{chr(10).join(code)}\n```\n\nThere {units}. The same from a command line: `{command}`.{few}"
 
 
 def _data(about: dict[str, Any], licence: str | None) -> str:

@@ -1,11 +1,16 @@
 """A LION in a folder or on a hub: ``from_pretrained``, ``save_pretrained``, ``push_to_hub``.
 
     FOLDER/config.json         as that of a run: configuration, classes, normalisation; also figures and licences
-    FOLDER/model.safetensors   the weights, those of the priors averaged
+    FOLDER/model.safetensors   the weights, those of the priors averaged; also of priors distilled for few steps
     FOLDER/picture.png         what it generates, where its run drew that
+    FOLDER/embeddings.npz      CLIP embeddings of some training shapes, of a model that is conditioned on them
     FOLDER/README.md           the model card, written from the above
 
-Reading takes JSON and tensors and runs no code. Of a run folder (``lion_triton.runs``) the newest checkpoint is read.
+Reading takes JSON and tensors and runs no code. Of a run folder (``lion_triton.runs``) the newest checkpoint is read,
+and what was distilled from it:
+
+    RUN/distilled/config.json             from which checkpoint, and how
+    RUN/distilled/steps-4.safetensors     both priors for 4 steps; likewise for other numbers of steps
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,7 +34,8 @@ from torch import Tensor
 from lion_triton import __version__
 from lion_triton.models.card import model_card
 
-CONFIG, WEIGHTS, PICTURE = "config.json", "model.safetensors", "picture.png"
+CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "picture.png", "embeddings.npz"
+DISTILLED = "distilled"
 UNKNOWN = "unknown"  # in place of the data, of a model without a run
 P = TypeVar("P", bound="Pretrained")
 
@@ -36,13 +43,14 @@ P = TypeVar("P", bound="Pretrained")
 class Pretrained(PyTorchModelHubMixin):
     """The part of ``LION`` that is about folders and hubs.
 
-    ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates; both of the folder that
-    it was read from.
+    ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates, ``embeddings`` a file of
+    some training shapes' CLIP embeddings; all of the folder that it was read from.
     """
 
     config_type: ClassVar[type]  # a dataclass, the only argument of ``__init__``
     about: dict[str, Any] | None = None
     picture: bytes | None = None
+    embeddings: bytes | None = None
     _saved_dtype: torch.dtype | None = None
 
     @classmethod
@@ -62,7 +70,7 @@ class Pretrained(PyTorchModelHubMixin):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
                 what = "a run folder, a folder written by save_pretrained, or an id as name/model"
                 raise ValueError(f"folder_or_id: expected {what}, got {folder_or_id}")
-            files = [CONFIG, WEIGHTS, PICTURE]
+            files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
         about = read_about(folder)
         try:
@@ -76,9 +84,16 @@ class Pretrained(PyTorchModelHubMixin):
 
     def remember(self, folder: Path) -> None:
         """Keep what the folder of a model or of a run says of it, for ``save_pretrained``."""
+        model: Any = self
         self.about = read_about(folder)
+        if not model.distilled:
+            self.about.pop(DISTILLED, None)
+        elif DISTILLED in self.about:
+            self.about[DISTILLED]["steps"] = list(model.distilled_steps)
         drawn = next((p for p in (folder / PICTURE, folder / "samples" / "overview.png") if p.is_file()), None)
         self.picture = None if drawn is None else drawn.read_bytes()
+        path = folder / EMBEDDINGS
+        self.embeddings = path.read_bytes() if path.is_file() else None
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **options: Any
@@ -109,9 +124,9 @@ class Pretrained(PyTorchModelHubMixin):
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
         _write(save_directory / CONFIG, lambda path: path.write_text(text))
-        if self.picture is not None:
-            picture = self.picture
-            _write(save_directory / PICTURE, lambda path: path.write_bytes(picture))
+        for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
+            if content is not None:
+                _write(save_directory / name, partial(Path.write_bytes, data=content))
         (save_directory / "README.md").unlink(missing_ok=True)  # the mixin writes one where there is none
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
@@ -131,10 +146,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     if about is None:
         raise ValueError(f"folder_or_id: {folder} holds no {CONFIG} of a model or a run")
     further = {"figures": folder / "figures.json", "evaluation": folder / "evaluation" / "evaluation.json"}
+    further[DISTILLED] = folder / DISTILLED / CONFIG
     for name, path in further.items():
         found = _read_json(path)
         if found is not None:
-            about[name] = found if name == "figures" else _essence(found)
+            about[name] = _essence(found) if name == "evaluation" else found
     source = about.get("config", {}).get("data", {}).get("source")
     index = _read_json(Path(source) / "index.json") if source else None
     if index is not None:
@@ -148,19 +164,53 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are none, or none of trained priors yet; a damaged file.
     """
-    paths = [folder / WEIGHTS]
+    paths, distilled = [folder / WEIGHTS], dict[str, Tensor]()
     if not paths[0].is_file():
         checkpoints = sorted((folder / "checkpoints").glob("step-*"))
         if not checkpoints or not (checkpoints[-1] / "ema.safetensors").is_file():
             raise ValueError(f"folder_or_id: {folder} has no trained priors yet")
         paths = [checkpoints[-1] / WEIGHTS, checkpoints[-1] / "ema.safetensors"]
+        distilled = read_distilled(folder, checkpoints[-1].name)
     weights: dict[str, Tensor] = {}
     for path in paths:
-        try:
-            weights |= safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"folder_or_id: {path} is damaged ({' '.join(str(error).split())})") from None
-    return weights
+        weights |= _read_tensors("folder_or_id", path)
+    return weights | distilled
+
+
+def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:
+    """The files of priors that were distilled from a run's checkpoint, by their number of steps.
+
+    Raises:
+        ValueError: a damaged ``config.json``.
+    """
+    about = _read_json(folder / DISTILLED / CONFIG)
+    if about is None or about.get("checkpoint") != checkpoint:
+        return {}
+    return {int(p.stem.removeprefix("steps-")): p for p in (folder / DISTILLED).glob("steps-*.safetensors")}
+
+
+def read_distilled(folder: Path, checkpoint: str) -> dict[str, Tensor]:
+    """The weights of :func:`distilled_files`, by the names that ``LION.load_state_dict`` takes. Says so where there are
+    some, but of another checkpoint.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    files = distilled_files(folder, checkpoint)
+    if not files and any((folder / DISTILLED).glob("steps-*.safetensors")):
+        print(f"{folder / DISTILLED} is of another checkpoint than {checkpoint}: not used")
+    return {
+        f"{DISTILLED}.{steps}.{name}": tensor
+        for steps, path in files.items()
+        for name, tensor in _read_tensors(DISTILLED, path).items()
+    }
+
+
+def _read_tensors(option: str, path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{option}: {path} is damaged ({' '.join(str(error).split())})") from None
 
 
 def _essence(evaluation: dict[str, Any]) -> dict[str, Any]:

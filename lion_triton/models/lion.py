@@ -5,18 +5,19 @@ Shapes: B clouds, N points, Z shape-latent channels, H latent-point channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lion_triton import diffusion
-from lion_triton.diffusion import Schedule
+from lion_triton.diffusion import Schedule, Spacing
 from lion_triton.kernels import normal_noise
-from lion_triton.kernels.noise import new_key
+from lion_triton.kernels.noise import Key, new_key
 from lion_triton.models.hub import Pretrained
 from lion_triton.models.priors import (
     PointPrior,
@@ -64,7 +65,7 @@ class Posterior:
 
 
 @torch.no_grad()
-def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) -> Posterior:
+def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Key) -> Posterior:
     """Encode clouds; z0 is sampled with ``key``, h0 is left as its distribution."""
     plan = vae.plan(points)
     z_mu, z_log_sigma = vae.encode_shape(points, plan)
@@ -72,14 +73,31 @@ def posterior(vae: VAE, points: Float[Tensor, "B N 3"], key: Int[Tensor, " 2"]) 
     return Posterior(z, *vae.encode_points(points, z, plan))
 
 
+class DistilledPriors(nn.Module):
+    """Both priors, distilled for one number of steps, and the guidance that they learned; the samplings by them."""
+
+    guidance: Tensor
+
+    def __init__(self, shape_prior: ShapePrior, point_prior: PointPrior, guidance: float) -> None:
+        super().__init__()
+        self.register_buffer("guidance", torch.tensor(guidance, dtype=torch.float64))
+        self.shape_prior, self.point_prior = copy.deepcopy(shape_prior), copy.deepcopy(point_prior)
+        self.samplings = Samplings()
+
+
 class LION(nn.Module, Pretrained):
     """VAE and priors with one forward process.
 
     The priors work on standardised latents, ``(latent - mean) / std``; the statistics are buffers, set once
     by :meth:`set_latent_statistics` before the priors are trained, and the identity in the published model.
+
+    ``distilled`` holds further priors for few steps of deterministic DDIM, by their number, of models that have such.
+    ``spacing`` is that of DDIM's steps, ``guided`` the guidance that the priors' predictions contain.
     """
 
     config_type = LIONConfig
+    spacing: Spacing = "uniform"
+    guided: float = 0.0
 
     def __init__(self, config: LIONConfig | None = None) -> None:
         super().__init__()
@@ -98,7 +116,39 @@ class LION(nn.Module, Pretrained):
         for name, size in (("z", shape_dim), ("h", point_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self.distilled = nn.ModuleDict()
         self._samplings = Samplings()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; also distilled priors that this model has none of yet."""
+        for steps in sorted({int(name.split(".")[1]) for name in state_dict if name.startswith("distilled.")})[::-1]:
+            if str(steps) not in self.distilled:
+                self.add_distilled(steps, self)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def add_distilled(self, steps: int, teacher: LION, guidance: float = 0.0) -> LION:
+        """Add priors for so many steps, at first the teacher's; returns what :meth:`few_step` will."""
+        self.distilled[str(steps)] = DistilledPriors(teacher.shape_prior, teacher.point_prior, guidance)
+        return self.few_step(steps, guidance=guidance)
+
+    @property
+    def distilled_steps(self) -> dict[int, float]:
+        """The numbers of steps that distilled priors take, and the guidance that each have learned."""
+        distilled: Any = self.distilled
+        return {int(steps): priors.guidance.item() for steps, priors in distilled.items()}
+
+    def few_step(self, steps: int | None, sampler: Sampler = "ddim", eta: float = 0.0, guidance: float = 0.0) -> LION:
+        """This LION with the priors that are distilled for sampling like this, or itself where none are.
+
+        They share all weights but those of the priors.
+        """
+        if sampler != "ddim" or eta or self.distilled_steps.get(steps or 0) != guidance:
+            return self
+        priors: Any = self.distilled[str(steps)]
+        few = copy.copy(self)
+        few._modules = self._modules | dict(priors.named_children()) | {"distilled": nn.ModuleDict()}
+        few._samplings, few.spacing, few.guided = priors.samplings, "trailing", guidance
+        return few
 
     def set_latent_statistics(self, h: Float[Tensor, "S N H"], z: Float[Tensor, "S Z"]) -> None:
         """Standardise by these latents: z per channel; h by a mean per channel, one std for xyz and one per feature."""
@@ -143,7 +193,7 @@ class LION(nn.Module, Pretrained):
         guidance: float = 0.0,
         callback: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "B P 3"]:
-        """Generate clouds.
+        """Generate clouds; by distilled priors where there are such for so many steps of DDIM with ``eta`` 0.
 
         Args:
             num_samples: B, at least 1.
@@ -167,7 +217,7 @@ class LION(nn.Module, Pretrained):
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
-        config, chosen = self.config.diffusion, None
+        config, chosen, lion = self.config.diffusion, None, self.few_step(steps, sampler, eta, guidance)
         if sampler == "ode":
             if config.prediction != "eps":
                 raise ValueError('sampler: "ode" needs a model that predicts eps, this one predicts v')
@@ -175,12 +225,12 @@ class LION(nn.Module, Pretrained):
             chosen = diffusion.ddpm_steps(self.schedule, steps, config.variance)
         elif sampler == "ddim":
             count = default_steps(sampler, config.num_train_timesteps) if steps is None else steps
-            chosen = diffusion.ddim_steps(self.schedule, count, eta)
+            chosen = diffusion.ddim_steps(self.schedule, count, eta, lion.spacing)
         else:
             raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
         if guidance and labels is None and clip is None:
             raise ValueError(f"guidance: needs labels or clip to guide by, got {guidance:g} without either")
-        sampling = self._samplings.get(self, num_samples, num_points, labels, clip, clip_x0, guidance)
+        sampling = lion._samplings.get(lion, num_samples, num_points, labels, clip, clip_x0, guidance)
         return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
 
     def shape_denoiser(
@@ -218,7 +268,7 @@ class LION(nn.Module, Pretrained):
             eps, without = self._eps(prior(x, times, *rest, undescribed, unlabelled), x, times).chunk(2)
             return eps + guidance * (eps - without)
 
-        return guided if guidance else denoise
+        return denoise if guidance in (0, self.guided) else guided
 
     def standardize(self, latents: Latents) -> Latents:
         """Latents as the priors take them."""
@@ -230,6 +280,12 @@ class LION(nn.Module, Pretrained):
 
     def _eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return diffusion.to_eps(prediction, x_t, t, self.schedule, self.config.diffusion.prediction)
+
+
+def keys_per_batch(sampler: Sampler) -> int:
+    """How many noise keys ``LION.sample`` draws from its generator: of each prior's x_T, and of its steps if they have
+    one."""
+    return 2 if sampler == "ode" else 4
 
 
 def default_steps(sampler: Literal["ddpm", "ddim"], num_train_timesteps: int) -> int:

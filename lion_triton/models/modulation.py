@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lion_triton.kernels import adagn
-from lion_triton.kernels.noise import new_key
+from lion_triton.kernels.noise import Key, later_keys, new_key
 
 GROUPS = 8  # of every group normalisation in LION
 
@@ -26,7 +26,7 @@ class Norm(NamedTuple):
     offset: Float[Tensor, "B C"]
     scale: Float[Tensor, "B C"]
     shift: Float[Tensor, "B C"]
-    key: Int64[Tensor, " 2"] | None  # of its dropout
+    key: Key | None  # of its dropout
 
 
 class NormPlace(NamedTuple):
@@ -47,14 +47,13 @@ def normalize(x: Float[Tensor, "B ... C"], norm: Norm, *, dropout: float = 0.0) 
     return adagn(x, scale, shift, None, None, GROUPS, act="silu", offset=offset, dropout=drop, key=key)
 
 
-def layer_keys(count: int) -> Int64[Tensor, "count 2"]:
-    """What to add to a step's key for the dropout of each layer: far from all keys that count up from the step's."""
-    return torch.arange(1, count + 1)[:, None] * torch.tensor([0, 2**40])
+def layer_offsets(count: int) -> Int64[Tensor, " count"]:
+    """How much later than a step's key that of each layer's dropout is: far from all keys that count up from the
+    step's."""
+    return torch.arange(1, count + 1) * 2**40
 
 
-def dropout_key(
-    network: nn.Module, dropout: float, key: Int64[Tensor, " 2"] | None, device: torch.device
-) -> Int64[Tensor, " 2"] | None:
+def dropout_key(network: nn.Module, dropout: float, key: Key | None, device: torch.device) -> Key | None:
     """The key that a network drops out by, a fresh one if it was given none; None where it drops nothing out."""
     if not network.training or not dropout:
         return None
@@ -90,11 +89,11 @@ class Modulation(nn.Module):
                         bound = math.sqrt(3 * 0.1 / (2 * c))  # uniform with variance 0.1 / fan_out of a norm alone
                         rows.uniform_(-bound, bound)
                 self.style.bias.copy_(torch.cat([torch.ones(total), torch.zeros(total)]))
-        self.keys: Tensor
-        self.register_buffer("keys", layer_keys(len(self.channels)), persistent=False)
+        self.key_offsets: Tensor
+        self.register_buffer("key_offsets", layer_offsets(len(self.channels)), persistent=False)
 
     def forward(
-        self, style: Float[Tensor, "B S"] | None, num_clouds: int, key: Int64[Tensor, " 2"] | None = None
+        self, style: Float[Tensor, "B S"] | None, num_clouds: int, key: Key | None = None
     ) -> Iterator[list[Norm]]:
         """The norms of each block, in order. key: of this call's dropout; None for none."""
         if self.style is None:
@@ -103,7 +102,7 @@ class Modulation(nn.Module):
             s, t = self.style(style).chunk(2, dim=-1)
             scale, shift = self.weight * s, self.bias * s + t
         parts = (x.split(self.channels, dim=1) for x in (self.offset.expand(num_clouds, -1), scale, shift))
-        keys = [None] * len(self.channels) if key is None else (key + self.keys).unbind()
+        keys = [None] * len(self.channels) if key is None else later_keys(key, self.key_offsets).unbind()
         norms = iter([Norm(*values) for values in zip(*parts, keys, strict=True)])
         return iter([list(islice(norms, count)) for count in self.blocks])
 

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lion_triton.kernels import dropout
+from lion_triton.kernels.noise import Key, later_keys
 from lion_triton.models.attention import softmax_attention
 from lion_triton.models.layers import SqueezeExcite, sinusoidal_embedding
-from lion_triton.models.modulation import dropout_key, layer_keys
+from lion_triton.models.modulation import dropout_key, layer_offsets
 from lion_triton.models.precision import compute_dtype
 from lion_triton.models.unet import UNet, UNetConfig, published_unet
 
@@ -59,7 +60,8 @@ class ShapePrior(nn.Module):
     """The denoiser of the shape latent, eps(z_t, t): residual MLP blocks without normalisation.
 
     A class embedding is added to the time embedding; a CLIP embedding is projected and concatenated to
-    the hidden state of every block (as published). The label -1 stands for no class: it adds nothing.
+    the hidden state of every block (as published). The label -1 stands for no class and an embedding of zeros for no
+    description: they add nothing.
     """
 
     def __init__(self, config: ShapePriorConfig, shape_dim: int) -> None:
@@ -69,12 +71,12 @@ class ShapePrior(nn.Module):
         self.input = nn.Linear(shape_dim, width)
         self.time_mlp = nn.Sequential(nn.Linear(config.time_dim, hidden), nn.Linear(hidden, width))
         self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
-        self.clip_projection = nn.Linear(CLIP_DIM, width) if config.clip else None
+        self.clip_projection = _clip_projection(width) if config.clip else None
         condition_dim = width if config.clip else 0
         self.blocks = nn.ModuleList(_ShapeBlock(width, condition_dim, config.dropout) for _ in range(config.blocks))
         self.output = nn.Linear(width, shape_dim)
-        self.keys: Tensor
-        self.register_buffer("keys", layer_keys(config.blocks), persistent=False)
+        self.key_offsets: Tensor
+        self.register_buffer("key_offsets", layer_offsets(config.blocks), persistent=False)
 
     def forward(
         self,
@@ -83,7 +85,7 @@ class ShapePrior(nn.Module):
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B Z"]:
         """Predict from a noisy shape latent; ``clip`` or ``label`` exactly where the config asks for it.
 
@@ -91,12 +93,16 @@ class ShapePrior(nn.Module):
         """
         _check_conditions(clip, self.clip_projection is not None, label, self.class_embedding is not None)
         key = dropout_key(self, self.config.dropout, key, z_t.device)
-        keys: Sequence[Tensor | None] = [None] * len(self.blocks) if key is None else (key + self.keys).unbind()
+        keys: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if key is not None:
+            keys = later_keys(key, self.key_offsets).unbind()
         with compute_dtype(self, z_t.device) as dtype:
             time = self.time_mlp(sinusoidal_embedding(t, self.config.time_dim).to(dtype))
             if self.class_embedding is not None:
                 time = time + _of_class(self.class_embedding, label).to(dtype)
-            condition = None if self.clip_projection is None or clip is None else self.clip_projection(clip.to(dtype))
+            condition = None
+            if self.clip_projection is not None and clip is not None:
+                condition = _project_clip(self.clip_projection, clip.to(dtype))
             x = self.input(z_t.to(dtype))
             for block, block_key in zip(self.blocks, keys, strict=True):
                 x = block(x, time, condition, block_key)
@@ -138,7 +144,8 @@ class PointPrior(nn.Module):
     """The denoiser of the latent points given the shape latent, eps(h_t, z0, t).
 
     The style is z0, with a class embedding concatenated to it, or a projected CLIP embedding concatenated
-    and the whole mapped back to Z channels (as published). The label -1 stands for no class: zeros.
+    and the whole mapped back to Z channels (as published). The label -1 stands for no class, an embedding of zeros for
+    no description: zeros in the place of what they are projected to.
     """
 
     def __init__(self, config: PointPriorConfig, point_dim: int, shape_dim: int) -> None:
@@ -148,7 +155,7 @@ class PointPrior(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes, config.class_dim) if config.num_classes else None
         if self.class_embedding is not None:
             style_dim += config.class_dim
-        self.clip_projection = nn.Linear(CLIP_DIM, config.clip_dim) if config.clip else None
+        self.clip_projection = _clip_projection(config.clip_dim) if config.clip else None
         if self.clip_projection is not None:
             self.clip_style = nn.Linear(style_dim + config.clip_dim, style_dim)
         self.network: UNet | PointTransformer
@@ -165,7 +172,7 @@ class PointPrior(nn.Module):
         clip: Float[Tensor, "B 512"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N H"]:
         """Predict from noisy latent points; ``clip`` or ``label`` exactly where the config asks for it.
 
@@ -175,8 +182,8 @@ class PointPrior(nn.Module):
         style = z
         if self.class_embedding is not None:
             style = torch.cat([style, _of_class(self.class_embedding, label).to(style.dtype)], dim=-1)
-        if self.clip_projection is not None:
-            style = self.clip_style(torch.cat([style, self.clip_projection(clip)], dim=-1))
+        if self.clip_projection is not None and clip is not None:
+            style = self.clip_style(torch.cat([style, _project_clip(self.clip_projection, clip)], dim=-1))
         return self.network(h_t, style, t, key=key).float()
 
 
@@ -184,6 +191,19 @@ def _of_class(embedding: nn.Embedding, label: Tensor | None) -> Float[Tensor, "B
     """The embeddings of the labels, zeros for the label -1."""
     assert label is not None
     return embedding(label.clamp_min(0)) * (label >= 0).unsqueeze(-1)
+
+
+def _clip_projection(width: int) -> nn.Linear:
+    """Its first weights suit embeddings of length 1, whose entries are far smaller than those of hidden states."""
+    projection = nn.Linear(CLIP_DIM, width)
+    with torch.no_grad():
+        projection.weight *= CLIP_DIM**0.5
+    return projection
+
+
+def _project_clip(projection: nn.Linear, clip: Float[Tensor, "B 512"]) -> Float[Tensor, "B W"]:
+    """The projections of the embeddings, zeros for an embedding of zeros."""
+    return projection(clip) * clip.any(-1, keepdim=True)
 
 
 def _check_conditions(clip: Tensor | None, takes_clip: bool, label: Tensor | None, takes_label: bool) -> None:
@@ -241,7 +261,7 @@ class PointTransformer(nn.Module):
         style: Float[Tensor, "B S"],
         t: Float[Tensor, " B"],
         *,
-        key: Int[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N H"]:
         with compute_dtype(self, h_t.device) as dtype:
             time = sinusoidal_embedding(t, self.time_dim).to(dtype)

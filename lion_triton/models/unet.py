@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lion_triton.kernels.noise import Key
 from lion_triton.models.attention import Attention, AttentionKind
 from lion_triton.models.layers import MLP, FeaturePropagation, PVConv, SetAbstraction, sinusoidal_embedding
 from lion_triton.models.modulation import Modulation, Norm, NormPlace, dropout_key, keep_apart
@@ -193,7 +194,7 @@ class UNet(nn.Module):
         style: Float[Tensor, "B S"],
         t: Float[Tensor, " B"] | None = None,
         plan: PointPlan | None = None,
-        key: Int64[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N C"]:
         """Run the network; ``plan`` defaults to the plan of x's first three channels, ``key`` to a fresh one.
 
@@ -248,7 +249,7 @@ class PointEncoder(nn.Module):
         self.modulation = _modulation(self, blocks, 0)
 
     def forward(
-        self, x: Float[Tensor, "B N F"], plan: PointPlan | None = None, key: Int64[Tensor, " 2"] | None = None
+        self, x: Float[Tensor, "B N F"], plan: PointPlan | None = None, key: Key | None = None
     ) -> Float[Tensor, "B C"]:
         """Features of the whole cloud; the maximum over the coarsest centres. ``key`` as of :class:`UNet`."""
         if plan is None or not plan.serves(self.geometry):

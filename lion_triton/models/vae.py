@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lion_triton.kernels.noise import Key
 from lion_triton.models.plan import PointPlan, SetAbstractionGeometry, plan_points
 from lion_triton.models.unet import Convolutions, DownLevel, PointEncoder, UNet, UNetConfig, published_unet
 
@@ -85,7 +86,7 @@ class VAE(nn.Module):
         return plan_points(points, self.config.point_encoder.geometry)
 
     def encode_shape(
-        self, points: Float[Tensor, "B N 3"], plan: PointPlan | None = None, *, key: Int64[Tensor, " 2"] | None = None
+        self, points: Float[Tensor, "B N 3"], plan: PointPlan | None = None, *, key: Key | None = None
     ) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
         """``(mu, log_sigma)`` of q(z0|x). ``key``, here and below: of the dropout in training, a fresh one if None."""
         mu, log_sigma = self.shape_head(self.shape_encoder(points, plan, key)).float().chunk(2, dim=-1)
@@ -97,7 +98,7 @@ class VAE(nn.Module):
         z: Float[Tensor, "B Z"],
         plan: PointPlan | None = None,
         *,
-        key: Int64[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> tuple[Float[Tensor, "B N H"], Float[Tensor, "B N H"]]:
         """``(mu, log_sigma)`` of q(h0|x,z0); xyz first, then the features."""
         out = self.point_encoder(points, z, plan=plan, key=key).float()
@@ -112,7 +113,7 @@ class VAE(nn.Module):
         z: Float[Tensor, "B Z"],
         plan: PointPlan | None = None,
         *,
-        key: Int64[Tensor, " 2"] | None = None,
+        key: Key | None = None,
     ) -> Float[Tensor, "B N 3"]:
         """The mean of p(x|h0,z0); one output point for each latent point."""
         return self.config.decoder_scale * self.decoder(h, z, plan=plan, key=key).float() + h[..., :3]

@@ -37,10 +37,10 @@ class Context:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def key(self, stage: Stage, number: int) -> Tensor:
-        """The noise key ``number`` of a stage; every process draws other noise."""
-        seed = (2 * self.config.seed + (stage == "priors")) * 4096 + self.accelerator.process_index
-        return torch.tensor([seed, number], device=self.device)
+    def key(self, stage: Stage, batch_size: int) -> Tensor:
+        """The first noise key of a stage, for this process's part of a batch: noise is the sample's, whoever has it."""
+        seed = (2 * self.config.seed + (stage == "priors")) * 4096
+        return torch.tensor([seed, 0, self.share(range(batch_size)).start], device=self.device)
 
     def share(self, numbers: range) -> range:
         """This process's part of a global batch."""

@@ -29,7 +29,7 @@ class Fault:
         inputs: tensors of the batch.
         output: the innermost module whose output it is, and ``from_input``: whether one of its inputs was it already.
         losses: by name.
-        gradient: the parameter whose it is.
+        gradient: the parameter whose it is, of the module that is nearest to the loss.
         rows: of the first tensor, clouds of the batch, counted from 0; empty if it does not tell.
     """
 
@@ -62,6 +62,7 @@ def find_fault(step: Step, names: nn.Module) -> Fault:
     """
     fault = Fault()
     batch_size = len(next(iter(step.batch.values())))
+    ran: list[str] = []  # modules, innermost first
 
     def note_rows(tensors: list[Tensor]) -> None:
         if not fault.rows:
@@ -70,6 +71,7 @@ def find_fault(step: Step, names: nn.Module) -> Fault:
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            ran.append(name)
             bad = _not_finite(output)
             if bad and not fault.output:
                 fault.output, fault.from_input = name, bool(_not_finite(inputs))
@@ -77,24 +79,19 @@ def find_fault(step: Step, names: nn.Module) -> Fault:
 
         return hook
 
-    def backward(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if not fault.gradient and _not_finite(parameter.grad):
-                fault.gradient = name
-
-        return hook
-
     fault.inputs = [name for name, x in step.batch.items() if _not_finite(x)]
     note_rows([step.batch[name] for name in fault.inputs])
     hooks = [module.register_forward_hook(after(name)) for name, module in names.named_modules() if name]
-    trained = [(name, p) for name, p in names.named_parameters() if p.requires_grad]
-    hooks += [p.register_post_accumulate_grad_hook(backward(name)) for name, p in trained]
     step.optimizer.zero_grad()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks have no hooks inside
             losses = step.losses(step.local)
             fault.losses = [name for name, loss in losses.items() if _not_finite(loss)]
             step.accelerator.backward(losses["loss"])
+        # Not in the order in which gradients are done: casts of weights come in between.
+        last = {name: number for number, name in enumerate(ran)}
+        bad = [name for name, p in names.named_parameters() if _not_finite(p.grad)]
+        fault.gradient = max(bad, key=lambda name: last.get(name.rpartition(".")[0], -1), default="")
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,11 +126,12 @@ def explain(context: Context, stage: Stage, step: Step, batch: Batch, clouds: li
         write_text(path, json.dumps(record, indent=2) + "\n")
     steps = f"step {first}" if in_a_row == 1 else f"steps {first} to {first + in_a_row - 1}"
     largest = ", ".join(f"{norm:.4g} (step {number})" for number, norm in norms.items())
+    kept = f"the weights before are kept in {context.run.folder}; " if first > 1 else ""
     return (
         f"loss: loss or gradient not finite in {steps} of stage {stage}; first at fault: {fault}"
         f"{f', at {_some(at_fault)}' if at_fault else ''}; clouds of the batch: {_some(clouds)}; "
-        f"largest gradient norms before: {largest or 'none'}; whole report: {path}; the weights before "
-        f"are kept in {context.run.folder}; a smaller {stage}.learning-rate or --on-nonfinite skip may help"
+        f"largest gradient norms before: {largest or 'none'}; whole report: {path}; {kept}a smaller "
+        f"{stage}.learning-rate or --on-nonfinite skip may help"
     )
 
 

@@ -33,6 +33,7 @@ from lion_triton.kernels import (
     normal_noise,
     voxel_coords,
 )
+from lion_triton.kernels.noise import Key, full_key, key_of_parts, later_key
 from lion_triton.models.lion import LION, Posterior, posterior
 from lion_triton.models.vae import VAE
 
@@ -79,7 +80,7 @@ def occupancy_loss(
 def vae_loss(
     vae: VAE,
     points: Float[Tensor, "B N 3"],
-    key: Int[Tensor, " 2"],
+    key: Key,
     *,
     kl_coefficient: float | Tensor,
     lambda_z: float,
@@ -92,7 +93,7 @@ def vae_loss(
     z_mu, z_log_sigma = vae.encode_shape(points, plan, key=network_key(key, 1))
     z = z_mu + z_log_sigma.exp() * normal_noise(z_mu.shape, key)
     h_mu, h_log_sigma = vae.encode_points(points, z, plan, key=network_key(key, 2))
-    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, next_key(key))
+    h = h_mu + h_log_sigma.exp() * normal_noise(h_mu.shape, later_key(key, 1))
 
     error = reconstruction_loss(vae.decode(h, z, key=network_key(key, 3)), points, reconstruction).mean()
     kl_z = gaussian_kl(z_mu, z_log_sigma).mean()
@@ -118,11 +119,12 @@ class PriorLoss:
 def prior_loss(
     lion: LION,
     latents: Posterior,
-    key: Int[Tensor, " 2"],
+    key: Key,
     labels: Int[Tensor, " B"] | None = None,
     clip: Float[Tensor, "B 512"] | None = None,
     *,
     shape_draws: int = 1,
+    batch_size: int | None = None,
     drop_condition: float = 0.0,
 ) -> PriorLoss:
     """Weighted eps-MSE of both priors on latents drawn from the posterior.
@@ -130,22 +132,31 @@ def prior_loss(
     Times are uniform on 1..T and stratified over the batch: one offset, evenly spaced, so that a batch sees early and
     late times in equal parts and its loss varies less (low-discrepancy sampling, Kingma et al. 2021, VDM, appendix I).
     ``shape_draws``: times and noises drawn per shape latent; the point prior gets one per cloud.
-    ``drop_condition``: the probability that neither is told a cloud's class (Ho & Salimans 2022, algorithm 1).
+    ``batch_size``: of the whole batch, of which ``latents`` are the clouds from the key's third number on; None: of
+    ``latents``, all that there are.
+    ``drop_condition``: the probability that neither is told a cloud's class or embedding (Ho & Salimans 2022,
+    algorithm 1).
     """
     config, schedule = lion.config.diffusion, lion.schedule
     batch, device = latents.z.shape[0], latents.z.device
-    keys = [key, next_key(key), next_key(next_key(key))]
-    offsets = torch.special.ndtr(normal_noise((2,), keys[0]))  # uniform, from the key like all else in a step
+    batch_size = batch_size or batch
+    draws_key = key_of_parts(key, shape_draws)
+    # Uniform, from the key like all else in a step; one for all of a batch.
+    offsets = torch.special.ndtr(normal_noise((2,), key[:2]))
+    numbers = full_key(key)[2] + torch.arange(batch, device=device)
 
-    def times(count: int, offset: Tensor) -> Tensor:
-        fraction = (torch.arange(count, device=device) + offset) / count
-        return (fraction * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1) + 1
+    def times(numbers: Tensor, count: int, offset: Tensor) -> Tensor:
+        return stratified(numbers, count, schedule.num_train_timesteps, offset) + 1
 
-    t_point, t_shape = times(batch, offsets[0]), times(batch * shape_draws, offsets[1])
+    t_point = times(numbers, batch_size, offsets[0])
+    # Each latent's draws lie far apart.
+    draws = numbers[:, None] + batch_size * torch.arange(shape_draws, device=device)
+    t_shape = times(draws.flatten(), batch_size * shape_draws, offsets[1])
 
-    if drop_condition and labels is not None:
+    if drop_condition:
         dropped = torch.special.ndtr(normal_noise((batch,), network_key(key, 3))) < drop_condition
-        labels = labels.masked_fill(dropped, -1)
+        labels = None if labels is None else labels.masked_fill(dropped, -1)
+        clip = None if clip is None else clip.masked_fill(dropped.unsqueeze(-1), 0)
 
     z = (latents.z - lion.z_mean) / lion.z_std
     h_mu = (latents.h_mu - lion.h_mean) / lion.h_std
@@ -153,32 +164,40 @@ def prior_loss(
     common = (config.prediction, config.weight, config.variance)
 
     def repeat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat(shape_draws, *[1] * (x.ndim - 1))
+        return None if x is None else x.repeat_interleave(shape_draws, 0)
 
     def denoise_shape(z_t: Tensor, t: Tensor) -> Tensor:
-        return lion.shape_prior(z_t, t, repeat(clip), repeat(labels), key=network_key(key, 1))
+        return lion.shape_prior(z_t, t, repeat(clip), repeat(labels), key=network_key(draws_key, 1))
 
-    z_draws = z.repeat(shape_draws, 1)
-    shape = diffusion_loss(denoise_shape, z_draws, t_shape, schedule, keys[1], *common).mean()
+    z_draws = z.repeat_interleave(shape_draws, 0)
+    shape = diffusion_loss(denoise_shape, z_draws, t_shape, schedule, later_key(draws_key, 1), *common).mean()
     point = diffusion_loss(
         lambda h_t, t: lion.point_prior(h_t, t, z, clip, labels, key=network_key(key, 2)),
         (h_mu, h_log_sigma),
         t_point,
         schedule,
-        keys[2],
+        later_key(key, 2),
         *common,
     ).mean()
     return PriorLoss(shape + point, shape, point)
 
 
-def next_key(key: Int[Tensor, " 2"]) -> Int[Tensor, " 2"]:
-    """(seed, offset + 1)."""
-    return key + torch.arange(2, device=key.device)
+def stratified(numbers: Int[Tensor, " B"], count: int, among: int, offset: Float[Tensor, ""]) -> Int[Tensor, " B"]:
+    """Whole numbers in 0..among - 1 for those of ``numbers`` among ``count``, evenly spaced: of ``offset`` uniform in
+    [0, 1) all are as likely."""
+    return ((numbers + offset) / count * among).long().clamp_max(among - 1)
 
 
-def network_key(key: Int[Tensor, " 2"], number: int) -> Int[Tensor, " 2"]:
+def latents_of(vae: VAE, batch: Mapping[str, Tensor], key: Key) -> tuple[Posterior, Key]:
+    """The latents in a batch, or those of its points; and the first key that they leave free."""
+    if "points" in batch:
+        return posterior(vae, batch["points"], key), later_key(key, 1)
+    return Posterior(*(batch[f.name] for f in fields(Posterior))), key
+
+
+def network_key(key: Key, number: int) -> Key:
     """Of the dropout of one of a step's networks: far from the keys of noise, of other steps and other networks."""
-    return key + torch.arange(2, device=key.device) * (number << 52)
+    return later_key(key, number << 52)
 
 
 def kl_coefficient(training: VAETraining, number: Tensor) -> Tensor:
@@ -221,19 +240,18 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: points (B, N, 3) to encode, or the fields of their ``Posterior``; labels (B,) of a model with
-        classes."""
+        classes, clip (B, 512) of one conditioned on CLIP."""
         (lion,) = self._lion
-        if "points" in batch:
-            latents, key = posterior(lion.vae, batch["points"], key), next_key(key)
-        else:
-            latents = Posterior(*(batch[f.name] for f in fields(Posterior)))
+        latents, key = latents_of(lion.vae, batch, key)
         training = self.training_config
         loss = prior_loss(
             lion,
             latents,
             key,
             batch.get("labels"),
+            batch.get("clip"),
             shape_draws=training.shape_draws,
+            batch_size=training.batch_size,
             drop_condition=training.drop_condition,
         )
         return {f.name: getattr(loss, f.name) for f in fields(loss)}

@@ -19,7 +19,7 @@ from lion_triton.devices import autocast, best_device, resolve_precision
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.attention import softmax_operator
 from lion_triton.models.lion import LION, posterior
-from lion_triton.models.priors import TransformerConfig
+from lion_triton.models.priors import CLIP_DIM, TransformerConfig
 from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import Run, Stage, write_text
 from lion_triton.training.objectives import PriorObjective, VAEObjective
@@ -175,6 +175,8 @@ def _measure(lion: LION, config: TrainConfig, stage: Stage, device: torch.device
             batch = {f.name: getattr(latents, f.name) for f in fields(latents)}
         if config.model.shape_prior.num_classes:
             batch["labels"] = torch.zeros(size, dtype=torch.int64, device=device)
+        if config.model.shape_prior.clip:
+            batch["clip"] = torch.ones(size, CLIP_DIM, device=device)
 
     def step() -> None:
         lion.zero_grad()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lion_triton.config import PriorTraining, VAETraining
@@ -63,27 +64,15 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
     if not continued:
         _take_best_vae(context)
     lion.vae.requires_grad_(False).eval()
-    stream = _stream(context, training, config.seed + 1)
     cache = encode_all(context, training.cached_draws) if training.cached_draws else None
     if training.standardize and not continued:
         latents = cache or encode_all(context, 1, STATISTICS_SHAPES)
         noise = normal_noise(latents.h_mu.shape, torch.tensor([config.seed, 0]))
         h = latents.h_mu + latents.h_log_sigma.exp() * noise
         lion.set_latent_statistics(h.flatten(0, 1), latents.z.flatten(0, 1))
-    labels = torch.from_numpy(context.sources.train.labels)
-    conditional = config.model.shape_prior.num_classes > 0
 
     def batches(start: int) -> Iterator[Batch]:
-        samples = _samples(context, training, start)
-        if cache is None:
-            for points, label, _ in read(stream, samples, config.data.workers):
-                yield {"points": points, **({"labels": label} if conditional else {})}
-            return
-        for numbers in samples:
-            index = torch.tensor([stream.shape(i) for i in numbers])
-            draw = torch.tensor([i // len(context.sources.train) % training.cached_draws for i in numbers])
-            latents = {f.name: getattr(cache, f.name)[draw, index] for f in fields(cache)}
-            yield {**latents, **({"labels": labels[index]} if conditional else {})}
+        return prior_batches(context, training, config.seed + 1, cache, start)
 
     objective = PriorObjective(lion, training)
     average = Average(objective, training.ema_decay)
@@ -107,7 +96,8 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    clouds, measure = _names(context, stream, training), prior_measure(context, averaged_weights)
+    clouds = _names(context, _stream(context, training, config.seed + 1), training)
+    measure = prior_measure(context, averaged_weights)
     fit(context, "priors", objective, training, batches, clouds, picture, measure, checkpoint, average)
 
 
@@ -120,6 +110,32 @@ def _take_best_vae(context: Context) -> None:
         found = load_checkpoint(run, best.name, with_optimizer=False)
         assert found is not None
         load_state(context.lion, found.model, run)
+
+
+def prior_batches(
+    context: Context, training: PriorTraining, seed: int, cache: Posterior | None, start: int = 0
+) -> Iterator[Batch]:
+    """What the priors are trained on from step ``start`` on: rows of ``cache``, or clouds where that is None."""
+    stream, samples = _stream(context, training, seed), _samples(context, training, start)
+    labels = torch.from_numpy(context.sources.train.labels)
+    conditional, embeddings = context.config.model.shape_prior.num_classes > 0, context.sources.embeddings
+
+    def conditions(numbers: range, index: Tensor) -> Batch:
+        found = {"labels": labels[index]} if conditional else {}
+        if embeddings is not None:
+            found["clip"] = embeddings.draw(stream.seed, numbers, index.tolist())
+        return found
+
+    if cache is None:
+        read_batches = read(stream, samples, context.config.data.workers)
+        for numbers, (points, _, index) in zip(samples, read_batches, strict=True):
+            yield {"points": points, **conditions(numbers, index)}
+        return
+    for numbers in samples:
+        index = torch.tensor([stream.shape(i) for i in numbers])
+        draw = torch.tensor([i // len(context.sources.train) % training.cached_draws for i in numbers])
+        latents = {f.name: getattr(cache, f.name)[draw, index] for f in fields(cache)}
+        yield {**latents, **conditions(numbers, index)}
 
 
 def _stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_triton.config import PriorTraining, VAETraining
+from lion_triton.kernels.noise import later_key
 from lion_triton.runs import Stage
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
@@ -26,7 +27,8 @@ REMEMBERED = 100  # gradient norms
 class Step:
     """Forward, backward, gradient norm and clipping, Adam, averaged weights.
 
-    Calling it does the next step on ``batch``, which ``load`` fills, and returns the losses and the gradient norm.
+    Calling it does the next step on ``batch``, this process's part, which ``load`` fills. It returns the losses, means
+    over all processes, and the gradient norm.
 
     A step whose loss or gradient is not finite changes no weight, no average and no state of Adam, in any process.
     After ``limit`` such steps in a row nothing changes any more, not even ``number``, however often it is called: the
@@ -49,8 +51,7 @@ class Step:
         device = context.device
         self.accelerator, self.training, self.average = context.accelerator, training, average
         self.number = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_key = context.key(stage, 0)
-        self.next_key = torch.tensor([0, KEYS_PER_STEP], device=device)
+        self.first_key = context.key(stage, training.batch_size)
         self.learning_rate = torch.tensor(training.learning_rate, device=device)
         self.batch: Batch = {}
         self.limit = SKIPPED_IN_A_ROW if context.config.on_nonfinite == "skip" else 1
@@ -93,9 +94,11 @@ class Step:
         self.accelerator.backward(losses["loss"])
         limit = self.training.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), math.inf if limit is None else limit)
-        bad = ~(losses["loss"].detach().isfinite() & norm.isfinite())
+        found = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": norm}
         if self.accelerator.num_processes > 1:
-            bad = self.accelerator.reduce(bad.float(), "sum") > 0
+            means = self.accelerator.reduce(torch.stack([x.double() for x in found.values()]), "mean")
+            found = dict(zip(found, means, strict=True))
+        bad = ~(found["loss"].isfinite() & found["grad_norm"].isfinite())
         ended = self.in_a_row >= self.limit
         self.optimizer.found_inf = (bad | ended).float()  # type: ignore[attr-defined]  # as a GradScaler's: no update
         self.optimizer.step()
@@ -105,12 +108,11 @@ class Step:
         self.in_a_row.copy_(torch.where(ended, self.in_a_row, (self.in_a_row + 1) * bad))
         self.skipped += bad & ~ended
         self.number += ~ended
-        skipped = {"skipped": self.skipped.clone()} if self.limit > 1 else {}
-        return {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": norm, **skipped}
+        return found | ({"skipped": self.skipped.clone()} if self.limit > 1 else {})
 
     def losses(self, objective: nn.Module) -> dict[str, Tensor]:
         """Of the next step."""
-        return objective(self.batch, self.first_key + self.number * self.next_key, self.number)
+        return objective(self.batch, later_key(self.first_key, self.number * KEYS_PER_STEP), self.number)
 
     def failed(self, *, wait: bool) -> bool:
         """Whether so many steps in a row were not finite that none changes anything any more.
@@ -179,7 +181,8 @@ class Average:
         it changed none, so take in nothing."""
         k = done.double()
         decay = ((1 + k) / (10 + k)).clamp_max(self.decay) * (k > 0)  # the first is a copy
-        parameters = list(self.module.parameters())  # not kept: where they are distributed, their memory changes
+        # Not kept: where they are distributed, their memory changes.
+        parameters: list[Tensor] = list(self.module.parameters())
         torch._foreach_lerp_(self.averaged, parameters, [((1 - decay) * ~skip).float()] * len(parameters))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from lion_triton.devices import autocast
 from lion_triton.diffusion import diffusion_loss
 from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
 from lion_triton.models.lion import LION, Posterior, posterior
+from lion_triton.models.priors import CLIP_DIM
 from lion_triton.runs import Stage
 from lion_triton.sample import SampleArguments, generate
 from lion_triton.training import report
@@ -69,19 +70,20 @@ def prior_figures(lion: LION, latents: Posterior, labels: Int[Tensor, " K"] | No
 
     ``shape`` and ``point``: means over clouds and times, ``loss`` their sum. ``shape_1`` to ``shape_4`` and ``point_1``
     to ``point_4``: over the times of one quarter of the schedule, the least noise first; in each every cloud has one
-    time, evenly spaced from cloud to cloud.
+    time, evenly spaced from cloud to cloud. Priors that are conditioned on CLIP are told no words.
     """
     config, schedule, device = lion.config.diffusion, lion.schedule, latents.z.device
     common = (config.prediction, config.weight, config.variance)
     z = (latents.z - lion.z_mean) / lion.z_std
     h = (latents.h_mu - lion.h_mean) / lion.h_std, latents.h_log_sigma - lion.h_std.log()
+    clip = z.new_zeros(len(z), CLIP_DIM) if lion.config.shape_prior.clip else None
     fractions = (torch.arange(len(z), device=device) + 0.5) / len(z)
     figures = dict[str, float]()
     for number, part in enumerate(PARTS):
         t = ((number + fractions) / len(PARTS) * schedule.num_train_timesteps).long() + 1
         keys = [torch.tensor([1, 2 * number + i], device=device) for i in range(2)]
-        shape = diffusion_loss(lambda x, t: lion.shape_prior(x, t, None, labels), z, t, schedule, keys[0], *common)
-        point = diffusion_loss(lambda x, t: lion.point_prior(x, t, z, None, labels), h, t, schedule, keys[1], *common)
+        shape = diffusion_loss(lambda x, t: lion.shape_prior(x, t, clip, labels), z, t, schedule, keys[0], *common)
+        point = diffusion_loss(lambda x, t: lion.point_prior(x, t, z, clip, labels), h, t, schedule, keys[1], *common)
         figures |= {f"shape_{part}": shape.mean().item(), f"point_{part}": point.mean().item()}
     means = {name: sum(figures[f"{name}_{part}"] for part in PARTS) / len(PARTS) for name in ("shape", "point")}
     return {"loss": means["shape"] + means["point"], **means, **figures}
@@ -92,7 +94,7 @@ def sample_figures(context: Context, clouds: Float[Tensor, "K N 3"], labels: Int
     run = context.run
     args = SampleArguments(run.folder, num_samples=len(clouds), sampler="ddim", steps=SAMPLE_STEPS)
     known = labels if run.config.model.shape_prior.num_classes else torch.full_like(labels, -1)
-    made, references = generate(run, context.lion, args, known.cpu().numpy(), "measuring"), clouds.cpu().numpy()
+    made, references = generate(run, context.lion, args, known.cpu().numpy(), title="measuring"), clouds.cpu().numpy()
     sets, references = {"": run.normalization.invert(made)}, run.normalization.invert(references)
     return {
         "1nna_cd": report.one_nna(sets, references)[""],
@@ -115,10 +117,11 @@ def vae_measure(context: Context, objective: VAEObjective) -> Measure | None:
 
 def prior_measure(context: Context, averaged_weights: Callable[[], AbstractContextManager[None]]) -> Measure | None:
     """``prior_figures`` of the run's validation shapes, and now and then ``sample_figures``; None of a run that is not
-    watched. ``averaged_weights``: within it the priors have these."""
-    if not context.watched:
+    watched, or whose priors know nothing without words. ``averaged_weights``: within it the priors have these."""
+    lion = context.lion
+    if not context.watched or (lion.config.shape_prior.clip and not context.config.priors.drop_condition):
         return None
-    (shapes, labels), lion = context.validation(), context.lion
+    shapes, labels = context.validation()
     with autocast(context.config.mixed_precision, context.device):
         latents = posterior(lion.vae, shapes, torch.tensor([2, 0], device=context.device))
 

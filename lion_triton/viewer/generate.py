@@ -65,6 +65,7 @@ class Generator:
         model, settings, label, num_points = self.options()
         if self.made == (int(self.seed.value), settings, label, num_points):
             self.seed.value += 1
+        model = model.few_step(settings)
         lion, seed = model.lion, int(self.seed.value)
         steps: list[Tensor] = []
         end = end_of(model, seed, num_points, label, settings, begin_parts(lambda _: None))
@@ -84,7 +85,10 @@ class Generator:
         shapes = sum(isinstance(x, Given) for x in (a, b))
         progress, parts = self.page.progress("Interpolate"), num_batches(FRAMES) + shapes
         begin = begin_parts(lambda done: progress(done, parts))
-        settings = settings if shapes == 0 else dataclasses.replace(settings, clip_x0=None)
+        if shapes:  # to noise and back again, which distilled priors and clamping do not allow
+            settings = dataclasses.replace(settings, clip_x0=None)
+        else:
+            model = model.few_step(settings)
         ends = ends_of(model, a, b, num_points, None if shapes else label, settings, begin)
         self.made = None
         self.replace(frames(model, *ends, FRAMES, settings, begin), 0, "between")

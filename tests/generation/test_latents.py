@@ -106,7 +106,7 @@ def test_between_classes_predictions_are_blended(lion: LION) -> None:
     ours, theirs = torch.full((3,), 1), torch.full((3,), 4)
     condition = Condition(ours, theirs, torch.tensor([0.0, 0.25, 1.0]))
     t = torch.full((3,), 500)
-    for model in (lambda c: c.shape(lion)(three.z, t), lambda c: c.points(lion, three.z)(three.h, t)):
+    for model in (lambda c: c.shape(lion, 0)(three.z, t), lambda c: c.points(lion, three.z, 0)(three.h, t)):
         found, a, b = (model(c) for c in (condition, Condition(ours), Condition(theirs)))
         torch.testing.assert_close(found[0], a[0])
         torch.testing.assert_close(found[1], 0.75 * a[1] + 0.25 * b[1])

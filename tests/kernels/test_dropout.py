@@ -95,7 +95,7 @@ X = torch.ones(3)
         (lambda: dropout(X, float("nan"), torch.tensor([0, 0])), "dropout: expected a probability in [0, 1), got nan"),
         (
             lambda: dropout(X, 0.5, torch.tensor([0])),
-            "key: expected an int64 tensor of shape (2,), got torch.int64 of shape (1,)",
+            "key: expected an int64 tensor of shape (2,) or (3,), got torch.int64 of shape (1,)",
         ),
     ],
 )

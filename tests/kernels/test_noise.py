@@ -208,7 +208,7 @@ def test_cuda_graph_draws_new_noise() -> None:
         ((2, -1), torch.tensor([0, 0]), "shape: expected an integer >= 0, got -1"),
         ((2,), 7, r"key: expected an int64 tensor \(seed, offset\), got int"),
         ((2,), torch.tensor([0.0, 0.0]), r"key: .* got torch.float32 of shape \(2,\)"),
-        ((2,), torch.tensor([1, 2, 3]), r"key: .* got torch.int64 of shape \(3,\)"),
+        ((2,), torch.tensor([1, 2, 3, 4]), r"key: .* of shape \(2,\) or \(3,\), got torch.int64 of shape \(4,\)"),
     ],
 )
 def test_bad_input(shape: tuple[int, ...], key: Tensor, message: str) -> None:

@@ -135,7 +135,9 @@ def test_what_cannot_be_guided_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^priors.drop-condition: expected a number in \[0, 1\), got 1$"):
         check(replace(config, priors=replace(config.priors, drop_condition=1)))
     untold = replace(config, priors=replace(config.priors, drop_condition=0.0))
-    with pytest.raises(ValueError, match=r"^guidance: needs a model with classes, trained with priors.drop-condition"):
+    with pytest.raises(
+        ValueError, match=r"^guidance: needs a model with classes or CLIP, trained with priors.drop-condition"
+    ):
         check_sampling(replace(config.sampling, guidance=1.0), untold)
     told = replace(config, priors=replace(config.priors, drop_condition=0.1))
     check_sampling(replace(config.sampling, guidance=1.0), told)

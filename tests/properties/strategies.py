@@ -111,7 +111,8 @@ def index(draw: Draw, high: int, *shape: int) -> Tensor:
 
 def noise_key(draw: Draw) -> Tensor:
     bound = 2**63
-    return torch.tensor([draw(st.integers(-bound, bound - 1)), draw(st.integers(-bound, bound - 1))], device=DEVICE)
+    numbers = [draw(st.integers(-bound, bound - 1)), draw(st.integers(-bound, bound - 1))]
+    return torch.tensor(numbers + one_of(draw, [], [size(draw, 0, 2**40)]), device=DEVICE)
 
 
 def spoiled(draw: Draw, arguments: list[Any]) -> list[Any]:

@@ -94,13 +94,15 @@ def test_predictions(draw: Draw) -> str:
 
 @property_of(10)
 def test_timesteps(draw: Draw) -> str:
-    """From T to 1, strictly falling; what cannot be is refused."""
-    arguments = spoiled(draw, [one_of(draw, 1, 2, 10, 1000), size(draw, 0, 1002), one_of(draw, "uniform", "quadratic")])
+    """From T to 1, or as long a step from 0 as the others are, strictly falling; what cannot be is refused."""
+    spacing = one_of(draw, "uniform", "quadratic", "trailing")
+    arguments = spoiled(draw, [one_of(draw, 1, 2, 10, 1000), size(draw, 0, 1002), spacing])
 
     def plain(T: Any, steps: Any, spacing: Any) -> Tensor:
         times = diffusion.timesteps(T, steps, spacing)
         assert len(times) == steps and times.dtype == torch.int64 and times[0] == T
-        assert steps == 1 or (times[-1] == 1 and (times.diff() < 0).all())
+        last = T / steps if spacing == "trailing" else 1
+        assert steps == 1 or (abs(times[-1] - last) <= 0.5 and (times.diff() < 0).all())
         return times
 
     return agree(diffusion.timesteps, plain, arguments)

@@ -17,6 +17,7 @@ from lion_triton import train
 from lion_triton.config import TrainConfig
 from lion_triton.data.procedural import CLASSES
 from lion_triton.data.sources import load_sources
+from lion_triton.devices import resolve_precision
 from lion_triton.models import LION
 from lion_triton.runs import load_model, open_run
 from lion_triton.training import initial, stages
@@ -31,7 +32,8 @@ def config(vae_steps: int, prior_steps: int = 2, decay: Any = "constant") -> Tra
     base = tiny_config()
     vae = replace(base.vae, steps=vae_steps, batch_size=3, learning_rate_decay=decay, kl_start=0.5, kl_end=0.5)
     priors = replace(base.priors, steps=prior_steps, batch_size=3, cached_draws=1, learning_rate_decay=decay)
-    return replace(base, vae=vae, priors=priors, sampling=replace(base.sampling, steps=2), log_every=1)
+    # "auto" as all tests that train: Accelerate knows one precision in a process.
+    return replace(base, vae=vae, priors=priors, log_every=1, mixed_precision="auto")
 
 
 def go(config: TrainConfig, out: Path, stage: Any = "all") -> None:
@@ -108,7 +110,8 @@ def test_a_run_starts_at_the_loss_of_the_other(whole: Path, tmp_path: Path, stag
     (line,) = metrics(tmp_path / "out")
     lion = load_model(open_run(whole))
     run = open_run(tmp_path / "out")
-    context = Context(run, load_sources(first.data, first.evaluate_shapes), Accelerator(cpu=True), lion)
+    accelerator = Accelerator(mixed_precision=resolve_precision("auto", torch.device("cpu")), cpu=True)
+    context = Context(run, load_sources(first.data, first.evaluate_shapes), accelerator, lion)
     losses: list[float] = []
 
     def measure(context: Context, stage: Any, objective: Any, training: Any, batches: Any, *_: Any) -> None:

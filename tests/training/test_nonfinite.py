@@ -19,6 +19,7 @@ from lion_triton import runs, train
 from lion_triton.config import TrainConfig
 from lion_triton.data.clouds import Normalization, TrainingStream
 from lion_triton.data.sources import load_sources
+from lion_triton.devices import resolve_precision
 from lion_triton.runs import Run
 from lion_triton.training import loop, step
 from lion_triton.training.context import Context
@@ -27,13 +28,16 @@ from lion_triton.training.step import SKIPPED_IN_A_ROW, Average, Late, Step
 from tests.cuda_graphs import pretend
 from tests.tiny import tiny_config
 
+CPU = torch.device("cpu")
 AT = 4  # the step at which something is planted, counted from 1; row 1 of its batch
 
 
 def config(**more: Any) -> TrainConfig:
     base = tiny_config()
     vae = replace(base.vae, steps=6, batch_size=3)
-    return replace(base, vae=vae, log_every=100, picture_every=100, checkpoint_every=100, **more)
+    # "auto" as all tests that train: Accelerate knows one precision in a process.
+    free = {"log_every": 100, "picture_every": 100, "checkpoint_every": 100, "mixed_precision": "auto"}
+    return replace(base, vae=vae, **{**free, **more})
 
 
 class BadGradient(torch.autograd.Function):
@@ -154,7 +158,8 @@ class Line(nn.Module):
 
 def make(on_nonfinite: Any = "stop") -> tuple[Step, Line, Average]:
     run = Run(Path(), config(on_nonfinite=on_nonfinite), (), Normalization("box"))
-    context = Context(run, None, Accelerator(cpu=True), None)  # type: ignore[arg-type]
+    accelerator = Accelerator(mixed_precision=resolve_precision("auto", CPU), cpu=True)
+    context = Context(run, None, accelerator, None)  # type: ignore[arg-type]
     objective = Line()
     average = Average(objective, 0.9)
     return Step(context, "vae", objective, run.config.vae, average), objective, average

@@ -93,7 +93,7 @@ def test_a_step_moves_on_and_resumes() -> None:
     place = step.batch["points"].data_ptr()
     coefficients = [step()["kl_coefficient"].item() for _ in range(6)]
     assert coefficients == pytest.approx([1e-7, 0.25, 0.5, 0.75, 1.0, 1.0], abs=1e-6)
-    assert objective.seen == [([2 * 5 * 4096, 4 * i], i) for i in range(6)]
+    assert objective.seen == [([2 * 5 * 4096, 4 * i, 0], i) for i in range(6)]
     saved = {k: v.clone() for k, v in lion.state_dict().items()}
     optimizer = step.optimizer.state_dict()
     # As an older version saved it, or one that ran on another device: a plain number, other flags.
@@ -106,7 +106,7 @@ def test_a_step_moves_on_and_resumes() -> None:
     resumed.resume(6, {"state": state, "param_groups": groups})
     resumed.load(batch)
     assert [resumed()["loss"].item() for _ in range(2)] == losses
-    assert objective.seen == [([2 * 5 * 4096, 4 * i], i) for i in (6, 7)]
+    assert objective.seen == [([2 * 5 * 4096, 4 * i, 0], i) for i in (6, 7)]
 
     step.load({"points": torch.zeros(2, 12, 3)})
     assert step.batch["points"].data_ptr() == place

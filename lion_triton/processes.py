@@ -1,0 +1,77 @@
+"""The processes that torchrun or ``accelerate launch`` starts together to do one command's work.
+
+The launcher tells each its number by RANK, that on its machine by LOCAL_RANK, and how many there are by WORLD_SIZE;
+without these a process is alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from lion_triton.devices import best_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, of how many. The first is the main one: it alone writes and speaks."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """As the launcher says; nothing is connected yet."""
+        told = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        return cls(int(told[0]), int(told[2])) if all(told) else cls()
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Connect those that were launched, each with a GPU of its own, or all on the CPU."""
+        processes = cls.launched()
+        if processes.count > 1:
+            from accelerate import PartialState  # which takes a second to import
+
+            PartialState(cpu=best_device().type == "cpu")
+        return processes
+
+    @property
+    def main(self) -> bool:
+        return self.index == 0
+
+    def mine(self, number: int) -> bool:
+        """Whether the piece of work of this number is this process's: they take turns."""
+        return number % self.count == self.index
+
+    def gathered(self, pieces: list[T]) -> list[T]:
+        """The pieces of all processes, in the order of their numbers, in every process."""
+        if self.count == 1:
+            return pieces
+        of_each: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(of_each, pieces)
+        total = sum(map(len, of_each))
+        return [of_each[number % self.count][number // self.count] for number in range(total)]
+
+    def agreed(self, value: T) -> T:
+        """The main process's value."""
+        return self.gathered([value])[0]
+
+
+ALONE = Processes()
+
+
+def quiet() -> None:
+    """Say nothing from here on but errors: no line on the standard output, and no progress bars."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether this is what a process meets with when another one of its run is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
