@@ -94,11 +94,11 @@ def sample_figures(context: Context, clouds: Float[Tensor, "K N 3"], labels: Int
     run = context.run
     args = SampleArguments(run.folder, num_samples=len(clouds), sampler="ddim", steps=SAMPLE_STEPS)
     known = labels if run.config.model.shape_prior.num_classes else torch.full_like(labels, -1)
-    made, references = generate(run, context.lion, args, known.cpu().numpy(), title="measuring"), clouds.cpu().numpy()
-    sets, references = {"": run.normalization.invert(made)}, run.normalization.invert(references)
+    made = generate(run, context.lion, args, known.cpu().numpy(), title="measuring")
+    sets, references = {"generated": run.normalization.invert(made)}, run.normalization.invert(clouds.cpu().numpy())
     return {
-        "1nna_cd": report.one_nna(sets, references)[""],
-        "thickness": report.thicknesses(sets, references)[""],
+        "1nna_cd": report.one_nna(sets, references)["generated"],
+        "thickness": report.thicknesses(sets, references)["generated"],
     }
 
 
