@@ -233,8 +233,7 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
             save_tensors(checkpoint.ema, partial / "ema.safetensors")
         _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
-        state = {"stage": checkpoint.stage, "step": checkpoint.step, "loss": checkpoint.loss, "ended": checkpoint.ended}
-        state |= {"files": files}
+        state = {name: getattr(checkpoint, name) for name in ("stage", "step", "loss", "ended")} | {"files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         if target.exists():
             _remove(target)

@@ -78,7 +78,7 @@ def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
             )
             for name, seed in PROCEDURAL_SEEDS.items()
         }
-        return Sources(**made)
+        return Sources(made["train"], made["validation"], made["held_out"], made["fresh"])
     root, categories = Path(config.source), config.categories or None
     train = folder_clouds(root, "train", categories)
     others = []

@@ -144,8 +144,9 @@ class Watch:
         self, context: Context, stage: Stage, training: VAETraining | PriorTraining, start: int, measure: Measure
     ) -> None:
         self.context, self.steps, self.measure = context, training.steps, measure
-        annealed = isinstance(training, VAETraining) and training.kl_start != training.kl_end
-        settled = round(training.kl_anneal * training.steps) if annealed else 0
+        settled = 0
+        if isinstance(training, VAETraining) and training.kl_start != training.kl_end:
+            settled = round(training.kl_anneal * training.steps)
         self.curve = Curve.read(context.run, stage, start, settled)
 
     def missed(self, start: int) -> bool:

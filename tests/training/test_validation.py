@@ -24,9 +24,9 @@ from lion_triton.kernels import chamfer_distance, normal_noise, pairwise_chamfer
 from lion_triton.models.lion import DiffusionConfig, Posterior
 from lion_triton.models.vae import Latents
 from lion_triton.runs import load_checkpoint, open_run, vae_trained
-from lion_triton.training import context, loop, stages, validation
+from lion_triton.training import context, loop, report, stages, validation
 from lion_triton.training.curve import Curve
-from lion_triton.training.validation import PERTURBATION, prior_figures, vae_figures
+from lion_triton.training.validation import PERTURBATION, prior_figures, sample_figures, vae_figures
 from tests.tiny import tiny_config, tiny_lion
 
 
@@ -203,6 +203,26 @@ def test_what_a_vae_is_measured_by() -> None:
     nearest = pairwise_chamfer(noise, points).min(1).values
     assert figures["chamfer_normal"] == pytest.approx(4 * nearest.mean().item(), rel=1e-4)
     assert figures["chamfer_perturbed"] < figures["chamfer_normal"]
+
+
+def test_what_generated_shapes_are_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sheets three times as thick as the references, in the model's units."""
+    generator = torch.Generator().manual_seed(0)
+    flat, made = torch.rand(2, 4, 100, 3, generator=generator)
+    flat[..., 2] *= 0.01
+    made[..., 2] *= 0.03
+    asked: list[Any] = []
+
+    def generate(_: Any, lion: Any, args: Any, labels: np.ndarray, title: str) -> np.ndarray:
+        asked.append((args.num_samples, args.steps, labels.tolist()))
+        return made.numpy()
+
+    monkeypatch.setattr(validation, "generate", generate)
+    run = SimpleNamespace(folder=Path(), config=tiny_config(), normalization=Normalization("global", scale=2.0))
+    figures = sample_figures(SimpleNamespace(run=run, lion=None), flat, torch.tensor([0, 3, 1, 1]))  # type: ignore[arg-type]
+    assert asked == [(4, validation.SAMPLE_STEPS, [0, 3, 1, 1])]
+    assert 2 < figures["thickness"] < 3.5
+    assert figures["1nna_cd"] == report.one_nna({"made": 2 * made.numpy()}, 2 * flat.numpy())["made"]
 
 
 def test_shapes_to_choose_by_are_in_no_figure(tmp_path: Path) -> None:
