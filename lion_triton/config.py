@@ -159,6 +159,10 @@ class TrainConfig:
         on_nonfinite: stop at a step whose loss or gradient is not finite, or skip its update (and stop after ten in a
             row).
         log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
+        validate_every: steps from one measurement on validation shapes to the next, by which the best checkpoint is
+            chosen and kept; 0 for none. One also ends each stage.
+        patience: end a stage after so many measurements in a row that were no better than an earlier one; of the VAE
+            the priors are then trained on the best. Default: never.
         evaluate_shapes: clouds in the final figures (generated, and held-out).
     """
 
@@ -177,6 +181,8 @@ class TrainConfig:
     log_every: int = 50
     picture_every: int = 5_000
     checkpoint_every: int = 5_000
+    validate_every: int = 5_000
+    patience: int | None = None
     evaluate_shapes: int = 200
 
 
@@ -246,6 +252,7 @@ def quickstart() -> TrainConfig:
         log_every=10,
         picture_every=1000,
         checkpoint_every=500,
+        validate_every=250,
     )
 
 
@@ -260,6 +267,7 @@ def procedural() -> TrainConfig:
         priors=replace(base.priors, steps=16_000, batch_size=16, ema_decay=0.999, cached_draws=1, drop_condition=0.1),
         distill=replace(base.distill, teacher_steps=32, counts=(8, 4), steps=1600, batch_size=16),
         picture_every=5000,
+        validate_every=300,
     )
 
 
@@ -305,6 +313,7 @@ def furniture() -> TrainConfig:
         vae=replace(base.vae, steps=20_000, batch_size=32, lambda_z=0.01, lambda_h=0.02, kl_end=1.0),
         priors=replace(base.priors, steps=60_000, batch_size=32, ema_decay=0.999, standardize=True),
         sampling=SamplingConfig(sampler="ddim", steps=100),
+        validate_every=1000,
     )
 
 
@@ -371,10 +380,15 @@ def check(config: TrainConfig) -> None:
     at_least |= {name.replace("_", "-"): (getattr(config, name), 1) for name in ("log_every", "picture_every")}
     at_least |= {"checkpoint-every": (config.checkpoint_every, 1), "evaluate-shapes": (config.evaluate_shapes, 2)}
     at_least |= {"priors.cached-draws": (config.priors.cached_draws, 0)}
+    at_least |= {"validate-every": (config.validate_every, 0)}
+    if config.patience is not None:
+        at_least |= {"patience": (config.patience, 1)}
     at_least |= {"priors.shape-draws": (config.priors.shape_draws, 1), "data.num-shapes": (config.data.num_shapes, 1)}
     for name, (value, least) in at_least.items():
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if config.patience is not None and not config.validate_every:
+        raise ValueError(f"patience: counts measurements, of which validate-every 0 makes none, got {config.patience}")
     if config.seed >= 2**31:
         raise ValueError(f"seed: expected less than 2^31, got {config.seed}")
     for stage, t in training.items():

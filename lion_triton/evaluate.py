@@ -48,7 +48,7 @@ from lion_triton.evaluation.sets import (
     open_clouds,
 )
 from lion_triton.processes import ALONE, Processes
-from lion_triton.runs import find_run, open_run
+from lion_triton.runs import BEST, find_run, note_best, open_run
 from lion_triton.sample import SampleArguments, resolved
 
 
@@ -84,7 +84,7 @@ class EvaluateArguments:
         steps: network evaluations per prior; default the run's own.
         eta: DDIM's stochasticity, 0 to 1.
         guidance: w of classifier-free guidance by class; default as the run's configuration.
-        checkpoint: one of the run's, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
         seed: decides the samples and the points drawn.
         batch_size: clouds generated at a time; another one gives other samples.
         out: folder for the results; default RUN/evaluation; for samples the folder evaluation in theirs, or beside
@@ -176,8 +176,9 @@ def evaluate(
     run, references, training = inputs.run, inputs.references, inputs.training
     if run is None and not processes.main:
         return None
-    # A run that goes on has another newest one tomorrow.
-    if run is not None and args.checkpoint is None and not run.run.pretrained:
+    # A run that goes on has another newest one tomorrow, and perhaps another best one.
+    if run is not None and args.checkpoint in (None, BEST) and not run.run.pretrained:
+        note_best(run.run, args.checkpoint)
         args = replace(args, checkpoint=run.checkpoint.name)
         command = [*command, "--checkpoint", run.checkpoint.name] if command else []
     subsets = intervals.num_subsets(inputs.num_samples, len(references))

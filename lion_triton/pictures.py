@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,6 +28,7 @@ from trimesh import Trimesh
 
 Array: TypeAlias = np.ndarray
 Clouds: TypeAlias = Float[Array, "K N 3"] | Float[Tensor, "K N 3"]
+Panel: TypeAlias = tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]  # title, curves by name: x and y
 
 CELL, LABEL, TITLE = 240, 40, 36  # pixels: a cloud's square, the strip for row labels, the strip for titles
 SUPERSAMPLE = 2
@@ -110,6 +111,28 @@ def animate(frames: Clouds, path: str | os.PathLike[str], *, seconds_per_frame: 
         file, format="GIF", save_all=True, append_images=there_and_back[1:], duration=duration, loop=0
     )
     _replace(path, lambda unfinished: unfinished.write_bytes(file.getvalue()))
+
+
+def draw_curves(panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str, mark: float) -> None:
+    """Draw curves over steps side by side to the PNG file ``path``, with a line at the step ``mark`` in every panel.
+
+    A panel whose numbers are all positive and lie far apart gets a logarithmic axis; what is not finite is left out.
+    """
+    figure = Figure(figsize=(3.6 * len(panels), 3.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, size=9, color=INK, parse_math=False)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, (x, y) in curves.items():
+            axes.plot(x, y, marker=".", label=label)
+        values = [v for _, y in curves.values() for v in y if math.isfinite(v)]
+        if values and min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.axvline(mark, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_title(name, size=9, color=INK)
+        axes.set_xlabel("step", size=8)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=7)
+    _replace(path, lambda unfinished: figure.savefig(unfinished, format="png"))
 
 
 def views(cloud: Float[Array, "N 3"], count: int) -> UInt8[Array, "count CELL CELL 3"]:

@@ -5,8 +5,10 @@
     RUN/metrics.jsonl                      one line per logged step
     RUN/tensorboard/                       the same as curves
     RUN/samples/*.png                      pictures
-    RUN/checkpoints/step-<n>/              the newest two: model.safetensors, ema.safetensors (priors),
-                                           optimizer.pt, state.json with every file's size and SHA-256
+    RUN/checkpoints/step-<n>/              the newest two and the best of each stage: model.safetensors,
+                                           ema.safetensors (priors), optimizer.pt, and state.json with every file's
+                                           size and SHA-256, and the loss on validation shapes where it was measured
+    RUN/validation-<stage>.png             what was measured on validation shapes
     RUN/surface/, RUN/encoders/*/          networks trained later, see ``lion_triton.parts``
     RUN/distilled/                         priors for few steps, see ``lion_triton.models.hub``
     RUN/checkpoints/damaged-step-<n>/      one that was found damaged when the run was continued
@@ -44,6 +46,7 @@ from lion_triton.models.lion import LION
 
 Stage = Literal["vae", "priors", "surface", "encoder", "distill"]
 KEPT_CHECKPOINTS = 2
+BEST = "best"  # instead of a checkpoint's name
 SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 
 
@@ -85,28 +88,45 @@ class Run:
         return sorted((self.folder / "checkpoints").glob("step-*"))
 
     def checkpoint(self, name: str | None = None) -> Path | None:
-        """The checkpoint called ``name``, or the newest; None before the first.
+        """The checkpoint called ``name``, the newest, or that which is the ``"best"``; None before the first.
 
         Raises:
-            ValueError: if none is called ``name``.
+            ValueError: if none is called ``name``, or none can be the best.
         """
         folders = {folder.name: folder for folder in self.checkpoints()}
         if name is None:
             return next(reversed(folders.values()), None)
+        if name == BEST:
+            best = self.best("priors") or self.best("vae")
+            if best is None:
+                raise ValueError(f"checkpoint: none of {self.folder} is known as the best, as none was measured")
+            return best
         if name not in folders:
             raise ValueError(f"checkpoint: expected one of {', '.join(folders) or 'none yet'}, got {name}")
         return folders[name]
 
+    def best(self, stage: Stage) -> Path | None:
+        """The checkpoint of a stage with the lowest loss on validation shapes, the first of equals; None if none was
+        measured."""
+        losses = {folder: _measured(folder, stage) for folder in self.checkpoints()}
+        known = {folder: loss for folder, loss in losses.items() if loss is not None}
+        return min(known, key=known.__getitem__, default=None)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Progress of a run: ``step`` steps of ``stage`` are done. ``ema`` is empty in stage 1."""
+    """Progress of a run: ``step`` steps of ``stage`` are done. ``ema`` is empty in stage 1.
+
+    ``loss``: on validation shapes, where it was measured. ``ended``: the stage has run out of patience here.
+    """
 
     stage: Stage
     step: int
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
+    loss: float | None = None
+    ended: bool = False
 
 
 def create_run(
@@ -193,15 +213,15 @@ def check_same_run(run: Run, config: TrainConfig) -> None:
 
 def _without_free_options(config: TrainConfig) -> TrainConfig:
     """The same for all configurations that differ in nothing but what may change when a run is continued."""
-    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop", "distill": DistillTraining()}
-    free |= dict.fromkeys(("log_every", "picture_every", "checkpoint_every"), 1)
+    free: dict[str, Any] = {"compile": "auto", "on_nonfinite": "stop", "patience": None, "distill": DistillTraining()}
+    free |= dict.fromkeys(("log_every", "picture_every", "checkpoint_every", "validate_every"), 1)
     free["data"] = replace(config.data, workers=0)
     free |= {"vae": replace(config.vae, steps=1), "priors": replace(config.priors, steps=1)}  # see training.longer
     return replace(config, **free)
 
 
 def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, whole or not at all, and drop all but the newest two."""
+    """Write a checkpoint, whole or not at all, and drop all but the newest two and the best of each stage."""
     parent = run.folder / "checkpoints"
     target = parent / f"step-{total_step:08d}"
     partial = parent / f".partial-{os.getpid()}"
@@ -214,16 +234,40 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
             save_tensors(checkpoint.ema, partial / "ema.safetensors")
         _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
-        state = {"stage": checkpoint.stage, "step": checkpoint.step, "files": files}
+        state = {name: getattr(checkpoint, name) for name in ("stage", "step", "loss", "ended")} | {"files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         if target.exists():
             _remove(target)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    best = {run.best("vae"), run.best("priors")}
     for old in run.checkpoints()[:-KEPT_CHECKPOINTS]:
-        _remove(old)
+        if old not in best:
+            _remove(old)
     return target
+
+
+def _measured(folder: Path, stage: Stage) -> float | None:
+    """The loss of a checkpoint on validation shapes; None of another stage, or where it was not measured."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        return float(state["loss"]) if state["stage"] == stage else None
+    except (OSError, ValueError, KeyError, TypeError):  # loading it says what is wrong
+        return None
+
+
+def vae_trained(checkpoint: Checkpoint, config: TrainConfig) -> bool:
+    """Whether stage 1 is over."""
+    return checkpoint.stage != "vae" or checkpoint.step == config.vae.steps or checkpoint.ended
+
+
+def note_best(run: Run, name: str | None) -> None:
+    """Say so where the newest checkpoint is taken and another one is the best."""
+    newest, best = run.checkpoint(), run.best("priors")
+    if name is None and newest is not None and best not in (None, newest):
+        assert best is not None
+        print(f"checkpoint: the newest, {newest.name}; the best on validation shapes is {best.name}: --checkpoint best")
 
 
 def _remove(checkpoint: Path) -> None:
@@ -265,6 +309,7 @@ def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool =
     try:
         state = json.loads((folder / "state.json").read_text())
         stage, step, files = state["stage"], int(state["step"]), dict(state["files"])
+        measured = state.get("loss"), bool(state.get("ended"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / "state.json", error) from None
     for name, expected in files.items():
@@ -283,12 +328,12 @@ def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool =
     except (SafetensorError, OSError) as error:
         raise _damaged(folder / "model.safetensors", error) from None
     if not with_optimizer:
-        return Checkpoint(stage, step, model, ema, {})
+        return Checkpoint(stage, step, model, ema, {}, *measured)
     try:
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise _damaged(folder / "optimizer.pt", error) from None
-    return Checkpoint(stage, step, model, ema, optimizer)
+    return Checkpoint(stage, step, model, ema, optimizer, *measured)
 
 
 def load_model(run: Run, name: str | None = None) -> LION:

@@ -28,7 +28,7 @@ from lion_triton.generation.prompts import own_embeddings, read_prompts
 from lion_triton.kernels.noise import new_key
 from lion_triton.models.lion import LION, default_steps, keys_per_batch
 from lion_triton.processes import ALONE, Processes
-from lion_triton.runs import Run, load_model, open_run
+from lion_triton.runs import Run, load_model, note_best, open_run
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SampleArguments:
         clip_model: the CLIP that embeds text and image, a folder or an id on a hub; default: the one of the run's data.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
-        checkpoint: one of the run's, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
 
@@ -103,10 +103,11 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
     prompts = read_prompts(run, args.text, args.image, args.clip_embedding, args.clip_model)
-    newest = processes.agreed(run.checkpoint(args.checkpoint))
+    asked, newest = args.checkpoint, processes.agreed(run.checkpoint(args.checkpoint))
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     if lion is None:
+        note_best(run, asked)
         lion = load_model(run, args.checkpoint).to(best_device())
     record = record_of("sample", args, args.checkpoint, settings) | {"distilled": by_distilled(lion, settings)}
     more, draw, clip = {}, None, None

@@ -30,7 +30,16 @@ from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
-from lion_triton.runs import Run, check_same_run, create_run, load_model, load_state, open_run, set_damaged_aside
+from lion_triton.runs import (
+    Run,
+    check_same_run,
+    create_run,
+    load_model,
+    load_state,
+    open_run,
+    set_damaged_aside,
+    vae_trained,
+)
 from lion_triton.sample import SampleArguments, sample
 from lion_triton.surface.training import train_surface
 from lion_triton.training import report
@@ -125,7 +134,7 @@ def train_stages(args: Arguments, config: TrainConfig, sources: Sources, acceler
     with accelerator.main_process_first():
         checkpoint = set_damaged_aside(run)
     change_steps(run, checkpoint, accelerator)
-    trained = checkpoint is not None and (checkpoint.stage == "priors" or checkpoint.step == config.vae.steps)
+    trained = checkpoint is not None and vae_trained(checkpoint, config)
     if args.stage == "priors" and not trained and not initial_vae:
         raise no_vae(run.folder)
 
@@ -153,6 +162,10 @@ def train_stages(args: Arguments, config: TrainConfig, sources: Sources, acceler
         accelerator.print(f"steps run launch by launch, not as CUDA graphs: {reason}")
 
     context = Context(run, sources, accelerator, lion, stop)
+    if config.validate_every and not context.watched:
+        accelerator.print(
+            f"no checkpoint will be known as the best: {config.data.source} has too few validation shapes"
+        )
     with compiling:
         if args.stage != "priors" and (checkpoint is None or checkpoint.stage == "vae"):
             fit_vae(context, checkpoint)
@@ -192,7 +205,7 @@ def open_or_create(folder: Path, strict: bool, config: TrainConfig, sources: Sou
     """
     continued = (folder / "config.json").exists()
     points = config.data.num_points
-    for clouds in (sources.train, sources.held_out):
+    for clouds in (sources.train, sources.validation, sources.held_out):
         short = check_all(clouds, points, strict, read=not continued)
         if short:
             accelerator.print(f"{short} of {len(clouds)} clouds have fewer than {points} points: points repeat")

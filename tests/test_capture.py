@@ -133,6 +133,7 @@ def run_config(cached_draws: int) -> TrainConfig:
         sampling=replace(config.sampling, steps=4),
         log_every=1,
         checkpoint_every=4,
+        validate_every=0,
         evaluate_shapes=4,
     )
 

@@ -120,6 +120,7 @@ def test_a_run_stays_as_it_was_decided(tmp_path: Path, monkeypatch: pytest.Monke
         vae=replace(config.vae, steps=1, batch_size=2),
         priors=replace(config.priors, steps=1, batch_size=2, cached_draws=1),
         sampling=replace(config.sampling, steps=1),
+        validate_every=0,
         evaluate_shapes=2,
     )
     compiled: list[nn.Module] = []

@@ -23,7 +23,7 @@ from lion_triton.training import loop
 TINY = (
     "--data.num-shapes 10 --data.num-points 130 --evaluate-shapes 6 --log-every 1 --picture-every 100 "
     "--vae.steps 4 --vae.batch-size 4 --priors.steps 4 --priors.batch-size 4 --priors.cached-draws 1 "
-    "--sampling.steps 3 --checkpoint-every 2"
+    "--sampling.steps 3 --checkpoint-every 2 --validate-every 0"
 ).split()
 
 
@@ -352,6 +352,9 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, capsys: 
         "--log-every 0",
         "--checkpoint-every 0",
         "--picture-every 0",
+        "--validate-every -1",
+        "--patience 0",
+        "--patience 3",
         "--seed -1",
         "--data.workers -1",
         "--data.num-points 63",

@@ -38,6 +38,7 @@ def tiny_config(classes: int = len(CLASSES), diffusion: DiffusionConfig | None =
         model=model,
         sampling=SamplingConfig("ddim", 8, clip_x0=5.0),
         mixed_precision="no",
+        validate_every=0,
         evaluate_shapes=5,
     )
 

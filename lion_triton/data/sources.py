@@ -1,7 +1,8 @@
-"""The clouds of a run: for training, held out, and (procedural only) fresh ones of the same generator."""
+"""The clouds of a run: for training, to choose by, held out, and (procedural only) fresh ones of the same generator."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from lion_triton.data.embeddings import Embeddings
 
 PROCEDURAL_POINTS = 2048  # stored per procedural shape; training draws from them
-PROCEDURAL_SEEDS = {"train": 0, "held_out": 1, "fresh": 2}
+PROCEDURAL_SEEDS = {"train": 0, "held_out": 1, "fresh": 2, "validation": 3}
+VALIDATION_SHAPES = 32
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Sources:
-    """``fresh`` is a second held-out set, drawn from the data's own generator: the floor of every comparison.
+    """``validation`` is what checkpoints are compared by, and no figure is of: it may be empty. ``fresh`` is a second
+    held-out set, drawn from the data's own generator: the floor of every comparison.
 
     ``embeddings``: of the training shapes, for priors that are conditioned on CLIP.
     """
 
     train: Clouds
+    validation: Clouds
     held_out: Clouds
     fresh: Clouds | None
     embeddings: Embeddings | None = None
 
 
 def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
-    """Open what ``config`` names. Of a folder without val and test, every tenth training shape is held out.
+    """Open what ``config`` names.
+
+    Of a folder with val and test the latter is held out. Where it has but one of them that is, and where it has neither
+    every tenth training shape; then up to 32 of these, no more than half, become the validation shapes.
 
     Raises:
         ValueError: unknown categories, or a folder without shapes.
@@ -65,20 +72,23 @@ def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
             raise ValueError(f"categories: the procedural shapes take none, got {', '.join(config.categories)}")
         made = {
             name: procedural_clouds(
-                config.num_shapes if name == "train" else evaluate_shapes,
+                {"train": config.num_shapes, "validation": VALIDATION_SHAPES}.get(name, evaluate_shapes),
                 max(PROCEDURAL_POINTS, config.num_points),
                 seed,
             )
             for name, seed in PROCEDURAL_SEEDS.items()
         }
-        return Sources(made["train"], made["held_out"], made["fresh"])
+        return Sources(made["train"], made["validation"], made["held_out"], made["fresh"])
     root, categories = Path(config.source), config.categories or None
     train = folder_clouds(root, "train", categories)
+    others = []
     for split in ("val", "test"):  # some copies of ShapeNet, and small collections, come without val
-        try:
-            return Sources(train, folder_clouds(root, split, categories), None)
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            others.append(folder_clouds(root, split, categories))
+    if len(others) == 2:
+        return Sources(train, others[0], others[1], None)
+    if others:
+        return Sources(train, *_divide(others[0]), None)
     if len(train) < 2:
         raise ValueError(
             f"data.source: expected at least 2 shapes in {root}, one of them to hold out, got {len(train)}"
@@ -86,4 +96,11 @@ def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
     print(f"{root} has no val or test shapes: every tenth training shape is held out")
     held_out = range(0, len(train), 10)
     kept = [i for i in range(len(train)) if i not in held_out]
-    return Sources(train.subset(kept), train.subset(held_out), None)
+    return Sources(train.subset(kept), *_divide(train.subset(held_out)), None)
+
+
+def _divide(clouds: Clouds) -> tuple[Clouds, Clouds]:
+    """Validation shapes, evenly spaced among all, and the others."""
+    count = min(VALIDATION_SHAPES, len(clouds) // 2)
+    chosen = [len(clouds) * (2 * i + 1) // (2 * count) for i in range(count)]
+    return clouds.subset(chosen), clouds.subset([i for i in range(len(clouds)) if i not in chosen])

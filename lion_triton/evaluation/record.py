@@ -245,7 +245,7 @@ def published_rows(references: Clouds, points: tuple[int, int], data_units: bool
         remarks.notes.append(
             f"Published figures are of clouds of {POINTS} points, these of {points[0]} and {points[1]}."
         )
-    if rows and folder.name != "test":  # a run's own held-out shapes are those in val
+    if rows and folder.name != "test":  # a run's own held-out shapes are those in val, where there is no test
         remarks.notes.append(f"Published figures are of the test shapes, these of {folder.name}.")
     return {
         "category": category,

@@ -22,6 +22,7 @@ from lion_triton.runs import (
     load_state,
     save_checkpoint,
     set_damaged_aside,
+    vae_trained,
     write_text,
 )
 from lion_triton.surface.config import SurfaceTraining, surface_config
@@ -154,7 +155,7 @@ def trained_vae(run: Run, device: torch.device) -> tuple[LION, str]:
     """The run's LION, frozen, of which the VAE is trained, and the name of its checkpoint."""
     newest = run.checkpoint()
     checkpoint = load_checkpoint(run, newest.name, with_optimizer=False) if newest is not None else None
-    if newest is None or checkpoint is None or (checkpoint.stage == "vae" and checkpoint.step < run.config.vae.steps):
+    if newest is None or checkpoint is None or not vae_trained(checkpoint, run.config):
         raise ValueError(f"stage: {run.folder} has no trained VAE yet; run --stage vae first")
     lion = LION(run.config.model)
     load_state(lion, checkpoint.model, run)

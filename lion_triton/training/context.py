@@ -9,13 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lion_triton.config import TrainConfig
-from lion_triton.data.clouds import fixed_batch
+from lion_triton.data.clouds import Clouds, fixed_batch
 from lion_triton.data.embeddings import load_embeddings
-from lion_triton.data.sources import Sources, load_sources
+from lion_triton.data.sources import VALIDATION_SHAPES, Sources, load_sources
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, Stage
 from lion_triton.training import report
 from lion_triton.training.stopping import Stop
+
+FEWEST = 2  # validation shapes that say anything
 
 
 def training_sources(config: TrainConfig) -> Sources:
@@ -61,6 +63,19 @@ class Context:
 
     def held_out(self, count: int) -> Tensor:
         """The first ``count`` held-out clouds, normalised; classes in turn where they are known."""
-        clouds, config = self.sources.held_out, self.config.data
-        order = report.in_turn(clouds.labels)[:count]
-        return fixed_batch(clouds, order, config.num_points, self.config.seed, self.run.normalization)
+        return self._fixed(self.sources.held_out, count)[0]
+
+    @property
+    def watched(self) -> bool:
+        """Whether the stages are measured on validation shapes while they train."""
+        return self.config.validate_every > 0 and len(self.sources.validation) >= FEWEST
+
+    def validation(self) -> tuple[Tensor, Tensor]:
+        """The clouds that checkpoints are compared by, likewise, and their labels; on the device."""
+        points, labels = self._fixed(self.sources.validation, VALIDATION_SHAPES)
+        return points.to(self.device), labels.to(self.device)
+
+    def _fixed(self, clouds: Clouds, count: int) -> tuple[Tensor, Tensor]:
+        order, config = report.in_turn(clouds.labels)[:count], self.config.data
+        points = fixed_batch(clouds, order, config.num_points, self.config.seed, self.run.normalization)
+        return points, torch.from_numpy(clouds.labels[order])

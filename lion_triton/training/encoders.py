@@ -161,7 +161,7 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
 
     objective = EncoderObjective(lion, run.config.vae, training)
     with context.stop.listening():
-        fit(context, "encoder", objective, training, batches, clouds, None, checkpoint, state=objective.own_state)
+        fit(context, "encoder", objective, training, batches, clouds, None, None, checkpoint, state=objective.own_state)
     unfinished = checkpoint is None or checkpoint.step < training.steps
     if accelerator.is_main_process and (unfinished or not (encoders.folder / "figures.json").is_file()):
         _finish(open_model(run.folder, name), encoders, sources.held_out)

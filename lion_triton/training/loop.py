@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lion_triton.training.context import Context
 from lion_triton.training.log import Log
 from lion_triton.training.nonfinite import explain
 from lion_triton.training.step import Average, Step
+from lion_triton.training.validation import Measure, Watch
 
 
 def fit(
@@ -28,6 +30,7 @@ def fit(
     batches: Callable[[int], Iterator[Batch]],
     clouds: Callable[[int], list[str]],
     picture: Callable[[int], None] | None,
+    measure: Measure | None,
     checkpoint: Checkpoint | None,
     average: Average | None = None,
     state: Callable[[], Mapping[str, Tensor]] | None = None,
@@ -35,9 +38,10 @@ def fit(
     """Train ``objective`` to the end of its stage, from ``checkpoint`` if that is one of this stage.
 
     ``batches(start)`` yields what the objective trains on in step ``start``, ``start + 1``, ... and nothing but the
-    step's number decides it; ``clouds(start)`` names the clouds of step ``start``, those of all processes. ``state``
-    makes what a checkpoint holds of the model, by default all of LION. The device's results are waited for where they
-    are logged or saved, and nowhere else.
+    step's number decides it; ``clouds(start)`` names the clouds of step ``start``, those of all processes. ``measure``
+    tells how well it does on validation shapes, and changes nothing; None: nobody asks. ``state`` makes what a
+    checkpoint holds of the model, by default all of LION. The device's results are waited for where they are logged,
+    measured or saved, and nowhere else.
 
     Raises:
         ValueError: a loss or a gradient is not finite, or ten in a row are not where they are skipped; the weights
@@ -54,6 +58,8 @@ def fit(
         step, f"the step of stage {stage}", not why_uncaptured(context.device, accelerator.num_processes)
     )
     before = config.vae.steps if stage == "priors" else 0
+    watch = None if measure is None else Watch(context, stage, training, start, measure)
+    accelerator.wait_for_everyone()  # all have read what was measured so far
     log = Log(context.run, before + start) if accelerator.is_main_process else None
     losses: dict[str, Tensor] = {}
     clock, clock_step, saved = time.perf_counter(), start, start
@@ -67,13 +73,31 @@ def fit(
 
     def save(done: int) -> None:
         nonlocal saved
+        if done == saved > start:  # when it was measured
+            return
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             averaged = {} if average is None else average.state_dict()
             model = (state or context.lion.state_dict)()
-            save_checkpoint(context.run, before + done, Checkpoint(stage, done, model, averaged, step.state_dict()))
+            kept = Checkpoint(stage, done, model, averaged, step.state_dict())
+            if watch is not None:
+                kept = replace(kept, loss=watch.curve.loss_at(done), ended=watch.ended)
+            save_checkpoint(context.run, before + done, kept)
         accelerator.wait_for_everyone()
         saved = done
+
+    def validate(done: int) -> None:
+        assert watch is not None
+        objective.eval()
+        try:  # what is measured can be measured again, too
+            with stop.deferred(accelerator.num_processes > 1):
+                watch(done, before + done, log)
+        except (KeyboardInterrupt, SystemExit):
+            save(done)
+            raise
+        objective.train()
+        if watch.curve.steps[watch.curve.best] == done or watch.ended:
+            save(done)
 
     def draw(done: int) -> None:
         if picture is None:
@@ -87,10 +111,14 @@ def fit(
                 objective.eval()
                 picture(before + done)
                 objective.train()
+                if watch is not None:
+                    watch.draw()
             accelerator.wait_for_everyone()
 
     # What is done every so many steps and after the last, in this order.
     tasks = [(config.log_every, write), (config.checkpoint_every, save), (config.picture_every, draw)]
+    if watch is not None:
+        tasks.insert(1, (config.validate_every, validate))
     to_stop = [(config.log_every, write), (1, save)]
 
     objective.train()
@@ -102,7 +130,10 @@ def fit(
         disable=None if accelerator.is_main_process else True,
     )
     with bar, stop.deferred(), nullcontext() if log is None else closing(log.board):
-        for done, batch in enumerate(prefetch(batches(start), context.device), start + 1):
+        if watch is not None and watch.missed(start):
+            validate(start)
+        upcoming = iter(()) if watch is not None and watch.ended else prefetch(batches(start), context.device)
+        for done, batch in enumerate(upcoming, start + 1):
             step.load(batch)
             losses = captured()
             bar.update()
@@ -120,9 +151,16 @@ def fit(
             if stopping:
                 accelerator.print(f"\nstopped after step {done} of stage {stage}; the same command continues")
                 stop.now()
+            if watch is not None and watch.ended:
+                for do in [do for do in (write, draw) if do not in due]:
+                    do(done)
+                accelerator.print(f"\nstage {stage} ends after step {done}: --patience {config.patience} is at its end")
+                break
             if write in due:
                 clock, clock_step = time.perf_counter(), done
         if stop.asked(accelerator):  # while the last step was being saved
             stop.now()
+    if watch is not None:
+        accelerator.print(f"\n{watch.curve.line()}")
     step.optimizer.zero_grad()
     accelerator.free_memory()

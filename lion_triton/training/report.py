@@ -79,7 +79,9 @@ def final(
         **{f"1nna_cd_{name}": value for name, value in accuracies.items()},
         **{f"thickness_{name}": value for name, value in thicknesses(sets, references).items()},
     }
-    record = {"held_out_shapes": count, "points": int(references.shape[1]), **figures}
+    stages: tuple[Stage, ...] = ("vae", "priors")
+    best = {stage: found.name for stage in stages if (found := run.best(stage)) is not None}
+    record = {"held_out_shapes": count, "points": int(references.shape[1]), **figures, "best_checkpoints": best}
     write_text(run.folder / "figures.json", json.dumps(record, indent=2) + "\n")
 
     unit = "data units" if run.normalization.kind == "global" else f"units of the normalised {run.normalization.kind}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -16,7 +17,7 @@ from lion_triton.kernels import normal_noise
 from lion_triton.models.lion import Posterior, posterior
 from lion_triton.pictures import draw_grid
 from lion_triton.reconstruction import reconstruct
-from lion_triton.runs import Checkpoint
+from lion_triton.runs import Checkpoint, load_checkpoint, load_state
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.training import report
 from lion_triton.training.batches import Batch, read
@@ -24,6 +25,7 @@ from lion_triton.training.context import Context
 from lion_triton.training.loop import fit
 from lion_triton.training.objectives import PriorObjective, VAEObjective
 from lion_triton.training.step import Average
+from lion_triton.training.validation import prior_measure, vae_measure
 
 STATISTICS_SHAPES = 512  # enough for the means and standard deviations of the latents
 
@@ -50,16 +52,19 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
 
     context.lion.vae.requires_grad_(True)
     objective = VAEObjective(context.lion, training)
-    fit(context, "vae", objective, training, batches, _names(context, stream, training), picture, checkpoint)
+    clouds, measure = _names(context, stream, training), vae_measure(context, objective)
+    fit(context, "vae", objective, training, batches, clouds, picture, measure, checkpoint)
 
 
 def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
     """Stage 2: both priors on the latents of the frozen VAE."""
     config, lion = context.config, context.lion
     training = config.priors
+    continued = checkpoint is not None and checkpoint.stage == "priors"
+    if not continued:
+        _take_best_vae(context)
     lion.vae.requires_grad_(False).eval()
     cache = encode_all(context, training.cached_draws) if training.cached_draws else None
-    continued = checkpoint is not None and checkpoint.stage == "priors"
     if training.standardize and not continued:
         latents = cache or encode_all(context, 1, STATISTICS_SHAPES)
         noise = normal_noise(latents.h_mu.shape, torch.tensor([config.seed, 0]))
@@ -75,17 +80,36 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         assert checkpoint is not None
         average.load_state_dict(checkpoint.ema)
 
-    def picture(total_step: int) -> None:
+    @contextmanager
+    def averaged_weights() -> Iterator[None]:
         current = {k: v.clone() for k, v in objective.state_dict().items()}
         objective.load_state_dict(average.state_dict())
+        try:
+            yield
+        finally:
+            objective.load_state_dict(current)
+
+    def picture(total_step: int) -> None:
         args = SampleArguments(context.run.folder, num_samples=report.SHOWN)
-        clouds = generate(context.run, lion, args, class_labels(context.run, args))
-        objective.load_state_dict(current)
+        with averaged_weights():
+            clouds = generate(context.run, lion, args, class_labels(context.run, args))
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
     clouds = _names(context, _stream(context, training, config.seed + 1), training)
-    fit(context, "priors", objective, training, batches, clouds, picture, checkpoint, average)
+    measure = prior_measure(context, averaged_weights)
+    fit(context, "priors", objective, training, batches, clouds, picture, measure, checkpoint, average)
+
+
+def _take_best_vae(context: Context) -> None:
+    """If stage 1 ran out of patience, its best VAE, as the last is known to be no better."""
+    run = context.run
+    last, best = load_checkpoint(run, with_optimizer=False), run.best("vae")
+    if last is not None and last.stage == "vae" and last.ended and best is not None:
+        context.accelerator.print(f"the priors are trained on the best VAE, of {best.name}")
+        found = load_checkpoint(run, best.name, with_optimizer=False)
+        assert found is not None
+        load_state(context.lion, found.model, run)
 
 
 def prior_batches(

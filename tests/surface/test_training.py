@@ -146,7 +146,7 @@ def test_the_objective_is_0_at_the_truth_and_falls_as_it_trains(tmp_path: Path) 
 def test_stored_normals_are_read_row_for_row(tmp_path: Path) -> None:
     """A folder of clouds with normals beside them, as of prepared meshes: here of spheres, where both are the same."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 3), ("val", 2)):
+    for split, count in (("train", 3), ("val", 1), ("test", 2)):
         for i in range(count):
             path = tmp_path / "data" / "ball" / split / f"{i}.npy"
             normals_path(path).parent.mkdir(parents=True, exist_ok=True)
