@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lion_triton.config import PriorTraining, VAETraining
+from lion_triton.config import EncoderTraining, PriorTraining, VAETraining
 from lion_triton.data.clouds import Normalization
 from lion_triton.devices import autocast
 from lion_triton.diffusion import diffusion_loss
@@ -141,7 +141,12 @@ class Watch:
     """
 
     def __init__(
-        self, context: Context, stage: Stage, training: VAETraining | PriorTraining, start: int, measure: Measure
+        self,
+        context: Context,
+        stage: Stage,
+        training: VAETraining | PriorTraining | EncoderTraining,
+        start: int,
+        measure: Measure,
     ) -> None:
         self.context, self.steps, self.measure = context, training.steps, measure
         settled = 0
