@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ from lion_triton.pictures import draw_grid
 from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import (
+    SHIPPED,
     Run,
     check_same_run,
     create_run,
@@ -40,7 +42,7 @@ from lion_triton.runs import (
     set_damaged_aside,
     vae_trained,
 )
-from lion_triton.sample import SampleArguments, sample
+from lion_triton.sample import SampleArguments, class_labels, generate, sample
 from lion_triton.surface.training import train_surface
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
@@ -52,6 +54,7 @@ from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
 from lion_triton.training.stopping import Stop
 
+SHIPPED_MODEL, SHIPPED_STEPS = "furniture", 8  # distilled: in a blink
 KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
 
 
@@ -246,6 +249,8 @@ def finish(context: Context) -> None:
     shown = report.SHOWN
     rows = [("held out", references[:shown]), ("reconstruction", rebuilt.points[:shown])]
     rows.append(("generated", samples.points[:shown]))
+    if config.preset == "quickstart":
+        rows.append(("shipped model", shipped_clouds(shown)))
     draw_grid(rows, run.samples / "overview.png")
     fresh = None
     if context.sources.fresh is not None:
@@ -258,6 +263,14 @@ def finish(context: Context) -> None:
         )
         fresh = run.normalization.invert(clouds.numpy())
     report.final(run, rebuilt, samples.points, references, fresh)
+
+
+def shipped_clouds(count: int) -> np.ndarray:
+    """What the model that comes with the package, trained for far longer on more such shapes, makes: (count, P, 3)."""
+    run = open_run(SHIPPED / SHIPPED_MODEL)
+    args = SampleArguments(run.folder, num_samples=count, steps=SHIPPED_STEPS)
+    clouds = generate(run, load_model(run).to(best_device()), args, class_labels(run, args), title="shipped model")
+    return run.normalization.invert(clouds)
 
 
 def parse(args: list[str]) -> Arguments:

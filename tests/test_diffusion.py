@@ -154,7 +154,7 @@ def test_zero_based_times_give_nan() -> None:
         ),
         (lambda: timesteps(10, 0), r"steps: expected 1 to 10 \(the training steps\), got 0"),
         (lambda: timesteps(10, 11), r"steps: expected 1 to 10 \(the training steps\), got 11"),
-        (lambda: timesteps(10, 5, "cubic"), "spacing: expected one of uniform, quadratic, got 'cubic'"),
+        (lambda: timesteps(10, 5, "cubic"), "spacing: expected one of uniform, quadratic, trailing, got 'cubic'"),
         (lambda: to_eps(KEY, KEY, KEY, Schedule(), "x_0"), "kind: expected one of eps, v, got 'x_0'"),
         (
             lambda: ddim(toy_model, random64(0), Schedule(), KEY, eta=1.5),

@@ -243,7 +243,7 @@ def test_samples_and_references_of_a_run_are_in_one_unit(
     scales = [run.normalization.center_and_scale(cloud) for cloud in references]
     seen = np.stack([(x - c) / s for x, (c, s) in zip(whole, scales, strict=True)]).astype(np.float32)
 
-    def perfect(_: object, __: object, args: sample.SampleArguments, labels: np.ndarray, ___: str) -> np.ndarray:
+    def perfect(_: object, __: object, args: sample.SampleArguments, labels: np.ndarray, **___: object) -> np.ndarray:
         np.testing.assert_array_equal(labels, references.labels)
         assert (args.num_samples, args.num_points) == (6, 130)
         return seen
@@ -273,7 +273,7 @@ def test_samples_are_of_the_classes_of_the_references(
     references = layout(layout(tmp_path, clouds(2, 130, 0), category="chair"), clouds(4, 130, 1), category="sofa")
     given = list[str]()
 
-    def generate(_: object, __: object, args: object, labels: np.ndarray, ___: str) -> np.ndarray:
+    def generate(_: object, __: object, args: object, labels: np.ndarray, **___: object) -> np.ndarray:
         given[:] = (CLASSES[label] for label in labels)
         return clouds(len(labels), 130, 2)
 
@@ -291,9 +291,9 @@ def test_a_run_may_go_on_while_it_is_scored(finished: Path, tmp_path: Path, monk
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("evaluation"))
     state = json.loads((run / "checkpoints" / "step-00000008" / "state.json").read_text())
 
-    def generate(*args: Any) -> np.ndarray:
+    def generate(*args: Any, **more: Any) -> np.ndarray:
         (run / "checkpoints" / "step-00000008").rename(run / "checkpoints" / "step-00000010")
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(model, "generate", generate)
     record = score(run, tmp_path / "out", *"--num-samples 2 --emd none".split())
@@ -369,7 +369,7 @@ def test_a_model_that_generates_nan_is_refused(
 ) -> None:
     points = clouds(6, 130, 0)
     points[4, 7, 1] = np.nan
-    monkeypatch.setattr(model, "generate", lambda *_: points)
+    monkeypatch.setattr(model, "generate", lambda *_, **__: points)
     line = fails(capsys, evaluate.main, [str(finished), "--out", str(tmp_path / "out")])
     assert line == "error: samples: expected finite coordinates, got NaN or infinity in cloud 4"
     assert not (tmp_path / "out").exists()

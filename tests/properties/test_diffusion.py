@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lion_triton import diffusion
 from lion_triton.kernels import normal_noise
+from lion_triton.kernels.noise import later_key
 from tests.properties.strategies import Draw, agree, dtype_of, noise_key, one_of, property_of, size, spoiled, tensor
 
 MODEST = ("normal", "grid", "coincident", "tiny")
@@ -137,7 +138,7 @@ def sampled(draw: Draw, name: str) -> str:
             beta_tilde = beta * sigma2_s / sigma2_t
             rho = math.sqrt(beta) if variance == "fixed_large" else eta * math.sqrt(beta_tilde)
             along = math.sqrt(max(sigma2_s - eta**2 * beta_tilde, 0))
-            noise = normal_noise(x.shape, key + torch.tensor([0, i + 1])) * (rho if s else 0)
+            noise = normal_noise(x.shape, later_key(key, i + 1)) * (rho if s else 0)
             x = math.sqrt(abar_s) * x_0 + along * eps + noise
         return x.to(dtype)
 

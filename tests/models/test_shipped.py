@@ -1,0 +1,29 @@
+"""The model that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lion_triton import sample
+from lion_triton.data.procedural import CLASSES
+from lion_triton.runs import SHIPPED, open_run
+
+
+def test_all_shipped_models_are_small() -> None:
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert {path.name for path in files} == {"config.json", "model.safetensors", "picture.png", "README.md"}
+
+
+def test_a_class_is_sampled_by_the_models_name(tmp_path: Path) -> None:
+    run = open_run(Path("furniture"))
+    assert run.classes == tuple(CLASSES)
+    sample.main(["furniture", "--class", "sofa", "--num-samples", "2", "--steps", "4", "--out", str(tmp_path / "out")])
+    clouds = np.load(tmp_path / "out" / "clouds.npz")
+    assert clouds["points"].shape == (2, 1024, 3)
+    assert [run.classes[label] for label in clouds["labels"]] == ["sofa", "sofa"]
+    width, height, depth = np.ptp(clouds["points"], axis=1).T
+    assert (width > height).all() and (width > 0.5).all()  # of sofas, the longest side of which is 1
+    assert (depth < 1.2).all()
