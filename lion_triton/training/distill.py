@@ -45,7 +45,7 @@ from lion_triton.training.batches import prefetch
 from lion_triton.training.context import Context, training_sources
 from lion_triton.training.log import Log
 from lion_triton.training.objectives import latents_of, stratified
-from lion_triton.training.stages import encode_all, prior_batches
+from lion_triton.training.stages import encode_all, prior_batches, training_stream
 from lion_triton.training.step import KEYS_PER_STEP, Average, Step
 
 FIRST_STREAM = 2  # added to the run's seed, and the round to that: the order of shapes. Those before are the stages'
@@ -227,7 +227,8 @@ def train_round(
     captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
     log = Log(replace(run, folder=run.folder / DISTILLED), before)
     bar = tqdm(total=training.steps, desc=f"priors for {steps} steps", unit="step", disable=None)
-    batches = prior_batches(context, settings, run.config.seed + FIRST_STREAM + number, cache)
+    stream = training_stream(context, settings, run.config.seed + FIRST_STREAM + number)
+    batches = prior_batches(context, settings, stream, cache)
     with bar, closing(log.board):
         for done, batch in enumerate(prefetch(batches, context.device), 1):
             step.load(batch)

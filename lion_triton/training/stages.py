@@ -34,7 +34,7 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
     """Stage 1: the hierarchical VAE."""
     config = context.config
     training = config.vae
-    stream = _stream(context, training, config.seed)
+    stream = training_stream(context, training, config.seed)
 
     def batches(start: int) -> Iterator[Batch]:
         for points, _, _ in read(stream, _samples(context, training, start), config.data.workers):
@@ -64,6 +64,7 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
     if not continued:
         _take_best_vae(context)
     lion.vae.requires_grad_(False).eval()
+    stream = training_stream(context, training, config.seed + 1)
     cache = encode_all(context, training.cached_draws) if training.cached_draws else None
     if training.standardize and not continued:
         latents = cache or encode_all(context, 1, STATISTICS_SHAPES)
@@ -72,7 +73,7 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         lion.set_latent_statistics(h.flatten(0, 1), latents.z.flatten(0, 1))
 
     def batches(start: int) -> Iterator[Batch]:
-        return prior_batches(context, training, config.seed + 1, cache, start)
+        return prior_batches(context, training, stream, cache, start)
 
     objective = PriorObjective(lion, training)
     average = Average(objective, training.ema_decay)
@@ -96,7 +97,7 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    clouds = _names(context, _stream(context, training, config.seed + 1), training)
+    clouds = _names(context, stream, training)
     measure = prior_measure(context, averaged_weights)
     fit(context, "priors", objective, training, batches, clouds, picture, measure, checkpoint, average)
 
@@ -113,10 +114,10 @@ def _take_best_vae(context: Context) -> None:
 
 
 def prior_batches(
-    context: Context, training: PriorTraining, seed: int, cache: Posterior | None, start: int = 0
+    context: Context, training: PriorTraining, stream: TrainingStream, cache: Posterior | None, start: int = 0
 ) -> Iterator[Batch]:
     """What the priors are trained on from step ``start`` on: rows of ``cache``, or clouds where that is None."""
-    stream, samples = _stream(context, training, seed), _samples(context, training, start)
+    samples = _samples(context, training, start)
     labels = torch.from_numpy(context.sources.train.labels)
     conditional, embeddings = context.config.model.shape_prior.num_classes > 0, context.sources.embeddings
 
@@ -138,7 +139,8 @@ def prior_batches(
         yield {**latents, **conditions(numbers, index)}
 
 
-def _stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:
+def training_stream(context: Context, training: VAETraining | PriorTraining, seed: int) -> TrainingStream:
+    """The samples of a whole stage; ``seed`` decides their order and their points."""
     data, total = context.config.data, training.steps * training.batch_size
     return TrainingStream(
         context.sources.train, context.run.normalization, data.num_points, total, seed, data.draw_from
