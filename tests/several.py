@@ -15,7 +15,7 @@ from typing import Any
 from lion_triton import sample, train
 from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining
 from lion_triton.models.unet import UNetConfig
-from lion_triton.training import loop, step
+from lion_triton.training import loop, step, validation
 from tests.tiny import tiny_config
 
 STEPS = 20  # of each stage
@@ -42,6 +42,7 @@ def small() -> TrainConfig:
         log_every=1,
         checkpoint_every=1000,
         picture_every=1000,
+        validate_every=STEPS // 2,
     )
 
 
@@ -56,6 +57,7 @@ def train_small(out: Path, stop_at: int | None = None) -> None:
 
     PRESETS["small"] = small
     train.finish = lambda context: None
+    validation.SAMPLE_STEPS = 2
     loop.Log.write = write_and_stop  # type: ignore[method-assign]
     train.main(["small", "--out", str(out)])
 
