@@ -17,7 +17,7 @@ from tests import fresh
 
 def test_every_kernel_compiles_without_spills() -> None:
     """For one GPU and bfloat16; ``make census`` does it for all."""
-    result = fresh.python("-m", "lion_triton.kernels.census", "sm_90", "--check", "--dtype", "bfloat16")
+    result = fresh.python("-m", "lion_triton.kernels.census", "sm_90", "--check", "--brief", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -57,7 +57,7 @@ sys.exit(census.main())
 def test_spills_and_too_much_shared_memory_fail_the_check(tmp_path: Path, check: bool) -> None:
     script = tmp_path / "script.py"
     script.write_text(SPILLING)
-    result = fresh.python(str(script), "sm_90", *["--check"] * check)
+    result = fresh.python(str(script), "sm_90", *["--check", "--brief"] * check)
     assert result.returncode == (1 if check else 0), result.stderr
     faults = result.stderr.strip().splitlines()
     assert any("sm_90 greedy_kernel" in line and "accesses to spilled registers" in line for line in faults)
