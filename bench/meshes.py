@@ -26,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
+from lion_triton.data.sources import load_sources
 from lion_triton.runs import load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.surface import Mesher
@@ -33,7 +34,7 @@ from lion_triton.surface.meshing import RESOLUTION
 from lion_triton.surface.quality import mesh_quality
 from lion_triton.surface.shapes import held_out_shapes
 from lion_triton.surface.storage import load_surface
-from lion_triton.surface.training import normalized, rebuild
+from lion_triton.training.surface import normalized, rebuild
 
 NEIGHBORS = 10
 Make = Callable[[np.ndarray], trimesh.Trimesh]
@@ -51,7 +52,8 @@ class Case:
 def reconstructions(folder: Path, count: int) -> list[Case]:
     """Held-out shapes through the run's VAE, in data units where the normalisation can be inverted."""
     run = open_run(folder)
-    lion, shapes = load_model(run), held_out_shapes(run)
+    lion = load_model(run)
+    shapes = held_out_shapes(run, load_sources(run.config.data, run.config.evaluate_shapes))
     cases = []
     for i in range(count):
         drawn, normals = shapes.draw(i, 8192, 0)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from lion_triton.devices import best_device
 
 T = TypeVar("T")
+MEETING_SECONDS = 50  # from the first that comes to the last; what they import takes them about as long
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,33 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Connect those that were launched, each with a GPU of its own, or all on the CPU."""
+        """Connect those that were launched, each with a GPU of its own, or all on the CPU.
+
+        Raises:
+            ValueError: one does not come.
+        """
         processes = cls.launched()
         if processes.count > 1:
             from accelerate import PartialState  # which takes a second to import
 
+            store = processes._met()
             PartialState(cpu=best_device().type == "cpu")
+            del store  # not before: it may be the one that all meet in
         return processes
+
+    def _met(self) -> torch.distributed.Store:
+        """Where all have come to. Connecting would wait for 30 minutes for one that has died on another machine."""
+        limit = timedelta(seconds=MEETING_SECONDS)
+        try:
+            store, *_ = next(rendezvous("env://", timeout=limit))
+            store.set(f"lion_triton/{self.index}", "")
+            store.wait([f"lion_triton/{index}" for index in range(self.count)], limit)
+        except torch.distributed.DistError:
+            raise ValueError(
+                f"processes: expected {self.count} to meet, but not all came within {MEETING_SECONDS} s; the error of "
+                "one that is missing, above or on its machine, says why"
+            ) from None
+        return store
 
     @property
     def main(self) -> bool:

@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -36,11 +35,12 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_triton import __version__
 from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
+from lion_triton.models.files import partial_of, save_tensors, write_whole
 from lion_triton.models.hub import CONFIG, DISTILLED, EMBEDDINGS, WEIGHTS, distilled_files, read_distilled
 from lion_triton.models.lion import LION
 
@@ -142,7 +142,7 @@ def create_run(
         ValueError: if the folder holds something else than a run.
     """
     path = folder / CONFIG
-    ours = {_partial(path)}  # of a process that was killed
+    ours = {partial_of(path)}  # of a process that was killed
     if folder.is_file() or (folder.is_dir() and set(folder.iterdir()) - ours):
         raise ValueError(f"out: {folder} exists and is not a run folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,22 +370,17 @@ def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
     return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")} | distilled
 
 
-def load_state(lion: LION, state: Mapping[str, Tensor], run: Run) -> None:
-    """Load weights, or say in one line which do not fit."""
+def load_state(module: nn.Module, state: Mapping[str, Tensor], run: Run) -> None:
+    """Load weights of the run, or of a part of it, or say in one line which do not fit."""
     try:
-        lion.load_state_dict(dict(state))
+        module.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ValueError(f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})") from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = _partial(path)
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def append_text(path: Path, text: str) -> None:
@@ -399,24 +394,6 @@ def append_text(path: Path, text: str) -> None:
         except OSError as error:
             os.truncate(path, size)
             raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file whole or not at all; what the disk has to say against it is an ``OSError``."""
-    on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    partial = _partial(path)
-    try:
-        safetensors.torch.save_file(on_cpu, partial)
-        os.replace(partial, path)
-    except SafetensorError as error:  # is no OSError, though it has one's number in its words
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _save_pickle(content: dict[str, Any], path: Path) -> None:

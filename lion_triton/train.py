@@ -43,7 +43,7 @@ from lion_triton.runs import (
     vae_trained,
 )
 from lion_triton.sample import SampleArguments, class_labels, generate, sample
-from lion_triton.surface.training import train_surface
+from lion_triton.surface import SurfaceTraining
 from lion_triton.training import report
 from lion_triton.training.compiling import check_compiler, compile_bar, compile_blocks, whether_to_compile
 from lion_triton.training.context import Context, training_sources
@@ -53,6 +53,7 @@ from lion_triton.training.initial import initial_weights
 from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
 from lion_triton.training.stopping import Stop
+from lion_triton.training.surface import train_surface
 
 SHIPPED_MODEL, SHIPPED_STEPS = "furniture", 8  # distilled: in a blink
 KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
@@ -93,22 +94,9 @@ def train(args: Arguments) -> None:
     Raises:
         ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite.
     """
-    if args.stage == "surface":
-        if (count := Processes.launched().count) > 1:
-            raise ValueError(f"stage: surface trains in one process, got {count}")
-        train_surface(open_run(run_folder(args)), device=best_device())
-        return
-    if args.stage == "encoder":
-        run = open_run(run_folder(args))
-        free = {name: getattr(args.config, name) for name in ("log_every", "checkpoint_every", "on_nonfinite")}
-        config = replace(run.config, **free)
-        train_encoders(replace(run, config=config), args.encoder, start_processes(config))
-        return
-    if args.stage == "distill":
-        run = open_run(run_folder(args))
-        if run.config.preset != args.config.preset:  # whose settings of distill these are
-            raise ValueError(f"preset: {run.folder} is a run of {run.config.preset}, got {args.config.preset}")
-        distill(run, args.config.distill, start_processes(run.config))
+    processes = Processes.join()  # before the data are read, which may take one of them longer
+    if args.stage in ("surface", "encoder", "distill"):
+        train_part(args, processes)
         return
     config = with_networks(args.config, args.attention, args.denoiser)
     config = with_clip(config) if args.clip else config
@@ -122,6 +110,24 @@ def train(args: Arguments) -> None:
     stop = Stop()
     with stop.listening():
         train_stages(args, config, sources, accelerator, stop)
+
+
+def train_part(args: Arguments, processes: Processes) -> None:
+    """A stage that adds something to a run that is trained."""
+    run = open_run(run_folder(args))
+    free = {name: getattr(args.config, name) for name in ("log_every", "checkpoint_every", "on_nonfinite")}
+    run = replace(run, config=replace(run.config, **free))
+    if args.stage != "encoder" and processes.count > 1:
+        raise ValueError(f"stage: {args.stage} trains in one process, got {processes.count}")
+    if args.stage == "distill" and run.config.preset != args.config.preset:  # whose settings of distill these are
+        raise ValueError(f"preset: {run.folder} is a run of {run.config.preset}, got {args.config.preset}")
+    accelerator = start_processes(run.config)
+    if args.stage == "surface":
+        train_surface(run, SurfaceTraining(), accelerator)
+    elif args.stage == "encoder":
+        train_encoders(run, args.encoder, accelerator)
+    else:
+        distill(run, args.config.distill, accelerator)
 
 
 def train_stages(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator, stop: Stop) -> None:

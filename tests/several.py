@@ -1,21 +1,20 @@
-"""Commands in several processes, each forked where all is imported, once; as torchrun would start them."""
+"""Commands in several processes, as torchrun would start them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from lion_triton import sample, train
 from lion_triton.config import PRESETS, PriorTraining, TrainConfig, VAETraining
 from lion_triton.models.unet import UNetConfig
-from lion_triton.training import loop, step
+from lion_triton.training import loop, step, validation
+from tests import fresh
 from tests.tiny import tiny_config
 
 STEPS = 20  # of each stage
@@ -42,6 +41,7 @@ def small() -> TrainConfig:
         log_every=1,
         checkpoint_every=1000,
         picture_every=1000,
+        validate_every=STEPS // 2,
     )
 
 
@@ -56,6 +56,7 @@ def train_small(out: Path, stop_at: int | None = None) -> None:
 
     PRESETS["small"] = small
     train.finish = lambda context: None
+    validation.SAMPLE_STEPS = 2
     loop.Log.write = write_and_stop  # type: ignore[method-assign]
     train.main(["small", "--out", str(out)])
 
@@ -82,14 +83,10 @@ def sample_small(run: Path, out: Path) -> None:
 
 def launch(count: int, folder: Path, target: Callable[..., None], *args: Any) -> tuple[list[int | None], list[str]]:
     """Run ``target(*args)`` in ``count`` processes: their exit codes and what they said."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     logs = [folder / f"log-{rank}" for rank in range(count)]
-    processes = [
-        context.Process(target=_work, args=(rank, count, port, logs[rank], target, args)) for rank in range(count)
-    ]
+    processes = [fresh.process(_work, rank, count, port, target, args, out=logs[rank]) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -100,7 +97,7 @@ def launch(count: int, folder: Path, target: Callable[..., None], *args: Any) ->
     return codes, [log.read_text() for log in logs]
 
 
-def _work(rank: int, count: int, port: int, log: Path, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _work(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
     if count > 1:
         numbers = {
             "RANK": rank,
@@ -111,7 +108,4 @@ def _work(rank: int, count: int, port: int, log: Path, target: Callable[..., Non
         }
         os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ["OMP_NUM_THREADS"] = "1"
-    with log.open("w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
     target(*args)

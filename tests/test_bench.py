@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -19,6 +18,7 @@ from torch import Tensor
 from bench import clock, driver, gpu, guards, host, models, report
 from bench.registry import OPS, Cost, Op, Shape, Target, _touched
 from lion_triton import kernels
+from tests import fresh
 
 CPU = torch.device("cpu")
 OP = {op.name: op for op in OPS}
@@ -437,8 +437,7 @@ print(host.markdown([row]))
 
 
 def test_host_measures_without_compiling() -> None:
-    environment = {k: v for k, v in guards.environment().items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", HOST], env=environment, capture_output=True, text=True, timeout=300)
+    result = fresh.python("-c", HOST)
     assert result.returncode == 0, result.stderr
     names = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
     assert names == ["op", "---", "PyTorch's x * 2", "q_sample", "goal"]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-from bench.guards import ROOT
+from tests import fresh
 
 # Two elementwise operators, a view, and one op of Triton's; by hand, bytes of what each reads and writes.
 LITTLE = """
@@ -48,9 +44,7 @@ print(forward.count, both.count, forward.bytes, both.bytes)
 
 
 def run(script: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = fresh.python("-c", script)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -11,8 +11,7 @@ import pytest
 import trimesh
 
 from lion_triton import mesh
-from lion_triton.surface.training import train_surface
-from tests.surface.runs import POINTS, TRAINING, random_run
+from tests.surface.runs import POINTS, TRAINING, random_run, trained
 from tests.test_train import fails
 
 SMALL = ("--resolution", "24", "--num-samples", "2")
@@ -21,7 +20,7 @@ SMALL = ("--resolution", "24", "--num-samples", "2")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mesh") / "run"
-    train_surface(random_run(folder), TRAINING)
+    trained(random_run(folder))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def trained(folder: Path, *parts: tuple[int, int | None]) -> list[dict[str, Any]
         assert codes == [0] * processes, said
         assert not any(said[1:])  # only the main process speaks
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert len(records) == (stop_at or 2 * STEPS)
+        steps = [record["total_step"] for record in records if "loss" in record]
+        assert steps == list(range(1, (stop_at or 2 * STEPS) + 1))
     return records
 
 
@@ -45,13 +47,15 @@ def test_any_number_of_processes_trains_the_same(
     alone: list[dict[str, Any]], tmp_path: Path, parts: list[tuple[int, int | None]]
 ) -> None:
     together = trained(tmp_path / "together", *parts)
-    assert [r["total_step"] for r in together] == list(range(1, 2 * STEPS + 1))
+    measured = {name for record in alone for name in record if name.startswith("validation/")}
+    assert {"validation/chamfer_perturbed", "validation/point_4", "validation/thickness"} < measured
     for ours, expected in zip(together, alone, strict=True):
         assert ours.keys() == expected.keys()
-        for name in expected.keys() & set(LOGGED):
+        # 1-NNA counts nearest shapes, of which some are nearly as near as others.
+        for name in expected.keys() & {*LOGGED, *measured} - {"validation/1nna_cd"}:
             assert ours[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (ours["stage"], ours["step"], name)
     # The noise of other samples, or a mask of dropout, would show: losses of neighbouring steps differ by far more.
-    assert np.abs(np.diff([r["loss"] for r in alone])).min() > 1e-4
+    assert np.abs(np.diff([r["loss"] for r in alone if "loss" in r])).min() > 1e-4
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
@@ -59,6 +63,18 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "log-0").stat().st_mtime - (tmp_path / "died").stat().st_mtime < 60
     assert (main, dead) == (2, -9)
     assert "error: another process of this run has ended" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_never_comes_is_not_waited_for(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("lion_triton.processes.MEETING_SECONDS", 1)
+    with pytest.raises(ValueError, match="processes: expected 2 to meet, but not all came within 1 s"):
+        Processes.join()
 
 
 def test_sampling_in_several_processes_gives_the_very_same_files(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
 
+from tests import fresh
 from tests.properties.strategies import Draw, size
 from tests.soak import properties
 
@@ -43,8 +42,7 @@ def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_killed_runs_end_as_undisturbed_ones() -> None:
     """One kill in one process, one in two. In a process of its own: it forks, and one that has trained cannot."""
-    command = [sys.executable, "-m", "tests.soak.kills", "--count", "2", "--seed", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    ended = fresh.python("-m", "tests.soak.kills", "--count", "2", "--seed", "0")
     assert ended.returncode == 0, ended.stderr[-3000:]
     head, *rows = (line.split() for line in ended.stdout.replace("in a checkpoint", "writing").splitlines()[-3:])
     counts = [dict(zip(head, map(int, row), strict=True)) for row in rows]

@@ -21,7 +21,7 @@ from lion_triton.data.degraded import InputKind, VoxelGrid, add_noise, cut
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.vae import VAE
 from lion_triton.parts import create_part, open_part
-from lion_triton.runs import Run, load_checkpoint
+from lion_triton.runs import Run, load_checkpoint, load_state
 
 TYPICAL_SHAPES = 256  # enough for their mean place
 
@@ -95,14 +95,7 @@ def use_encoders(vae: VAE, encoders: EncoderRun) -> None:
 
 def load_tuned(vae: VAE, state: Mapping[str, Tensor], encoders: EncoderRun) -> None:
     """Load the encoders' weights, or say in one line that they do not fit."""
-    try:
-        for name, module in tuned_modules(vae).items():
-            start = f"{name}."
-            part = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-            module.load_state_dict(part)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"run: the checkpoint of {encoders.folder} is of another architecture ({reason})") from None
+    load_state(nn.ModuleDict(tuned_modules(vae)), state, encoders.run)
 
 
 def tuned_modules(vae: VAE) -> dict[str, nn.Module]:

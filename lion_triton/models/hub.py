@@ -16,9 +16,7 @@ and what was distilled from it:
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import Tensor
 
 from lion_triton import __version__
 from lion_triton.models.card import model_card
+from lion_triton.models.files import save_tensors, write_whole
 
 CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "picture.png", "embeddings.npz"
 DISTILLED = "distilled"
@@ -118,15 +117,15 @@ class Pretrained(PyTorchModelHubMixin):
         about = self.about or _unknown(model.config)
         weights = {name for name, _ in model.named_parameters()}
         tensors = {
-            name: tensor.detach().to("cpu", self._saved_dtype if name in weights else None).contiguous()
+            name: tensor.to(dtype=self._saved_dtype if name in weights else None)
             for name, tensor in model.state_dict().items()
         }
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
-        _write(save_directory / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path))
-        _write(save_directory / CONFIG, lambda path: path.write_text(text))
+        save_tensors(tensors, save_directory / WEIGHTS)
+        write_whole(save_directory / CONFIG, lambda path: path.write_text(text))
         for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
             if content is not None:
-                _write(save_directory / name, partial(Path.write_bytes, data=content))
+                write_whole(save_directory / name, partial(Path.write_bytes, data=content))
         (save_directory / "README.md").unlink(missing_ok=True)  # the mixin writes one where there is none
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
@@ -245,13 +244,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"folder_or_id: {path} is damaged (no JSON object)")
     return content
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ The network's lengths are of a cloud's own frame: its bounding box is centred at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lion_triton.models.plan import SetAbstractionGeometry
 from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel
@@ -62,14 +63,15 @@ class SurfaceTraining:
             off the plane of their neighbours); a network that knows the VAE's noise alone takes theirs for shape.
         dense_points: drawn of each true surface.
         band: standard deviation of the distances from the surface of the places where grids are compared once more.
-        indicator, near, normals, points: weights of the loss's terms, see ``lion_triton.surface.training``.
-        log_every, checkpoint_every: in steps.
+        indicator, near, normals, points: weights of the loss's terms, see ``lion_triton.training.surface``.
     """
 
     steps: int = 600
     batch_size: int = 8
     learning_rate: float = 2e-3
-    max_grad_norm: float = 1.0
+    learning_rate_decay: Literal["constant", "cosine"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float | None = 1.0
     resolution: int = 64
     sigma: float = 0.005
     jitter: float = 0.15
@@ -79,5 +81,3 @@ class SurfaceTraining:
     near: float = 4.0
     normals: float = 1.0
     points: float = 100.0
-    log_every: int = 50
-    checkpoint_every: int = 100

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from lion_triton.data.clouds import Clouds
 from lion_triton.data.find import normals_path
 from lion_triton.data.procedural import oriented_furniture
-from lion_triton.data.sources import PROCEDURAL_SEEDS, load_sources
+from lion_triton.data.sources import PROCEDURAL_SEEDS, Sources
 from lion_triton.runs import Run
 
 Oriented = tuple[Float32[np.ndarray, "P 3"], Float32[np.ndarray, "P 3"]]  # points in data units, outward unit normals
@@ -28,30 +28,28 @@ class OrientedShapes:
     draw: Callable[[int, int, int], Oriented]
 
 
-def training_shapes(run: Run) -> OrientedShapes:
-    """The shapes that a run trains on.
+def training_shapes(run: Run, sources: Sources) -> OrientedShapes:
+    """The shapes that a run trains on; ``sources``: its own.
 
     Raises:
         ValueError: a folder without normals beside its clouds.
     """
-    return _shapes(run, "train", run.config.data.num_shapes)
+    return _shapes(run, "train", sources.train)
 
 
-def held_out_shapes(run: Run) -> OrientedShapes:
+def held_out_shapes(run: Run, sources: Sources) -> OrientedShapes:
     """Those that it does not. Raises as :func:`training_shapes`."""
-    return _shapes(run, "held_out", run.config.evaluate_shapes)
+    return _shapes(run, "held_out", sources.held_out)
 
 
-def _shapes(run: Run, part: Literal["train", "held_out"], count: int) -> OrientedShapes:
-    config = run.config.data
-    if config.source == "procedural":
-        return OrientedShapes(count, partial(_draw_procedural, PROCEDURAL_SEEDS[part]))
-    clouds: Clouds = getattr(load_sources(config, run.config.evaluate_shapes), part)
+def _shapes(run: Run, part: Literal["train", "held_out"], clouds: Clouds) -> OrientedShapes:
+    if run.config.data.source == "procedural":
+        return OrientedShapes(len(clouds), partial(_draw_procedural, PROCEDURAL_SEEDS[part]))
     assert isinstance(clouds.source, tuple)
     missing = sum(not normals_path(path).is_file() for path in clouds.source)
     if missing:
         raise ValueError(
-            f"data.source: {missing} of {len(clouds)} clouds in {config.source} have no normals beside them: "
+            f"data.source: {missing} of {len(clouds)} clouds in {run.config.data.source} have no normals beside them: "
             "prepare the meshes anew with --normals"
         )
     return OrientedShapes(len(clouds), partial(_draw_stored, clouds))

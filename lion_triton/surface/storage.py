@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from lion_triton.parts import check_same_settings, create_part, open_part
-from lion_triton.runs import Run, load_checkpoint
+from lion_triton.parts import create_part, open_part
+from lion_triton.runs import Run, load_checkpoint, load_state
 from lion_triton.surface.config import SurfaceConfig, SurfaceTraining
 from lion_triton.surface.network import SurfaceNetwork
 
@@ -39,16 +39,6 @@ def open_surface(run: Run) -> SurfaceRun | None:
     return None if found is None else SurfaceRun(found[0], **found[1])
 
 
-def check_same_surface(surface: SurfaceRun, training: SurfaceTraining) -> None:
-    """Refuse to continue with other settings.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    free = {"log_every": 1, "checkpoint_every": 1}
-    check_same_settings(surface.run, replace(training, **free), replace(surface.training, **free), "surface.")
-
-
 def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
     """The run's surface network at its newest checkpoint, how it is trained, and the checkpoint's name.
 
@@ -64,14 +54,5 @@ def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
     checkpoint = load_checkpoint(surface.run, newest.name, with_optimizer=False)
     assert checkpoint is not None
     network = SurfaceNetwork(surface.config)
-    load_network(network, surface, dict(checkpoint.model))
+    load_state(network, checkpoint.model, surface.run)
     return network.eval(), surface.training, newest.name
-
-
-def load_network(network: SurfaceNetwork, surface: SurfaceRun, state: dict[str, object]) -> None:
-    """Load weights, or say in one line that they do not fit."""
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"run: the checkpoint of {surface.folder} is of another architecture ({reason})") from None

@@ -10,15 +10,16 @@ side, the latter given the shape latent of the posterior, as in stage 2.
     RUN/distilled/config.json              the checkpoint that the rounds began from, and how they are trained
     RUN/distilled/steps-<n>.safetensors    both priors of a round, averaged
     RUN/distilled/metrics.jsonl, tensorboard/
+    RUN/distilled/checkpoints/             of the round that is under way
 
-A file appears when its round is done; a stopped stage goes on with the round that it was in, from that one's start.
+A file appears when its round is done.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,26 +28,24 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lion_triton import __version__
-from lion_triton.capture import Captured, why_uncaptured
 from lion_triton.config import DistillTraining, check_distill, differences
 from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
 from lion_triton.kernels.noise import later_key
+from lion_triton.models.files import save_tensors
 from lion_triton.models.hub import CONFIG, DISTILLED
 from lion_triton.models.lion import LION, Posterior
 from lion_triton.pictures import draw_grid
-from lion_triton.runs import Run, commit, load_checkpoint, load_model, save_tensors, write_text
+from lion_triton.runs import Run, commit, load_checkpoint, load_model, set_damaged_aside, write_text
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.training import report
-from lion_triton.training.batches import prefetch
 from lion_triton.training.context import Context, training_sources
-from lion_triton.training.log import Log
+from lion_triton.training.loop import fit
 from lion_triton.training.objectives import latents_of, stratified
-from lion_triton.training.stages import encode_all, prior_batches, training_stream
-from lion_triton.training.step import KEYS_PER_STEP, Average, Step
+from lion_triton.training.stages import encode_all, names_of, prior_batches, training_stream
+from lion_triton.training.step import KEYS_PER_STEP, Average
 
 FIRST_STREAM = 2  # added to the run's seed, and the round to that: the order of shapes. Those before are the stages'
 
@@ -80,6 +79,10 @@ class DistillObjective(nn.Module):
         self._teacher = [teacher]  # in a list, so that it is no part of this module
         self.register_buffer("times", merged.times, persistent=False)
         self.register_buffer("coefficients", merged.coefficients.float(), persistent=False)
+
+    def train(self, mode: bool = True) -> DistillObjective:
+        """Without dropout always: what is to be learned is a function, with no noise to overfit to."""
+        return super().train(False)
 
     def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
         """``batch``: as that of ``PriorObjective``, with "clip" (B, 512) of a model that is conditioned on it.
@@ -121,14 +124,12 @@ class DistillObjective(nn.Module):
 def distill(run: Run, training: DistillTraining, accelerator: Accelerator) -> LION:
     """Distil a trained run's priors, round by round; the same call goes on with a stopped one, and changes no bit.
 
-    Returns the run's LION with all that is kept.
+    In one process. Returns the run's LION with all that is kept.
 
     Raises:
         ValueError: no trained priors, a model that predicts eps, other settings or another checkpoint than before, a
-            damaged file, a loss that is not finite, several processes.
+            damaged file, a loss that is not finite.
     """
-    if accelerator.num_processes > 1:
-        raise ValueError(f"stage: distill takes one process, got {accelerator.num_processes}")
     check_distill(training, run.config)
     checkpoint, folder = trained_priors(run), run.folder / DISTILLED
     begin(folder, training, checkpoint)
@@ -189,13 +190,15 @@ def train_rounds(run: Run, training: DistillTraining, accelerator: Accelerator, 
     sources = training_sources(run.config)
     if run.classes != sources.train.classes:
         raise ValueError(f"data.source: {run.folder} was trained with the classes {', '.join(run.classes)}, got others")
-    context = Context(run, sources, accelerator, lion.requires_grad_(False))
+    part = replace(run, folder=run.folder / DISTILLED)
+    context = Context(part, sources, accelerator, lion.requires_grad_(False))
     draws = run.config.priors.cached_draws
-    cache = encode_all(context, draws) if draws else None
     teachers = (training.teacher_steps, *training.counts)
-    for number, (before, steps) in enumerate(zip(teachers, training.counts, strict=False)):
-        if str(steps) not in lion.distilled:
-            train_round(context, training, number, before // steps, cache)
+    with context.stop.listening():
+        cache = encode_all(context, draws) if draws else None
+        for number, (before, steps) in enumerate(zip(teachers, training.counts, strict=False)):
+            if str(steps) not in lion.distilled:
+                train_round(context, training, number, before // steps, cache)
 
 
 def train_round(
@@ -203,51 +206,49 @@ def train_round(
 ) -> None:
     """Add the priors of round ``number`` to the context's LION, and write their file. ``substeps``: of their teacher,
     in each of their steps."""
-    run, lion, steps = context.run, context.lion, training.counts[number]
+    part, config, lion, steps = context.run, context.config, context.lion, training.counts[number]
     settings = replace(
-        run.config.priors,
+        config.priors,
         steps=training.steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
         learning_rate_decay="cosine",
     )
-    sampling = run.config.sampling
-    guidance = sampling.guidance if training.guidance is None else training.guidance
+    guidance = config.sampling.guidance if training.guidance is None else training.guidance
     teacher = lion.few_step(training.counts[number - 1], guidance=guidance) if number else lion
     student = lion.add_distilled(steps, teacher, guidance)
     merged = merged_steps(lion.schedule, steps, substeps, student.spacing)
-    objective = DistillObjective(student, teacher, merged, sampling.clip_x0, guidance, settings.shape_draws)
-    # Without dropout: what is to be learned is a function, with no noise to overfit to.
-    objective.to(context.device).requires_grad_(True).eval()
+    objective = DistillObjective(student, teacher, merged, config.sampling.clip_x0, guidance, settings.shape_draws)
+    objective.to(context.device).requires_grad_(True)
     average = Average(objective, settings.ema_decay)
-    step = Step(context, "priors", objective, settings, average)
-    # The noise goes on where that of stage 2 ends.
     before = number * training.steps
-    step.first_key = later_key(step.first_key, KEYS_PER_STEP * (run.config.priors.steps + before))
-    captured = Captured(step, f"the step of {steps}-step priors", not why_uncaptured(context.device))
-    log = Log(replace(run, folder=run.folder / DISTILLED), before)
-    bar = tqdm(total=training.steps, desc=f"priors for {steps} steps", unit="step", disable=None)
-    stream = training_stream(context, settings, run.config.seed + FIRST_STREAM + number)
-    batches = prior_batches(context, settings, stream, cache)
-    with bar, closing(log.board):
-        for done, batch in enumerate(prefetch(batches, context.device), 1):
-            step.load(batch)
-            losses = captured()
-            bar.update()
-            if done % run.config.log_every == 0 or done == training.steps:
-                values = {name: value.item() for name, value in losses.items()}
-                if step.failed(wait=True):
-                    raise ValueError(
-                        f"loss: not finite at step {step.good + 1} of the priors for {steps} steps; a smaller "
-                        f"distill.learning-rate may help; {run.folder / DISTILLED} keeps the rounds that are done"
-                    )
-                bar.set_postfix_str(f"loss {values['loss']:.4g}")
-                log.write("distill", done, before + done, values)
-    step.optimizer.zero_grad()
-    context.accelerator.free_memory()
+    checkpoint, newest = set_damaged_aside(part), part.checkpoint()
+    if checkpoint is not None and newest is not None:
+        if newest.name == f"step-{before + checkpoint.step:08d}":
+            objective.load_state_dict(checkpoint.model)
+            print(f"continuing the priors for {steps} steps: {checkpoint.step} steps are done")
+        else:  # of a round before, whose file is there
+            checkpoint = None
+    stream = training_stream(context, settings, config.seed + FIRST_STREAM + number)
+    fit(
+        context,
+        "distill",
+        objective,
+        settings,
+        lambda start: prior_batches(context, settings, stream, cache, start),
+        names_of(context, stream, settings),
+        checkpoint,
+        title=f"priors for {steps} steps",
+        before=before,
+        # The noise goes on where that of stage 2 ends.
+        key=later_key(context.key("priors", settings.batch_size), KEYS_PER_STEP * (config.priors.steps + before)),
+        average=average,
+        state=objective.state_dict,
+    )
     objective.load_state_dict(average.state_dict())
     objective.requires_grad_(False)
-    save_tensors(lion.distilled[str(steps)].state_dict(), run.folder / DISTILLED / file_name(steps))
+    save_tensors(lion.distilled[str(steps)].state_dict(), part.folder / file_name(steps))
+    shutil.rmtree(part.folder / "checkpoints")
 
 
 def file_name(steps: int) -> str:

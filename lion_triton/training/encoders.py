@@ -34,7 +34,7 @@ from lion_triton.kernels import chamfer_distance
 from lion_triton.models.lion import LION
 from lion_triton.parts import check_same_settings
 from lion_triton.pictures import draw_grid
-from lion_triton.runs import Run, load_checkpoint, load_model, write_text
+from lion_triton.runs import Run, load_model, set_damaged_aside, write_text
 from lion_triton.sample import SampleArguments, resolved
 from lion_triton.training import report
 from lion_triton.training.batches import Batch, read
@@ -142,7 +142,8 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
     encoders = open_encoders(run, training.input)
     assert encoders is not None
     check_same_settings(encoders.run, training, encoders.training, "encoder.")
-    checkpoint = load_checkpoint(encoders.run)
+    with accelerator.main_process_first():
+        checkpoint = set_damaged_aside(encoders.run)
     if checkpoint is not None:
         load_tuned(lion.vae, checkpoint.model, encoders)
         accelerator.print(f"continuing {encoders.folder}: {checkpoint.step} steps are done")
@@ -161,7 +162,17 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
 
     objective = EncoderObjective(lion, run.config.vae, training)
     with context.stop.listening():
-        fit(context, "encoder", objective, training, batches, clouds, None, None, checkpoint, state=objective.own_state)
+        fit(
+            context,
+            "encoder",
+            objective,
+            training,
+            batches,
+            clouds,
+            checkpoint,
+            title="stage 3, encoders",
+            state=objective.own_state,
+        )
     unfinished = checkpoint is None or checkpoint.step < training.steps
     if accelerator.is_main_process and (unfinished or not (encoders.folder / "figures.json").is_file()):
         _finish(open_model(run.folder, name), encoders, sources.held_out)

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lion_triton.capture import Captured, why_uncaptured
-from lion_triton.config import EncoderTraining, PriorTraining, VAETraining
 from lion_triton.runs import Checkpoint, Stage, save_checkpoint
 from lion_triton.training.batches import Batch, prefetch
 from lion_triton.training.context import Context
 from lion_triton.training.log import Log
 from lion_triton.training.nonfinite import explain
-from lion_triton.training.step import Average, Step
+from lion_triton.training.step import Average, Step, Training
 from lion_triton.training.validation import Measure, Watch
 
 
@@ -26,22 +25,34 @@ def fit(
     context: Context,
     stage: Stage,
     objective: nn.Module,
-    training: VAETraining | PriorTraining | EncoderTraining,
+    training: Training,
     batches: Callable[[int], Iterator[Batch]],
     clouds: Callable[[int], list[str]],
-    picture: Callable[[int], None] | None,
-    measure: Measure | None,
     checkpoint: Checkpoint | None,
+    *,
+    title: str,
+    before: int = 0,
+    key: Tensor | None = None,
     average: Average | None = None,
     state: Callable[[], Mapping[str, Tensor]] | None = None,
+    picture: Callable[[int], None] | None = None,
+    measure: Measure | None = None,
 ) -> None:
     """Train ``objective`` to the end of its stage, from ``checkpoint`` if that is one of this stage.
 
-    ``batches(start)`` yields what the objective trains on in step ``start``, ``start + 1``, ... and nothing but the
-    step's number decides it; ``clouds(start)`` names the clouds of step ``start``, those of all processes. ``measure``
-    tells how well it does on validation shapes, and changes nothing; None: nobody asks. ``state`` makes what a
-    checkpoint holds of the model, by default all of LION. The device's results are waited for where they are logged,
-    measured or saved, and nowhere else.
+    The device's results are waited for where they are logged, measured or saved, and nowhere else.
+
+    Args:
+        batches: ``batches(start)`` yields what the objective trains on in step ``start``, ``start + 1``, ..., which
+            nothing but the step's number decides.
+        clouds: ``clouds(start)`` names the clouds of step ``start``, those of all processes.
+        checkpoint: the model's weights are those in it already.
+        title: of the progress bar.
+        before: steps of the folder's checkpoints and log before this stage's first.
+        key: of the first step's noise; default: that of the stage in a run.
+        state: makes what a checkpoint holds of the model; default: all of LION.
+        picture: draws one, of that number of steps.
+        measure: tells how well it does on validation shapes, and changes nothing; None: nobody asks.
 
     Raises:
         ValueError: a loss or a gradient is not finite, or ten in a row are not where they are skipped; the weights
@@ -50,14 +61,17 @@ def fit(
     """
     config, accelerator, stop = context.config, context.accelerator, context.stop
     step = Step(context, stage, objective, training, average)
+    if key is not None:
+        step.first_key = key
     start = 0
     if checkpoint is not None and checkpoint.stage == stage:
         start = checkpoint.step
         step.resume(start, checkpoint.optimizer)
+        if average is not None:
+            average.load_state_dict(checkpoint.ema)
     captured = Captured(
         step, f"the step of stage {stage}", not why_uncaptured(context.device, accelerator.num_processes)
     )
-    before = config.vae.steps if stage == "priors" else 0
     watch = None if measure is None else Watch(context, stage, training, start, measure)
     accelerator.wait_for_everyone()  # all have read what was measured so far
     log = Log(context.run, before + start) if accelerator.is_main_process else None
@@ -125,7 +139,7 @@ def fit(
     bar = tqdm(
         total=training.steps,
         initial=start,
-        desc={"vae": "stage 1, VAE", "priors": "stage 2, priors", "encoder": "stage 3, encoders"}[stage],
+        desc=title,
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )

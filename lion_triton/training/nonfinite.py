@@ -55,8 +55,9 @@ class Fault:
         return ", ".join(parts) or "nothing: done once more, the step is finite, so a fault of the machine is likely"
 
 
-def find_fault(step: Step, names: nn.Module) -> Fault:
-    """Do the next step once more but for its update, and look at every tensor; modules by their names in ``names``.
+def find_fault(step: Step, lion: nn.Module) -> Fault:
+    """Do the next step once more but for its update, and look at every tensor; modules by their names in ``lion``, or
+    in the objective if they are no part of that.
 
     ``step`` has the batch loaded. No other process takes part.
     """
@@ -81,7 +82,9 @@ def find_fault(step: Step, names: nn.Module) -> Fault:
 
     fault.inputs = [name for name, x in step.batch.items() if _not_finite(x)]
     note_rows([step.batch[name] for name in fault.inputs])
-    hooks = [module.register_forward_hook(after(name)) for name, module in names.named_modules() if name]
+    roots = (step.local, lion)
+    names = {module: name for root in roots for name, module in root.named_modules() if name}
+    hooks = [module.register_forward_hook(after(name)) for module, name in names.items()]
     step.optimizer.zero_grad()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks have no hooks inside
@@ -90,7 +93,8 @@ def find_fault(step: Step, names: nn.Module) -> Fault:
             step.accelerator.backward(losses["loss"])
         # Not in the order in which gradients are done: casts of weights come in between.
         last = {name: number for number, name in enumerate(ran)}
-        bad = [name for name, p in names.named_parameters() if _not_finite(p.grad)]
+        parameters = {p: name for root in roots for name, p in root.named_parameters()}
+        bad = [name for p, name in parameters.items() if _not_finite(p.grad)]
         fault.gradient = max(bad, key=lambda name: last.get(name.rpartition(".")[0], -1), default="")
     finally:
         for hook in hooks:
@@ -131,7 +135,7 @@ def explain(context: Context, stage: Stage, step: Step, batch: Batch, clouds: li
         f"loss: loss or gradient not finite in {steps} of stage {stage}; first at fault: {fault}"
         f"{f', at {_some(at_fault)}' if at_fault else ''}; clouds of the batch: {_some(clouds)}; "
         f"largest gradient norms before: {largest or 'none'}; whole report: {path}; {kept}a smaller "
-        f"{stage}.learning-rate or --on-nonfinite skip may help"
+        "learning rate or --on-nonfinite skip may help"
     )
 
 

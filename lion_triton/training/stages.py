@@ -52,8 +52,18 @@ def fit_vae(context: Context, checkpoint: Checkpoint | None) -> None:
 
     context.lion.vae.requires_grad_(True)
     objective = VAEObjective(context.lion, training)
-    clouds, measure = _names(context, stream, training), vae_measure(context, objective)
-    fit(context, "vae", objective, training, batches, clouds, picture, measure, checkpoint)
+    fit(
+        context,
+        "vae",
+        objective,
+        training,
+        batches,
+        names_of(context, stream, training),
+        checkpoint,
+        title="stage 1, VAE",
+        picture=picture,
+        measure=vae_measure(context, objective),
+    )
 
 
 def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
@@ -77,9 +87,6 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
 
     objective = PriorObjective(lion, training)
     average = Average(objective, training.ema_decay)
-    if continued:
-        assert checkpoint is not None
-        average.load_state_dict(checkpoint.ema)
 
     @contextmanager
     def averaged_weights() -> Iterator[None]:
@@ -97,9 +104,20 @@ def fit_priors(context: Context, checkpoint: Checkpoint | None) -> None:
         rows = [("generated", context.run.normalization.invert(clouds))]
         draw_grid(rows, context.run.samples / f"step-{total_step:08d}-generated.png")
 
-    clouds = _names(context, stream, training)
-    measure = prior_measure(context, averaged_weights)
-    fit(context, "priors", objective, training, batches, clouds, picture, measure, checkpoint, average)
+    fit(
+        context,
+        "priors",
+        objective,
+        training,
+        batches,
+        names_of(context, stream, training),
+        checkpoint,
+        title="stage 2, priors",
+        before=config.vae.steps,
+        average=average,
+        picture=picture,
+        measure=prior_measure(context, averaged_weights),
+    )
 
 
 def _take_best_vae(context: Context) -> None:
@@ -153,7 +171,7 @@ def _samples(context: Context, training: VAETraining | PriorTraining, start: int
     return [context.share(range(step * size, (step + 1) * size)) for step in range(start, training.steps)]
 
 
-def _names(
+def names_of(
     context: Context, stream: TrainingStream, training: VAETraining | PriorTraining
 ) -> Callable[[int], list[str]]:
     """From a step, counted from 0, to the names of its clouds."""

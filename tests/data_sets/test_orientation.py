@@ -13,7 +13,7 @@ from lion_triton.config import quickstart
 from lion_triton.data.clouds import Normalization
 from lion_triton.data.find import normals_path
 from lion_triton.data.orientation import inward_faces
-from lion_triton.data.sources import DataConfig
+from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.prepare import PrepareConfig, prepare
 from lion_triton.runs import Run
 from lion_triton.surface.shapes import training_shapes
@@ -103,5 +103,5 @@ def test_the_surface_stage_reads_them(tmp_path: Path) -> None:
     prepare(PrepareConfig(source.parent, tmp_path / "data", points=300, val=0.0, test=0.0, normals=True))
     config = replace(quickstart(), data=DataConfig(str(tmp_path / "data"), num_points=100))
     run = Run(tmp_path / "run", config, ("balls",), Normalization("box"))
-    points, normals = training_shapes(run).draw(0, 200, 0)
+    points, normals = training_shapes(run, load_sources(config.data, 1)).draw(0, 200, 0)
     assert (points * normals).sum(1).min() > 0.98

@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from lion_triton.data.find import safe_name
 from lion_triton.data.meshes import Shape, read_shape
 from lion_triton.data.sweethome3d import parse_properties
 from lion_triton.prepare import PrepareConfig, Summary, prepare
+from tests import fresh
 
 EXTENTS = np.array([1.0, 2.0, 3.0])
 SCENE = {
@@ -785,14 +784,14 @@ def test_impossible_options(options: dict[str, Any]) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     write(tmp_path / "in" / "boxes" / "a.obj", obj_bytes(box()))
-    command = [sys.executable, "-m", "lion_triton.prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--points", "7", "--test", "0"], capture_output=True, text=True)
+    command = ["-m", "lion_triton.prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    done = fresh.python(*command, "--points", "7", "--test", "0")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["category", "train", "val", "test", "total"]
     assert lines[1].split() == ["boxes", "1", "0", "0", "1"]
     assert f"in {tmp_path / 'out'}: objects 1, failures 0" in lines
     assert np.load(tmp_path / "out" / "boxes" / "train" / "a.npy").shape == (7, 3)
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = fresh.python(*command)
     assert again.returncode == 2
     assert again.stderr == f"error: out: {tmp_path / 'out'} exists and is not an empty folder\n"

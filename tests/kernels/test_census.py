@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +12,12 @@ from lion_triton import kernels
 from lion_triton.kernels import census
 from lion_triton.models import layers, modulation, plan
 from lion_triton.models.lion import LION, LIONConfig
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python without the interpreter of kernels, which compiles nothing; scripts, too, import this checkout."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    environment["PYTHONPATH"] = path
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+from tests import fresh
 
 
 def test_every_kernel_compiles_without_spills() -> None:
     """For one GPU and bfloat16; ``make census`` does it for all."""
-    result = run("-m", "lion_triton.kernels.census", "sm_90", "--check", "--dtype", "bfloat16")
+    result = fresh.python("-m", "lion_triton.kernels.census", "sm_90", "--check", "--brief", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -67,7 +57,7 @@ sys.exit(census.main())
 def test_spills_and_too_much_shared_memory_fail_the_check(tmp_path: Path, check: bool) -> None:
     script = tmp_path / "script.py"
     script.write_text(SPILLING)
-    result = run(str(script), "sm_90", *["--check"] * check)
+    result = fresh.python(str(script), "sm_90", *["--check", "--brief"] * check)
     assert result.returncode == (1 if check else 0), result.stderr
     faults = result.stderr.strip().splitlines()
     assert any("sm_90 greedy_kernel" in line and "accesses to spilled registers" in line for line in faults)
@@ -77,7 +67,7 @@ def test_spills_and_too_much_shared_memory_fail_the_check(tmp_path: Path, check:
 def test_widths_are_read_from_machine_code(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SPILLING.replace("BLOCK=8192", "BLOCK=128").replace("x / tl.sum(x)", "1.0"))
-    result = run(str(script), "sm_90")
+    result = fresh.python(str(script), "sm_90")
     (row,) = (line for line in result.stdout.splitlines() if line.startswith("greedy_kernel"))
     assert row.split()[-1] == "1x128"  # 128 floats by one warp: one store of 16 bytes a thread
     assert "BLOCK=128 warps=1" in row
@@ -93,7 +83,7 @@ def test_widths_are_read_from_machine_code(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and "--device" in arguments:
         pytest.skip("this machine has a GPU")
-    result = run("-m", "lion_triton.kernels.census", *arguments)
+    result = fresh.python("-m", "lion_triton.kernels.census", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
 

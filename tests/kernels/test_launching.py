@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_triton.kernels import census, noise_mse, q_sample
+from tests import fresh
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the twin below runs without one")
 
@@ -46,21 +44,15 @@ print(launches, "launches")
 """
 
 
-def run(script: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
 def test_no_op_waits_for_the_device() -> None:
-    result = run(WITHOUT_A_GPU % "")
+    result = fresh.python("-c", WITHOUT_A_GPU % "")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[0]) > 50
 
 
 def test_waiting_would_be_seen() -> None:
     wait = "census.run_ops = lambda device: torch.ones(1).item()"
-    result = run(WITHOUT_A_GPU % wait)
+    result = fresh.python("-c", WITHOUT_A_GPU % wait)
     assert result.returncode == 1
     assert "waits for the device" in result.stderr
 

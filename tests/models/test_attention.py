@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from lion_triton.models import attention
 from lion_triton.models.attention import softmax_attention, softmax_operator
+from tests import fresh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,5 +115,5 @@ def test_without_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_xformers_of_another_torch_says_nothing() -> None:
     """This machine's torch may be another than the one that xformers was built for."""
     script = "from lion_triton.models.attention import _xformers; _xformers()"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    result = fresh.python("-c", script)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from safetensors.torch import load_file
 from lion_triton import evaluate, interpolate, sample, vary
 from lion_triton.models import LION
 from lion_triton.models import hub as hub_module
+from tests import fresh
 from tests.test_train import fails
 from tests.tiny import POINTS, tiny_config, tiny_lion, tiny_run
 
@@ -67,8 +65,8 @@ options = dict(sampler="ddim", steps=3, num_points=20, labels=torch.tensor([0, 3
 lion = LION.from_pretrained({str(saved)!r})
 torch.save(lion.sample(2, generator=torch.Generator().manual_seed(0), **options), {str(tmp_path / "clouds.pt")!r})
 """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True)
+    result = fresh.python("-c", program)
+    assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "clouds.pt"), clouds(LION.from_pretrained(run)))
 
 

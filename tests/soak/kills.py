@@ -87,7 +87,7 @@ class Processes:
 
     @property
     def met(self) -> bool:
-        """Whether the processes know each other. One that waits for the others to come waits for long."""
+        """Whether the processes know each other. One that waits for the others to come waits for most of a minute."""
         return b"steps run launch by launch" in self.log.read_bytes()[self.logged :]
 
     def poll(self) -> bool:

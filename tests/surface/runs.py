@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from lion_triton.config import quickstart
 from lion_triton.data.clouds import Normalization
 from lion_triton.data.procedural import CLASSES
 from lion_triton.models.lion import LION
 from lion_triton.runs import Checkpoint, Run, create_run, save_checkpoint
-from lion_triton.surface import SurfaceTraining
+from lion_triton.surface import SurfaceNetwork, SurfaceTraining
+from lion_triton.training.surface import train_surface
 
 POINTS = 130
-TRAINING = SurfaceTraining(
-    steps=4, batch_size=2, resolution=16, sigma=0.03, dense_points=512, log_every=1, checkpoint_every=2
-)
+TRAINING = SurfaceTraining(steps=4, batch_size=2, resolution=16, sigma=0.03, dense_points=512)
 
 
 def random_run(folder: Path, stage: str = "priors") -> Run:
@@ -28,6 +28,8 @@ def random_run(folder: Path, stage: str = "priors") -> Run:
         sampling=replace(config.sampling, steps=2),
         evaluate_shapes=2,
         mixed_precision="no",
+        log_every=1,
+        checkpoint_every=2,
     )
     run = create_run(folder, config, CLASSES, Normalization("global", (0.0, 0.0, 0.0), 0.25))
     torch.manual_seed(0)
@@ -36,3 +38,7 @@ def random_run(folder: Path, stage: str = "priors") -> Run:
     state = Checkpoint(stage, 4, lion.state_dict(), priors if stage == "priors" else {}, {})  # type: ignore[arg-type]
     save_checkpoint(run, 304 if stage == "priors" else 4, state)
     return run
+
+
+def trained(run: Run, training: SurfaceTraining = TRAINING) -> SurfaceNetwork:
+    return train_surface(run, training, Accelerator(cpu=True))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from lion_triton.diffusion import Schedule, ddim, merged_steps, merged_v, timest
 from lion_triton.models.lion import LION, DiffusionConfig
 from lion_triton.runs import Run, load_checkpoint, load_model, open_run, save_checkpoint
 from lion_triton.training import distill as stage
+from lion_triton.training import loop
 from lion_triton.training.distill import DistillObjective, distill
 from tests.cuda_graphs import Graph, pretend
 from tests.test_train import fails
@@ -199,6 +203,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def logged(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "shapes_per_second"} for line in lines]
+
+
 def clouds(lion: LION, **options: object) -> Tensor:
     given: dict[str, Any] = {"sampler": "ddim", "steps": 4, "num_points": 20, "labels": torch.tensor([0, 3])}
     return lion.sample(2, generator=torch.Generator().manual_seed(0), **given | options)
@@ -219,33 +228,65 @@ def test_the_folder_holds_what_is_kept_and_explains_itself(finished: Path) -> No
     config = json.loads((folder / "config.json").read_text())
     assert config["checkpoint"] == "step-00000009"
     assert config["training"]["counts"] == [4, 2, 1]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(folder)
     assert [(line["total_step"], line["step"]) for line in lines] == [(2, 2), (4, 2), (6, 2)]
     assert {"loss", "shape", "point", "grad_norm"} < lines[0].keys()
 
 
-def test_a_stopped_stage_goes_on_with_its_round(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_stage_goes_on_where_it_was(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = trained(tmp_path / "run").folder
-    save = stage.save_tensors
+    """After SIGTERM in the first round; killed when the second's file was there, but its checkpoints still, too."""
+    run = trained(tmp_path / "run")
+    folder = run.folder / "distilled"
+    prior_batches, rmtree = stage.prior_batches, shutil.rmtree
 
-    def save_and_stop(tensors: dict[str, Tensor], path: Path) -> None:
-        save(tensors, path)
-        raise KeyboardInterrupt
+    def batches_and_stop(*args: Any) -> Iterator[Any]:
+        for number, batch in enumerate(prior_batches(*args)):
+            if number == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-    monkeypatch.setattr(stage, "save_tensors", save_and_stop)
-    for done in (["steps-4.safetensors"], ["steps-2.safetensors", "steps-4.safetensors"]):
-        with pytest.raises(KeyboardInterrupt):
-            go(folder)
-        assert sorted(p.name for p in (folder / "distilled").glob("*.safetensors")) == done
+    monkeypatch.setattr(stage, "prior_batches", batches_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        go(run.folder)
+    assert stop.value.code == 0 and "stopped after step 1 of stage distill" in capsys.readouterr().out
     monkeypatch.undo()
-    with (folder / "distilled" / "metrics.jsonl").open("a") as file:
+
+    def killed(path: Path, **options: Any) -> None:
+        if path == folder / "checkpoints" and (folder / "steps-2.safetensors").exists():
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(run.folder)
+    assert "continuing the priors for 4 steps: 1 steps are done" in capsys.readouterr().out
+    assert {p.name for p in folder.iterdir()} > {"checkpoints", "steps-2.safetensors", "steps-4.safetensors"}
+    monkeypatch.undo()
+    with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"total_step": 5, "ste')  # as a killed process may leave it
-    go(folder)
-    for name in ("metrics.jsonl", "overview.png", "steps-4.safetensors", "steps-2.safetensors", "steps-1.safetensors"):
-        ours, theirs = (f / "distilled" / name for f in (folder, finished))
-        assert ours.read_bytes() == theirs.read_bytes(), name
+    go(run.folder)
+    assert "continuing" not in capsys.readouterr().out
+    assert logged(folder) == logged(finished / "distilled")
+    for name in ("overview.png", "steps-4.safetensors", "steps-2.safetensors", "steps-1.safetensors"):
+        assert (folder / name).read_bytes() == (finished / "distilled" / name).read_bytes(), name
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path / "run")
+    error, calls = DistillObjective._error, []
+
+    def planted(self: DistillObjective, *args: Any) -> Tensor:
+        calls.append(args)
+        return error(self, *args) * (math.nan if len(calls) % 2 == 0 else 1)  # that of the point prior
+
+    monkeypatch.setattr(DistillObjective, "_error", planted)
+    with pytest.raises(
+        ValueError, match=r"step 1 of stage distill; .* the loss \(point\).*; clouds of the batch: \w+/\d+"
+    ):
+        go(run.folder)
 
 
 def test_captured_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +294,7 @@ def test_captured_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folders = [trained(tmp_path / name).folder for name in ("plain", "captured")]
     go(folders[0], training)
     with monkeypatch.context() as patch:
-        pretend(patch, stage)
+        pretend(patch, loop)
         patch.setattr(stage, "draw", lambda *_: None)
         go(folders[1], training)
     assert (Graph.captured, Graph.replayed) == (1, training.steps - WARM_UPS)

@@ -114,7 +114,7 @@ def test_a_run_starts_at_the_loss_of_the_other(whole: Path, tmp_path: Path, stag
     context = Context(run, load_sources(first.data, first.evaluate_shapes), accelerator, lion)
     losses: list[float] = []
 
-    def measure(context: Context, stage: Any, objective: Any, training: Any, batches: Any, *_: Any) -> None:
+    def measure(context: Context, stage: Any, objective: Any, training: Any, batches: Any, *_: Any, **__: Any) -> None:
         step = Step(context, stage, objective.train(), training)
         step.load(next(batches(0)))
         losses.append(step()["loss"].item())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lion_triton.kernels.compat import __main__ as command
 from lion_triton.kernels.compat._advice import advise
+from tests import fresh
 
 COMPAT = "lion_triton.kernels.compat"
 Tree = dict[str, str]
@@ -381,5 +381,5 @@ def test_bad_arguments(
 
 def test_runs_as_a_module(tmp_path: Path) -> None:
     plant(tmp_path, {"a.py": "from knn_cuda import KNN\n"})
-    run = subprocess.run([sys.executable, "-m", COMPAT, str(tmp_path)], capture_output=True, text=True, check=True)
+    run = fresh.python("-m", COMPAT, str(tmp_path))
     assert run.stdout.startswith(f"a.py:1: from knn_cuda import KNN\n    write: from {COMPAT}.knn_cuda import KNN\n")

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lion_triton.data.sources import load_sources
 from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
+from lion_triton.kernels.noise import later_key
 from lion_triton.models.lion import LION
+from lion_triton.parts import check_same_settings
 from lion_triton.pictures import mesh_grid
-from lion_triton.runs import (
-    Checkpoint,
-    Run,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-    set_damaged_aside,
-    vae_trained,
-    write_text,
-)
+from lion_triton.runs import Run, load_checkpoint, load_state, set_damaged_aside, vae_trained, write_text
 from lion_triton.surface.config import SurfaceTraining, surface_config
 from lion_triton.surface.meshing import RESOLUTION, Frame, Mesher, to_cube
 from lion_triton.surface.network import SurfaceNetwork
 from lion_triton.surface.poisson import PoissonSolver, sample_grid
 from lion_triton.surface.quality import MeshQuality, mesh_quality
 from lion_triton.surface.shapes import OrientedShapes, held_out_shapes, training_shapes
-from lion_triton.surface.storage import SurfaceRun, check_same_surface, create_surface, load_network, open_surface
+from lion_triton.surface.storage import SurfaceRun, create_surface, open_surface
+from lion_triton.training.batches import Batch
+from lion_triton.training.context import Context
+from lion_triton.training.loop import fit
+from lion_triton.training.step import KEYS_PER_STEP
 
 STREAM = 9  # of random numbers; those of ``data`` and ``evaluation`` are 0 to 8
-KEYS_PER_STEP = 4  # noise keys that one step may use
 JUDGED = 16  # held-out shapes in the figures at the end
 SHOWN = 8  # of these in the picture
 NEAR_SHARE = 4  # the grids are compared near every fourth of the dense points
@@ -49,12 +47,26 @@ class SurfaceObjective(nn.Module):
     predicted one's own scale would be divided by something near 0 at the start.
     """
 
-    def __init__(self, network: SurfaceNetwork, training: SurfaceTraining) -> None:
+    def __init__(self, network: SurfaceNetwork, run: Run, lion: LION, training: SurfaceTraining) -> None:
         super().__init__()
-        self.network, self.training_config = network, training
+        self.network, self.run, self.training_config = network, run, training
         self.solver = PoissonSolver(training.resolution, training.sigma)
+        self._lion = [lion]  # in a list, so that it is no part of this module
 
-    def forward(
+    def forward(self, batch: Mapping[str, Tensor], key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """``batch``: as :func:`surface_batch` makes it."""
+        return self.losses(*self.inputs(batch, key))
+
+    @torch.no_grad()
+    def inputs(self, batch: Mapping[str, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What ``losses`` takes."""
+        (lion,), points, normals = self._lion, batch["points"], batch["normals"]
+        noisy = rebuild(self.run, lion, points[:, : self.run.config.data.num_points], key, batch["jitter"])
+        frame = Frame.of(noisy)
+        distances = normal_noise((len(points), points.shape[1] // NEAR_SHARE), later_key(key, 3))
+        return frame.enter(noisy), frame.enter(points), normals, self.training_config.band * distances
+
+    def losses(
         self,
         noisy: Float[Tensor, "B N 3"],
         points: Float[Tensor, "B P 3"],
@@ -83,70 +95,54 @@ class SurfaceObjective(nn.Module):
         return {"loss": torch.as_tensor(total), **losses}
 
 
-def train_surface(
-    run: Run, training: SurfaceTraining | None = None, *, device: torch.device | str = "cpu"
-) -> SurfaceNetwork:
+def train_surface(run: Run, training: SurfaceTraining, accelerator: Accelerator) -> SurfaceNetwork:
     """Train the surface network of a run whose VAE is trained, to the end; the same call continues a stopped one.
 
-    Writes RUN/surface/: config.json, metrics.jsonl, checkpoints/ as a run's own, and at the end figures.json and
-    overview.png of held-out shapes. What is drawn depends on the run's seed and the step alone, so that a continued
-    training equals an unbroken one. One process, one device. Returns the network.
+    Writes RUN/surface/: config.json, metrics.jsonl, tensorboard/, checkpoints/ as a run's own, and at the end
+    figures.json and overview.png of held-out shapes. What is drawn depends on the run's seed and the step alone, so
+    that a continued training equals an unbroken one. One process. Returns the network.
 
     Raises:
         ValueError: no trained VAE, shapes without normals, other settings than before, a damaged checkpoint, a loss
             that is not finite.
     """
-    training, device = training or SurfaceTraining(), torch.device(device)
+    device, seed = accelerator.device, run.config.seed
     lion, vae_checkpoint = trained_vae(run, device)
-    shapes, held_out = training_shapes(run), held_out_shapes(run)
+    sources = load_sources(run.config.data, run.config.evaluate_shapes)
+    shapes, held_out = training_shapes(run, sources), held_out_shapes(run, sources)
     surface = open_surface(run)
     if surface is None:
         surface = create_surface(run, surface_config(run.config.data.num_points), training, vae_checkpoint)
-    check_same_surface(surface, training)
-    torch.manual_seed(run.config.seed)
+    check_same_settings(surface.run, training, surface.training, "surface.")
+    torch.manual_seed(seed)
     network = SurfaceNetwork(surface.config).to(device)
-    objective = SurfaceObjective(network, training).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
-    start = 0
     checkpoint = set_damaged_aside(surface.run)
     if checkpoint is not None:
-        load_network(network, surface, dict(checkpoint.model))
-        optimizer.load_state_dict(dict(checkpoint.optimizer))
-        start = checkpoint.step
-        print(f"continuing {surface.folder}: {start} steps are done")
+        load_state(network, checkpoint.model, surface.run)
+        print(f"continuing {surface.folder}: {checkpoint.step} steps are done")
+    context = Context(surface.run, sources, accelerator, lion)
 
-    def save(done: int) -> None:
-        state = Checkpoint("surface", done, network.state_dict(), {}, optimizer.state_dict())
-        save_checkpoint(surface.run, done, state)
+    def batches(start: int) -> Iterator[Batch]:
+        return (surface_batch(run, shapes, training, step) for step in range(start, training.steps))
 
-    log = _Log(surface, start)
-    bar = tqdm(total=training.steps, initial=start, desc="stage 3, surface", unit="step", disable=None)
-    with bar:
-        for step in range(start, training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * step / training.steps))
-            batch = surface_batch(run, lion, shapes, training, step, device)
-            with autocast(run.config.mixed_precision, device):
-                losses = objective(**batch)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-            done = step + 1
-            last = done == training.steps
-            if done % training.log_every == 0 or done % training.checkpoint_every == 0 or last:
-                values = {name: value.item() for name, value in losses.items()} | {"grad_norm": norm.item()}
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"loss: not finite at step {done} of stage surface; the last checkpoint is kept in "
-                        f"{surface.folder}"
-                    )
-                bar.set_postfix_str(f"loss {values['loss']:.4g}")
-                log.write(done, values)
-            if done % training.checkpoint_every == 0 or last:
-                save(done)
-    if start < training.steps or not (surface.folder / "figures.json").is_file():
+    def clouds(step: int) -> list[str]:
+        return [sources.train.names[i] for i in _drawn(run, shapes, training, step)[0]]
+
+    with context.stop.listening():
+        fit(
+            context,
+            "surface",
+            SurfaceObjective(network, run, lion, training).to(device),
+            training,
+            batches,
+            clouds,
+            checkpoint,
+            title="stage 3, surface",
+            key=torch.tensor([seed, 0], device=device),
+            state=network.state_dict,
+        )
+    unfinished = checkpoint is None or checkpoint.step < training.steps
+    if unfinished or not (surface.folder / "figures.json").is_file():
         _finish(run, surface, network, lion, held_out, device)
     return network
 
@@ -162,27 +158,24 @@ def trained_vae(run: Run, device: torch.device) -> tuple[LION, str]:
     return lion.requires_grad_(False).eval().to(device), newest.name
 
 
-def surface_batch(
-    run: Run, lion: LION, shapes: OrientedShapes, training: SurfaceTraining, step: int, device: torch.device
-) -> dict[str, Tensor]:
-    """The arguments of :class:`SurfaceObjective` in one step, which the run's seed and the step alone decide."""
-    rng = np.random.default_rng((run.config.seed, STREAM, step))
-    drawn = [
-        shapes.draw(int(i), training.dense_points, int(rng.integers(2**31)))
-        for i in rng.integers(shapes.count, size=training.batch_size)
-    ]
-    points, normals = normalized(run, [p for p, _ in drawn]), torch.from_numpy(np.stack([n for _, n in drawn]))
-    jitter = torch.from_numpy(training.jitter * rng.random(training.batch_size)).to(device, torch.float32)
-    key = torch.tensor([run.config.seed, KEYS_PER_STEP * step], device=device)
-    noisy = rebuild(run, lion, points[:, : run.config.data.num_points].to(device), key, jitter)
-    frame = Frame.of(noisy)
-    distances = normal_noise((training.batch_size, training.dense_points // NEAR_SHARE), _next(key, 3))
+def surface_batch(run: Run, shapes: OrientedShapes, training: SurfaceTraining, step: int) -> Batch:
+    """What a step is given, which the run's seed and the step's number alone decide: points (B, P, 3) in the model's
+    units, their normals (B, P, 3), and jitter (B,), the noise of each cloud's latents."""
+    chosen, rng = _drawn(run, shapes, training, step)
+    drawn = [shapes.draw(int(i), training.dense_points, int(rng.integers(2**31))) for i in chosen]
     return {
-        "noisy": frame.enter(noisy),
-        "points": frame.enter(points.to(device)),
-        "normals": normals.to(device),
-        "distances": training.band * distances,
+        "points": normalized(run, [points for points, _ in drawn]),
+        "normals": torch.from_numpy(np.stack([normals for _, normals in drawn])),
+        "jitter": torch.from_numpy(training.jitter * rng.random(training.batch_size)).float(),
     }
+
+
+def _drawn(
+    run: Run, shapes: OrientedShapes, training: SurfaceTraining, step: int
+) -> tuple[np.ndarray, np.random.Generator]:
+    """The shapes of a step, and the generator of all else in it."""
+    rng = np.random.default_rng((run.config.seed, STREAM, step))
+    return rng.integers(shapes.count, size=training.batch_size), rng
 
 
 @torch.no_grad()
@@ -200,14 +193,10 @@ def rebuild(
         mu, log_sigma = vae.encode_shape(points, plan)
         z = mu + log_sigma.exp() * normal_noise(mu.shape, key)
         mu, log_sigma = vae.encode_points(points, z, plan)
-        h = mu + log_sigma.exp() * normal_noise(mu.shape, _next(key, 1))
+        h = mu + log_sigma.exp() * normal_noise(mu.shape, later_key(key, 1))
         if jitter is not None:
-            h = h + jitter[:, None, None] * lion.h_std * normal_noise(mu.shape, _next(key, 2))
+            h = h + jitter[:, None, None] * lion.h_std * normal_noise(mu.shape, later_key(key, 2))
         return vae.decode(h, z).float()
-
-
-def _next(key: Tensor, count: int) -> Tensor:
-    return key + torch.tensor([0, count], device=key.device)
 
 
 def normalized(run: Run, clouds: list[np.ndarray]) -> Float[Tensor, "B P 3"]:
@@ -241,23 +230,3 @@ def _finish(
     words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
     print(f"meshes of {count} held-out shapes: {words}")
     print(f"picture: {surface.folder / 'overview.png'}")
-
-
-class _Log:
-    """metrics.jsonl; a continued training drops what it will write again."""
-
-    def __init__(self, surface: SurfaceRun, start: int) -> None:
-        self.path = surface.folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        write_text(self.path, "".join(f"{line}\n" for line in lines if _step(line) <= start))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line that a killed process left unfinished
-        return math.inf

@@ -1,29 +1,43 @@
+"""The stage ``surface``, on a run with random weights."""
+
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lion_triton.data.find import normals_path
-from lion_triton.runs import Checkpoint, Run, open_run
-from lion_triton.surface import SurfaceNetwork, storage, surface_config, training
+from lion_triton.data.sources import load_sources
+from lion_triton.runs import Run, open_run
+from lion_triton.surface import SurfaceNetwork, SurfaceTraining, storage, surface_config
 from lion_triton.surface.quality import mesh_quality
-from lion_triton.surface.shapes import held_out_shapes, training_shapes
-from lion_triton.surface.training import SurfaceObjective, surface_batch, train_surface
-from tests.surface.runs import POINTS, TRAINING, random_run
+from lion_triton.surface.shapes import OrientedShapes, held_out_shapes, training_shapes
+from lion_triton.training import loop
+from lion_triton.training import surface as training
+from lion_triton.training.surface import SurfaceObjective, surface_batch
+from tests.surface.runs import POINTS, TRAINING, random_run, trained
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("surface") / "run"
-    train_surface(random_run(folder), TRAINING)
+    trained(random_run(folder))
     return folder
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "surface" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "shapes_per_second"} for line in lines]
 
 
 def newest(folder: Path) -> Path:
@@ -35,7 +49,7 @@ def test_the_folder_explains_itself(finished: Path) -> None:
     assert config["vae"] == "step-00000304"
     assert config["training"]["sigma"] == 0.03
     assert config["config"]["num_points"] == POINTS
-    lines = [json.loads(line) for line in (finished / "surface" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "indicator", "near", "normals", "points", "grad_norm"} < lines[0].keys()
     figures = json.loads((finished / "surface" / "figures.json").read_text())
@@ -49,41 +63,74 @@ def test_the_folder_explains_itself(finished: Path) -> None:
 
 
 def test_a_stopped_training_continues_as_if_unbroken(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = random_run(tmp_path / "run")
-    save = training.save_checkpoint
+    write = loop.Log.write
 
-    def save_and_stop(run: Run, step: int, checkpoint: Checkpoint) -> Path:
-        save(run, step, checkpoint)
-        raise KeyboardInterrupt
+    def write_and_stop(self: loop.Log, *record: Any) -> None:
+        write(self, *record)
+        if record[1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train_surface(run, TRAINING)
+    monkeypatch.setattr(loop.Log, "write", write_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        trained(run)
+    assert stop.value.code == 0 and "stopped after step 3 of stage surface" in capsys.readouterr().out
     monkeypatch.undo()
-    assert newest(run.folder).name == "step-00000002"
+    assert newest(run.folder).name == "step-00000003"
     with (run.folder / "surface" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # as a killed process may leave it
-    train_surface(run, replace(TRAINING, log_every=1, checkpoint_every=4))
+        file.write('{"step": 4, "lo')  # as a killed process may leave it
+    trained(run)
     expected, got = (load_file(newest(folder) / "model.safetensors") for folder in (finished, run.folder))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    for name in ("metrics.jsonl", "figures.json", "overview.png"):
+    assert logged(run.folder) == logged(finished)
+    for name in ("figures.json", "overview.png"):
         assert (finished / "surface" / name).read_bytes() == (run.folder / "surface" / name).read_bytes(), name
+
+
+def test_a_loss_that_is_not_finite_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its step, in the network, at the shape that it is of; or it is skipped."""
+    run = random_run(tmp_path / "run")
+    forward = SurfaceObjective.forward
+
+    def planted(self: SurfaceObjective, batch: Any, key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        def hook(_module: torch.nn.Module, _inputs: Any, x: Tensor) -> Tensor:
+            return torch.where((number == 2) & (torch.arange(len(x)) == 1)[:, None, None], torch.nan, x)
+
+        handle = self.network.unet.register_forward_hook(hook, prepend=True)
+        try:
+            return forward(self, batch, key, number)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(SurfaceObjective, "forward", planted)
+    with pytest.raises(
+        ValueError, match=r"not finite in step 3 of stage surface; first at fault: the output of net"
+    ) as e:
+        trained(run)
+    sources = load_sources(run.config.data, run.config.evaluate_shapes)
+    drawn = np.random.default_rng((run.config.seed, training.STREAM, 2)).integers(len(sources.train), size=2)
+    names = [sources.train.names[i] for i in drawn]
+    assert f", at {names[1]}; clouds of the batch: {', '.join(names)}; " in str(e.value)
+    assert newest(run.folder).name == "step-00000002"
+    skipping = replace(run, config=replace(run.config, on_nonfinite="skip"))
+    trained(skipping)
+    assert [line["skipped"] for line in logged(run.folder)[2:]] == [1, 1]
 
 
 def test_a_finished_training_is_left_as_it_is(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "surface").rglob("*.*")}
-    train_surface(open_run(finished), TRAINING)
+    trained(open_run(finished))
     changed = {p.name for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert changed <= {"metrics.jsonl"}
 
 
 def test_other_settings_and_missing_parts_are_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was started with other settings \(surface.steps: 5, was 4\)"):
-        train_surface(open_run(finished), replace(TRAINING, steps=5))
+        trained(open_run(finished), replace(TRAINING, steps=5))
     with pytest.raises(ValueError, match="has no trained VAE yet; run --stage vae first"):
-        train_surface(random_run(tmp_path / "vae", stage="vae"), TRAINING)
+        trained(random_run(tmp_path / "vae", stage="vae"))
     with pytest.raises(ValueError, match="has no surface network yet: train it with --stage surface"):
         storage.load_surface(open_run(tmp_path / "vae"))
     copy = tmp_path / "copy"
@@ -94,47 +141,57 @@ def test_other_settings_and_missing_parts_are_refused(finished: Path, tmp_path: 
     assert not (tmp_path / "vae" / "surface").exists()
 
 
-def test_a_batch_is_the_surface_and_the_same_points_with_the_noise_of_the_vae(tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run")
+def make(folder: Path) -> tuple[Run, SurfaceObjective, OrientedShapes]:
+    run = random_run(folder)
     lion, _ = training.trained_vae(run, torch.device("cpu"))
-    shapes = training_shapes(run)
-    batch, again, other = (surface_batch(run, lion, shapes, TRAINING, s, torch.device("cpu")) for s in (0, 0, 1))
-    for name, value in batch.items():
-        assert torch.equal(value, again[name])
-        assert not torch.equal(value, other[name])
-    low, high = batch["noisy"].amin(1), batch["noisy"].amax(1)
+    torch.manual_seed(0)
+    objective = SurfaceObjective(SurfaceNetwork(surface_config(POINTS)), run, lion, TRAINING)
+    return run, objective, training_shapes(run, load_sources(run.config.data, 2))
+
+
+def test_a_batch_is_the_surface_and_the_same_points_with_the_noise_of_the_vae(tmp_path: Path) -> None:
+    run, objective, shapes = make(tmp_path / "run")
+
+    def inputs(step: int, config: SurfaceTraining = TRAINING) -> tuple[Tensor, ...]:
+        return objective.inputs(surface_batch(run, shapes, config, step), torch.tensor([0, 4 * step]))
+
+    batch = inputs(0)
+    for value, again, other in zip(batch, inputs(0), inputs(1), strict=True):
+        assert torch.equal(value, again)
+        assert not torch.equal(value, other)
+    noisy, points, normals, distances = batch
+    assert distances.std() == pytest.approx(TRAINING.band, rel=0.2)
+    low, high = noisy.amin(1), noisy.amax(1)
     torch.testing.assert_close((high - low).amax(-1), torch.full((2,), 2.0))
     torch.testing.assert_close(low, -high)
-    noise = (batch["noisy"] - batch["points"][:, :POINTS]).norm(dim=-1)
-    apart = (batch["noisy"] - batch["points"][:, :POINTS].roll(1, 1)).norm(dim=-1)
+    noise = (noisy - points[:, :POINTS]).norm(dim=-1)
+    apart = (noisy - points[:, :POINTS].roll(1, 1)).norm(dim=-1)
     assert 0 < noise.median() < 0.2 * apart.median()  # an untrained VAE is near the identity
-    torch.testing.assert_close(batch["normals"].norm(dim=-1), torch.ones(2, 512))
+    torch.testing.assert_close(normals.norm(dim=-1), torch.ones(2, 512))
     # Half the largest jitter on average, in the units of a latent of standard deviation 1, in those of the frame.
-    wild = surface_batch(run, lion, shapes, replace(TRAINING, jitter=2.0), 0, torch.device("cpu"))
-    offsets = (wild["noisy"] - wild["points"][:, :POINTS]).norm(dim=-1).median(1).values
+    wild, wild_points, *_ = inputs(0, replace(TRAINING, jitter=2.0))
+    offsets = (wild - wild_points[:, :POINTS]).norm(dim=-1).median(1).values
     assert (offsets > 2 * noise.median(1).values).all()
 
 
 def test_the_objective_is_0_at_the_truth_and_falls_as_it_trains(tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run")
-    batch = surface_batch(
-        run, training.trained_vae(run, torch.device("cpu"))[0], training_shapes(run), TRAINING, 0, torch.device("cpu")
-    )
-    torch.manual_seed(0)
-    objective = SurfaceObjective(SurfaceNetwork(surface_config(POINTS)), TRAINING)
+    run, objective, shapes = make(tmp_path / "run")
+    key = torch.tensor([0, 0])
+    batch = surface_batch(run, shapes, TRAINING, 0)
+    _, points, normals, distances = objective.inputs(batch, key)
 
     class Truth(torch.nn.Module):
-        def forward(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return batch["points"][:, :, None], batch["normals"][:, :, None]
+        def forward(self, _: Tensor) -> tuple[Tensor, Tensor]:
+            return points[:, :, None], normals[:, :, None]
 
-    truth = SurfaceObjective(Truth(), TRAINING)  # type: ignore[arg-type]
-    perfect = truth(batch["points"], batch["points"], batch["normals"], batch["distances"])
+    truth = SurfaceObjective(Truth(), run, objective._lion[0], TRAINING)  # type: ignore[arg-type]
+    perfect = truth.losses(points, points, normals, distances)
     assert all(value.item() < 1e-8 for value in perfect.values())
 
     optimizer = torch.optim.Adam(objective.parameters(), 2e-3)
     losses = []
     for _ in range(12):
-        terms = objective(**batch)
+        terms = objective(batch, key, key[0])
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -157,8 +214,9 @@ def test_stored_normals_are_read_row_for_row(tmp_path: Path) -> None:
     run = random_run(tmp_path / "run")
     data = replace(run.config.data, source=str(tmp_path / "data"))
     run = replace(run, config=replace(run.config, data=data))
-    shapes = training_shapes(run)
-    assert (shapes.count, held_out_shapes(run).count) == (3, 2)
+    sources = load_sources(data, 1)
+    shapes = training_shapes(run, sources)
+    assert (shapes.count, held_out_shapes(run, sources).count) == (3, 2)
     points, normals = shapes.draw(1, 200, 5)
     assert points.shape == normals.shape == (200, 3)
     np.testing.assert_allclose(2 * points, normals, atol=1e-3)
@@ -168,7 +226,7 @@ def test_stored_normals_are_read_row_for_row(tmp_path: Path) -> None:
         shapes.draw(1, 200, 5)
     normals_path(tmp_path / "data" / "ball" / "train" / "1.npy").unlink()
     with pytest.raises(ValueError, match="1 of 3 clouds in .* have no normals beside them: prepare"):
-        training_shapes(run)
+        training_shapes(run, sources)
 
 
 def test_quality_of_a_mesh_of_the_very_surface_and_of_another() -> None:
