@@ -474,7 +474,7 @@ def test_without_words_the_training_shapes_embeddings_are_taken(run: Run, tmp_pa
     )
     np.testing.assert_array_equal(a, b)
     (tmp_path / "saved" / "embeddings.npz").unlink()
-    with pytest.raises(ValueError, match=r"^run: .* keeps no embeddings: sample it with --text$"):
+    with pytest.raises(ValueError, match=r"^run: .* keeps no embeddings: give --text$"):
         sample.sample(sample.SampleArguments(tmp_path / "saved", **options, out=tmp_path / "c"))  # type: ignore[arg-type]
 
 

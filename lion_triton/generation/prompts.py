@@ -109,9 +109,12 @@ def read_prompts(run: Run, args: PromptArguments, most: int | None = None) -> Pr
         raise ValueError(f"{option}: this run was trained without --clip, got {value}")
     pictures = [_open(path) for path in args.image]
     found = None if args.clip_embedding is None else read_embeddings("clip-embedding", args.clip_embedding)
+    count = len(args.text) + len(args.image) + (0 if found is None else len(found.rows))
+    if most is not None and count > most:
+        raise ValueError(f"{option}: expected at most {most} texts, images and embeddings together, got {count}")
     parts, names, name = [], [*args.text, *(path.name for path in args.image)], None
     if names:
-        clip = open_clip(option, run, args.clip_model)
+        clip = _open_clip(option, run, args.clip_model)
         name = clip.name
         parts += [clip.texts(args.text).numpy().astype(np.float16)] if args.text else []
         parts += [clip.images(pictures).numpy().astype(np.float16)] if pictures else []
@@ -120,24 +123,7 @@ def read_prompts(run: Run, args: PromptArguments, most: int | None = None) -> Pr
     if found is not None:
         parts.append(found.rows)
         names += found.row_names
-    if most is not None and len(names) > most:
-        raise ValueError(f"{option}: expected at most {most} texts, images and embeddings together, got {len(names)}")
     return Prompts(tuple(names), np.concatenate(parts), name)
-
-
-def open_clip(option: str, run: Run, model: str | None = None) -> CLIP:
-    """The CLIP called ``model``, or the one that the run's embeddings are of.
-
-    Raises:
-        ValueError: naming ``option`` where the run does not say which that is; none is at hand.
-    """
-    name = model or run.clip
-    if name is None:
-        raise ValueError(f"{option}: the run does not say which CLIP its embeddings are of: give --clip-model")
-    clip = CLIP(name, best_device())
-    if run.clip not in (None, clip.name):
-        print(f"clip-model: the run's embeddings are of {run.clip}: another model's mean something else")
-    return clip
 
 
 def own_prompts(run: Run) -> Prompts:
@@ -147,9 +133,20 @@ def own_prompts(run: Run) -> Prompts:
         ValueError: it keeps none.
     """
     if not run.embeddings.is_file():
-        raise ValueError(f"run: {run.folder} is conditioned on CLIP and keeps no embeddings: sample it with --text")
+        raise ValueError(f"run: {run.folder} is conditioned on CLIP and keeps no embeddings: give --text")
     found = read_embeddings("run", run.embeddings)
     return Prompts(tuple(found.row_names), found.rows, run.clip)
+
+
+def _open_clip(option: str, run: Run, model: str | None) -> CLIP:
+    """The CLIP called ``model``, or the one that the run's embeddings are of."""
+    name = model or run.clip
+    if name is None:
+        raise ValueError(f"{option}: the run does not say which CLIP its embeddings are of: give --clip-model")
+    clip = CLIP(name, best_device())
+    if run.clip not in (None, clip.name):
+        print(f"clip-model: the run's embeddings are of {run.clip}: another model's mean something else")
+    return clip
 
 
 def _open(path: Path) -> Image.Image:
