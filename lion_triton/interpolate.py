@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,16 +20,17 @@ from lion_triton.generation.inputs import (
     Given,
     Model,
     check_points,
+    described,
     distances,
     known_label,
     open_model,
     read_given_or_seed,
     reconstruct,
-    with_class,
 )
-from lion_triton.generation.latents import Condition, between, decode, from_noise, match, seed_noise, to_noise
+from lion_triton.generation.latents import between, decode, from_noise, match, seed_noise, to_noise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import Begin, progress_bar
+from lion_triton.generation.prompts import Prompt, PromptArguments, own_prompts, read_prompts
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import grid
 from lion_triton.runs import Run, open_run
@@ -39,7 +41,7 @@ COLUMNS = 9  # of the picture
 
 
 @dataclass(frozen=True)
-class InterpolateArguments:
+class InterpolateArguments(PromptArguments):
     """Generate what lies between two shapes: both are taken to the noise that the model makes them of, and the shapes
     of the noises between are generated, each point on its way from one to the other.
 
@@ -52,6 +54,8 @@ class InterpolateArguments:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
         frames: clouds to generate, A and B included.
         label: class of both; default: that of a file that knows it, otherwise the likeliest; of a seed, the first.
+            Runs trained with --clip take one text, image or embedding of both or one of each instead; default: that of
+            the likeliest training shape; of a seed, the first.
         sampler: which deterministic sampler; default the run's, or ddim.
         steps: network evaluations per prior; default as the run's configuration. Between two seeds, DDIM takes the
             priors that are distilled for so many steps, where the run has such.
@@ -76,10 +80,11 @@ class InterpolateArguments:
 
 @dataclass(frozen=True)
 class End:
-    """One end of the way: a noise, the class that it is denoised as, and the shape that it was made of, if any."""
+    """One end of the way: a noise, what it is denoised as, and the shape that it was made of, if any."""
 
     noise: Latents  # of one cloud
     label: int | None
+    prompt: Prompt | None
     given: Given | None = None
 
 
@@ -101,11 +106,12 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
         raise ValueError(f"frames: expected at least 2, got {args.frames}")
     run = open_run(args.run)
     num_points, label = check_points(run, args.num_points), known_label(run, args.label)
-    words = [args.a, "to", args.b, args.label, args.sampler, args.checkpoint]
+    words = [args.a, "to", args.b, args.label, *args.words, args.sampler, args.checkpoint]
     numbers = {"frames": args.frames, "steps": args.steps, "points": args.num_points, "seed": args.seed}
     out = args.out or default_out(run, words, numbers)
     check_out(out)
     a, b = (read_given_or_seed(o, text, run, num_points, args.seed) for o, text in (("a", args.a), ("b", args.b)))
+    prompts = read_prompts(run, args, most=2)
     shapes = sum(isinstance(x, Given) for x in (a, b))
     settings = deterministic(run, args.sampler, args.steps, clipped=shapes == 0)
 
@@ -114,7 +120,8 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     if distilled:  # which no noise is known of that leads to a given shape
         model = model.few_step(settings)
     with progress_bar("interpolating", shapes + num_batches(args.frames)) as begin:
-        start, end = ends_of(model, a, b, num_points, label, settings, begin)
+        asked = [None if prompts is None else prompts[i] for i in (0, -1)]
+        start, end = ends_of(model, a, b, num_points, label, settings, begin, asked)
         clouds = frames(model, start, end, args.frames, settings, begin)
     points = model.run.normalization.invert(clouds.numpy())
     check_finite(points)
@@ -122,15 +129,22 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     for shape, cloud in ((start.given, points[0]), (end.given, points[-1])):
         if shape is not None:
             ours, rebuilt = distances(model, shape, np.stack((cloud, reconstruct(model, shape))))
-            name = model.class_name(shape.label)
+            name = model.called(shape.label, shape.prompt)
             given.append(shape.record | {"class": name, "chamfer": ours, "reconstruction_chamfer": rebuilt})
             print(f"{shape.name} ({name}): Chamfer distance {ours:.2g} as it comes back, {rebuilt:.2g} rebuilt")
     args = replace(args, checkpoint=model.checkpoint)
     record = record_of("interpolate", args, args.checkpoint, settings) | {"distilled": distilled, "given": given}
+    if prompts is not None:
+        record |= prompts.record
     nearest = [start.label if i < args.frames / 2 else end.label for i in range(args.frames)]
     labels = np.array([-1 if label is None else label for label in nearest])
     columns = -(-args.frames // -(-args.frames // COLUMNS))  # rows of equal length, or nearly
-    write_results(out, points, labels, run.classes, record, draw=lambda path: grid(points, path, columns), moving=True)
+    more = None if prompts is None else prompts.arrays
+
+    def draw(path: Path) -> None:
+        grid(points, path, columns)
+
+    write_results(out, points, labels, run.classes, record, more=more, draw=draw, moving=True)
     return Interpolation(points, out)
 
 
@@ -159,30 +173,44 @@ def ends_of(
     label: int | None,
     settings: SamplingConfig,
     begin: Begin,
+    prompts: Sequence[Prompt | None] = (None, None),
 ) -> tuple[End, End]:
-    """The ends at two shapes or at what two seeds generate, of class ``label`` where one is given.
+    """The ends at two shapes or at what two seeds generate, of class ``label`` and as ``prompts`` say where they are
+    given.
 
-    Shapes are otherwise of their own or the likeliest class, seeds of the first, as in ``lion_triton.sample``. Two
-    shapes' points are put in the order in which they move least.
+    Shapes are otherwise of their own or the likeliest class and prompt, seeds of the first, as in
+    ``lion_triton.sample``. Two shapes' points are put in the order in which they move least.
     """
-    a, b = (with_class(model, shape, label) if isinstance(shape, Given) else shape for shape in (a, b))
+    a, b = (
+        described(model, shape, label, prompt) if isinstance(shape, Given) else shape
+        for shape, prompt in zip((a, b), prompts, strict=True)
+    )
     if isinstance(a, Given) and isinstance(b, Given):
         b = replace(b, points=b.points[match(a.points, b.points)])
-    return end_of(model, a, num_points, label, settings, begin), end_of(model, b, num_points, label, settings, begin)
+    ends = zip((a, b), prompts, strict=True)
+    start, end = (end_of(model, shape, num_points, label, settings, begin, prompt) for shape, prompt in ends)
+    return start, end
 
 
 def end_of(
-    model: Model, shape: Given | int, num_points: int, label: int | None, settings: SamplingConfig, begin: Begin
+    model: Model,
+    shape: Given | int,
+    num_points: int,
+    label: int | None,
+    settings: SamplingConfig,
+    begin: Begin,
+    prompt: Prompt | None = None,
 ) -> End:
-    """One end; ``num_points`` and ``label`` are a seed's. Only a shape is a part of the bar."""
+    """One end; ``num_points``, ``label`` and ``prompt`` are a seed's. Only a shape is a part of the bar."""
     if isinstance(shape, int):
-        first = 0 if model.conditional else None
+        label = 0 if label is None and model.conditional else label
+        prompt = own_prompts(model.run)[0] if prompt is None and model.by_words else prompt
         assert settings.sampler != "ddpm"
-        noise = seed_noise(model.lion, shape, num_points, settings.sampler)
-        return End(noise, first if label is None else label)
+        return End(seed_noise(model.lion, shape, num_points, settings.sampler), label, prompt)
+    condition = model.condition(shape.label, shape.prompt)
     with model.autocast():
-        noise = to_noise(model.lion, shape.encode(model), settings, model.labels(shape.label), begin())
-        return End(noise, shape.label, shape)
+        noise = to_noise(model.lion, shape.encode(model), settings, condition, begin())
+        return End(noise, shape.label, shape.prompt, shape)
 
 
 def frames(
@@ -193,12 +221,12 @@ def frames(
     The first and the last are made alone, as ``lion_triton.sample`` makes one: other batches may round otherwise.
     """
     inner = torch.linspace(0, 1, count, device=model.device)[1:-1]
-    batches = [(a.noise, Condition(model.labels(a.label)))]
+    first, last = (model.condition(end.label, end.prompt) for end in (a, b))
+    batches = [(a.noise, first)]
     for weight in inner.split(BATCH) if len(inner) else ():
-        ours, theirs = (model.labels(end.label, len(weight)) for end in (a, b))
-        condition = Condition(ours) if a.label == b.label else Condition(ours, theirs, weight)
+        condition = first.repeated(len(weight)).towards(last.repeated(len(weight)), weight)
         batches.append((between(a.noise, b.noise, weight), condition))
-    batches.append((b.noise, Condition(model.labels(b.label))))
+    batches.append((b.noise, last))
     clouds = []
     with model.autocast():
         for noise, condition in batches:

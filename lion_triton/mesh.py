@@ -19,6 +19,7 @@ from lion_triton.cli import run_cli
 from lion_triton.devices import best_device
 from lion_triton.evaluation.sets import fingerprint, open_clouds
 from lion_triton.generation.output import check_finite, check_out, whole_folder
+from lion_triton.generation.prompts import PromptArguments, read_prompts
 from lion_triton.pictures import mesh_grid
 from lion_triton.runs import commit, find_run, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
@@ -32,7 +33,7 @@ DEFAULT_SIGMA = 0.01  # without a network, which knows its own
 
 
 @dataclass(frozen=True)
-class MeshArguments:
+class MeshArguments(PromptArguments):
     """Make one watertight mesh of each cloud, by Poisson's equation and marching cubes.
 
     Writes OUT/ply/*.ply and OUT/glb/*.glb in the clouds' units, OUT/clouds.npz, OUT/grid.png and OUT/meshes.json.
@@ -48,7 +49,7 @@ class MeshArguments:
     Attributes:
         clouds_or_run: a run folder or the name of a model that comes with the package; or clouds: a folder of clouds, a
             folder written by sample, a .npz or .npy of (S, P, 3).
-        num_samples: clouds to generate of a run; default 16.
+        num_samples: clouds to generate of a run, of each text, image and embedding if any is given; default 16.
         label: class of every cloud of a run; default: classes in turn.
         checkpoint: of the run, which generates; default the newest.
         network: the run whose surface network is used; default of a run: itself.
@@ -86,7 +87,8 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     check_out(out, RECORD)
     mesher, needed, record = _mesher(args, is_run)
     if is_run:
-        clouds, args, record["sampling"] = _generated(args)
+        clouds, args, generated = _generated(args)
+        record |= generated
     else:
         given = open_clouds("clouds", str(target), "test")
         clouds = [_points(given[i], i, needed, args.seed) for i in range(len(given))]
@@ -96,7 +98,7 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
             meshes.append(mesher(cloud))
         except ValueError as error:
             raise ValueError(f"clouds: no mesh can be made of cloud {i} ({error})") from None
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    options = json.loads(json.dumps(asdict(args), default=str))
     result = {
         "lion_triton": __version__,
         "commit": commit(),
@@ -124,7 +126,8 @@ def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
     if args.num_samples is not None and args.num_samples < 1:
         raise ValueError(f"num-samples: expected at least 1, got {args.num_samples}")
     if not is_run:
-        for name, value in (("num-samples", args.num_samples), ("class", args.label), ("checkpoint", args.checkpoint)):
+        given = {"num-samples": args.num_samples, "class": args.label, "checkpoint": args.checkpoint, **args.given}
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: is for a run folder, {args.clouds_or_run} is not one")
         if args.normals == "network" and args.network is None:
@@ -148,18 +151,23 @@ def _mesher(args: MeshArguments, is_run: bool) -> tuple[Mesher, int | None, dict
 
 
 def _generated(args: MeshArguments) -> tuple[list[np.ndarray], MeshArguments, dict[str, Any]]:
-    """Clouds of the run in data units, the options with its checkpoint by name, and how they were sampled."""
+    """Clouds of the run in data units, the options with its checkpoint by name, and the record of how they were
+    sampled."""
     run = open_run(args.clouds_or_run)
     newest = run.checkpoint(args.checkpoint)
     if newest is not None:  # a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     count = 16 if args.num_samples is None else args.num_samples
     asked = SampleArguments(run.folder, num_samples=count, label=args.label, seed=args.seed, checkpoint=args.checkpoint)
-    labels, settings = class_labels(run, asked), resolved(run, asked)
+    labels, settings, prompts = class_labels(run, asked), resolved(run, asked), read_prompts(run, args)
+    clip, record = None, dict[str, Any](sampling=asdict(settings))
+    if prompts is not None:
+        labels, clip = np.tile(labels, len(prompts)), prompts.embeddings.repeat(count, axis=0)
+        record |= prompts.record
     lion = load_model(run, args.checkpoint).to(best_device())
-    points = run.normalization.invert(generate(run, lion, asked, labels))
+    points = run.normalization.invert(generate(run, lion, asked, labels, clip))
     check_finite(points)
-    return list(points), replace(args, num_samples=count), asdict(settings)
+    return list(points), replace(args, num_samples=count), record
 
 
 def _points(cloud: np.ndarray, i: int, needed: int | None, seed: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.progress import BAR
-from lion_triton.generation.prompts import own_embeddings, read_prompts
+from lion_triton.generation.prompts import PromptArguments, own_prompts, read_prompts
 from lion_triton.kernels.noise import new_key
 from lion_triton.models.lion import LION, default_steps, keys_per_batch
 from lion_triton.processes import ALONE, Processes
@@ -32,7 +32,7 @@ from lion_triton.runs import Run, load_model, note_best, open_run
 
 
 @dataclass(frozen=True)
-class SampleArguments:
+class SampleArguments(PromptArguments):
     """Generate clouds with a run's averaged weights.
 
     Writes OUT/clouds.npz (points (S, P, 3) in data units, labels), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
@@ -48,11 +48,6 @@ class SampleArguments:
         guidance: w of classifier-free guidance by class or words, 0 for none; for runs trained with
             priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
-        text: what to generate, in words; one text or more. Of runs trained with --clip only, as the next three;
-            default: embeddings of training shapes in turn.
-        image: a picture of what to generate; one file or more.
-        clip_embedding: CLIP embeddings of what to generate: a .npy (512,) or (G, 512), or a .npz of embeddings and ids.
-        clip_model: the CLIP that embeds text and image, a folder or an id on a hub; default: the one of the run's data.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
         checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
@@ -67,10 +62,6 @@ class SampleArguments:
     eta: float | None = None
     guidance: float | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    text: tuple[str, ...] = ()
-    image: tuple[Path, ...] = ()
-    clip_embedding: Path | None = None
-    clip_model: str | None = None
     seed: int = 0
     batch_size: int = 64
     checkpoint: str | None = None
@@ -102,7 +93,7 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
-    prompts = read_prompts(run, args.text, args.image, args.clip_embedding, args.clip_model)
+    prompts = read_prompts(run, args)
     asked, newest = args.checkpoint, processes.agreed(run.checkpoint(args.checkpoint))
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
@@ -113,8 +104,8 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
     more, draw, clip = {}, None, None
     if prompts is not None:
         labels, clip = np.tile(labels, len(prompts)), prompts.embeddings.repeat(args.num_samples, axis=0)
-        record |= {"prompts": list(prompts.names), "clip": prompts.model}
-        more, draw = {"embeddings": prompts.embeddings, "ids": np.array(prompts.names)}, prompts.draw
+        record |= prompts.record
+        more, draw = prompts.arrays, prompts.draw
     points = run.normalization.invert(generate(run, lion, args, labels, clip, processes=processes))
     check_finite(points)
     if processes.main:
@@ -158,7 +149,8 @@ def generate(
     """
     settings, device, total = resolved(run, args), lion.z_mean.device, len(labels)
     if clip is None and run.config.model.shape_prior.clip:
-        clip = own_embeddings(run, total)
+        own = own_prompts(run)
+        clip = own.embeddings[np.arange(total) % len(own)]
     generator = torch.Generator().manual_seed(args.seed)
     batches = [range(total)[i : i + args.batch_size] for i in range(0, total, args.batch_size)]
     if len(batches) < processes.count:
@@ -224,9 +216,7 @@ def _default_name(args: SampleArguments) -> str:
     words = [
         args.checkpoint,
         args.label,
-        *args.text,
-        *map(str, args.image),
-        args.clip_embedding and str(args.clip_embedding),
+        *args.words,
         args.sampler,
         *(f"{k}{v}" for k, v in given.items() if v is not None),
         f"seed{args.seed}",

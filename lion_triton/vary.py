@@ -15,23 +15,23 @@ from jaxtyping import Float32
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig
 from lion_triton.data.degraded import InputKind, holds_voxels
-from lion_triton.generation.encoders import diversity, trained_encoders, use_encoders
+from lion_triton.generation.encoders import diversity, from_given, trained_encoders, use_encoders
 from lion_triton.generation.inputs import (
     Given,
     Model,
     check_points,
+    described,
     distances,
     known_label,
     open_model,
     read_given,
     read_voxels,
     reconstruct,
-    with_class,
 )
 from lion_triton.generation.latents import Keep, decode, diffuse_denoise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import progress_bar
-from lion_triton.kernels import nearest_neighbor
+from lion_triton.generation.prompts import PromptArguments, read_prompts
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import draw_grid
 from lion_triton.runs import open_run
@@ -42,12 +42,13 @@ COLUMNS, ROWS = 8, 4  # of variations in the picture
 WORDS = {
     "diversity": "Chamfer distance between two variations {:.2g}",
     "voxel_iou": "IoU of their voxels with those given {:.2f}",
+    "voxel_iou_of_true_shapes": "as many points of true shapes have {:.2f}",
     "from_given": "squared distance from a point given to the nearest {:.2g}",
 }
 
 
 @dataclass(frozen=True)
-class VaryArguments:
+class VaryArguments(PromptArguments):
     """Generate variations of a shape by diffuse-denoise: its latents are noised to a share of the schedule and denoised
     again.
 
@@ -62,7 +63,8 @@ class VaryArguments:
         num_samples: variations to generate.
         input: what SHAPE is, if not a whole and clean shape; an npz with an array voxels need not be called so.
         keep: the latent that stays as it is: the shape's (other points of the same shape) or the points' (of another).
-        label: class of the shape; default: as the file says, otherwise the likeliest.
+        label: class of the shape; default: as the file says, otherwise the likeliest. A run trained with --clip takes
+            one text, image or embedding instead; default: that of the likeliest training shape.
         steps: network evaluations per prior for the whole schedule; default as the run's configuration.
         eta: DDIM's stochasticity, 0 to 1; default as the run's configuration.
         num_points: points per cloud; default as in training.
@@ -110,11 +112,11 @@ def vary(args: VaryArguments) -> Variations:
     kept = f"keep-{args.keep}" if args.keep != "nothing" else None
     kind = kind_of(args)
     encoders = None if kind is None else trained_encoders(run, kind)
-    words = [args.shape, "varied", kind, args.label, kept, args.checkpoint]
+    words = [args.shape, "varied", kind, args.label, *args.words, kept, args.checkpoint]
     numbers = {"strength": args.strength, "n": args.num_samples, "steps": args.steps, "eta": args.eta}
     out = args.out or default_out(run, words, numbers | {"points": args.num_points, "seed": args.seed})
     check_out(out)
-    count = check_points(run, args.num_points)
+    count, prompts = check_points(run, args.num_points), read_prompts(run, args, most=1)
     if encoders is not None and kind == "voxels":
         given = read_voxels("shape", Path(args.shape), encoders, count, args.seed)
     else:
@@ -123,13 +125,13 @@ def vary(args: VaryArguments) -> Variations:
     model = open_model(args.run, args.checkpoint)
     if encoders is not None:
         use_encoders(model.lion.vae, encoders)
-    given = with_class(model, given, label)
+    given = described(model, given, label, None if prompts is None else prompts[0])
     clouds = variations(model, given, settings, args)
     points = run.normalization.invert(clouds)
     check_finite(points)
     rebuilt, shape = reconstruct(model, given), run.normalization.invert(given.points)
     of_reconstruction, *others = distances(model, given, np.stack((rebuilt, *points)))
-    name, mean = model.class_name(given.label), float(np.mean(others))
+    name, mean = model.called(given.label, given.prompt), float(np.mean(others))
     print(f"{given.name} ({name}): Chamfer distance {of_reconstruction:.2g} rebuilt, {mean:.2g} varied")
     args = replace(args, checkpoint=model.checkpoint)
     record = record_of("vary", args, args.checkpoint, settings) | {
@@ -140,8 +142,10 @@ def vary(args: VaryArguments) -> Variations:
         figures = {"diversity": diversity(points[: COLUMNS * ROWS])}
         if given.grid is not None:
             figures["voxel_iou"] = float(np.mean([given.grid.iou(cloud) for cloud in clouds]))
+            if count == run.config.data.num_points and "shape" in encoders.figures:
+                figures["voxel_iou_of_true_shapes"] = encoders.figures["shape"]["voxel_iou"]
         else:
-            figures["from_given"] = from_given(shape, points)
+            figures["from_given"] = from_given(np.broadcast_to(shape, points.shape), points)
         record |= {"input": kind, **figures}
         print("; ".join(WORDS[key].format(value) for key, value in figures.items()))
 
@@ -153,6 +157,9 @@ def vary(args: VaryArguments) -> Variations:
 
     labels = np.full(len(points), -1 if given.label is None else given.label)
     more = {"given": shape, "reconstruction": rebuilt}
+    if prompts is not None:
+        record |= prompts.record
+        more |= prompts.arrays
     write_results(out, points, labels, run.classes, record, more=more, draw=draw)
     return Variations(points, out)
 
@@ -167,12 +174,6 @@ def kind_of(args: VaryArguments) -> InputKind | None:
     return "voxels" if voxels else args.input
 
 
-def from_given(shape: Float32[np.ndarray, "N 3"], clouds: Float32[np.ndarray, "S N 3"]) -> float:
-    """Mean squared distance from a point of the shape to the nearest one of a cloud."""
-    x = torch.from_numpy(clouds)
-    return nearest_neighbor(torch.from_numpy(shape).expand(len(x), -1, -1), x)[0].mean().item()
-
-
 def variations(
     model: Model, given: Given, settings: SamplingConfig, args: VaryArguments
 ) -> Float32[np.ndarray, "S P 3"]:
@@ -180,13 +181,14 @@ def variations(
     generator, clouds = torch.Generator().manual_seed(args.seed), []
     with progress_bar("varying", -(-args.num_samples // BATCH)) as begin, model.autocast():
         h, z = given.encode(model)
+        condition = model.condition(given.label, given.prompt)
         for start in range(0, args.num_samples, BATCH):
             count = min(BATCH, args.num_samples - start)
             found = diffuse_denoise(
                 model.lion,
                 Latents(h.expand(count, -1, -1), z.expand(count, -1)),
                 settings,
-                model.labels(given.label, count),
+                condition.repeated(count),
                 args.strength,
                 args.keep,
                 generator,

@@ -12,18 +12,20 @@ import tyro
 
 from lion_triton.cli import run_cli
 from lion_triton.generation.inputs import open_model
-from lion_triton.runs import find_run
+from lion_triton.generation.prompts import PromptArguments, read_prompts
+from lion_triton.runs import find_run, open_run
 
 if TYPE_CHECKING:
     from lion_triton.viewer.page import Page
 
 
 @dataclass(frozen=True)
-class ViewArguments:
+class ViewArguments(PromptArguments):
     """Open a page on this machine that shows clouds and meshes in 3D. Needs viser: pip install 'lion-triton[view]'.
 
     Of a run it generates: by seed, class, steps and number of points; step by step; between two shapes; beside the
-    nearest training shape. Nothing is fetched from a network.
+    nearest training shape. Of a run trained with --clip by the words, images and embeddings given here, or those of its
+    training shapes. The page fetches nothing from a network.
 
     Attributes:
         what: a run folder, a folder of save_pretrained, the name of a model that comes with the package, a file of a
@@ -55,10 +57,12 @@ def open_page(args: ViewArguments) -> Page:
             raise
         raise ValueError("view: needs viser: pip install 'lion-triton[view]'") from None
     if (folder / "config.json").is_file():
-        model = open_model(folder)
+        prompts, model = read_prompts(open_run(folder), args), open_model(folder)
         page = Page(args.port)
-        Generator(page, model)
+        Generator(page, model, prompts)
     else:
+        for name in args.given:
+            raise ValueError(f"{name}: is for a run folder, {args.what} is not one")
         items = find_items(folder)
         items[0].read()  # before anything is served
         page = Page(args.port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -90,7 +91,8 @@ def test_the_folder_explains_itself_and_only_encoders_change(untuned: Path, tune
     figures = json.loads((folder / "figures.json").read_text())
     assert (figures["input"], figures["held_out_shapes"]) == (kind, 3)
     for name in ("tuned_varied", "untuned_varied"):
-        assert figures[name].keys() == {"chamfer", "diversity"} | ({"voxel_iou"} if kind == "voxels" else set())
+        assert figures[name].keys() == {"chamfer", "diversity", "voxel_iou" if kind == "voxels" else "from_given"}
+    assert 0 < figures["shape"]["chamfer"] < 0.1  # other points of the same
     assert figures["tuned_rebuilt"] != figures["untuned_rebuilt"]
     assert kind != "voxels" or (folder / "overview.png").stat().st_size > 1000
     last = [f"step-{STEPS[kind] - i:08d}" for i in (2, 0)]
@@ -168,7 +170,7 @@ def test_vary_takes_voxels_noisy_and_partial_shapes(
     one, other = (tmp_path / name / "clouds.npz" for name in ("out-coarse.npz", "again"))
     assert one.read_bytes() == other.read_bytes()
     printed = capsys.readouterr().out
-    assert "IoU of their voxels with those given" in printed
+    assert re.search(r"IoU of their voxels with those given 0...; as many points of true shapes have 0...\n", printed)
     assert "squared distance from a point given to the nearest" in printed
     assert {name: record["input"] for name, record in found.items()} == {
         "out-coarse.npz": "voxels",
@@ -204,6 +206,43 @@ def test_errors_in_one_line(untuned: Path, tuned: Path, tmp_path: Path, capsys: 
     assert not (untuned / "encoders").exists()
     vae = tiny_run(tmp_path / "vae", CONFIG, stage="vae")
     assert "no trained priors yet" in fails(capsys, tune, vae.folder, "voxels")
+
+
+def test_a_model_of_save_pretrained_keeps_encoders(tuned: Path, tmp_path: Path) -> None:
+    """Only what using them takes, of those that are trained to the end; and again where it is saved again."""
+    run, kept, again = tmp_path / "run", tmp_path / "kept", tmp_path / "again"
+    shutil.copytree(tuned, run)
+    shutil.rmtree(next((run / "encoders" / "noisy" / "checkpoints").glob("*50")))  # stopped before
+    LION.from_pretrained(tuned).save_pretrained(again)  # what another model left there
+    LION.from_pretrained(run).save_pretrained(kept)
+    LION.from_pretrained(kept).save_pretrained(again)
+    LION.from_pretrained(kept).save_pretrained(kept)
+    files = {"config.json", "figures.json", "state.json", "model.safetensors"}
+    for folder in (kept, again):
+        found = {path.relative_to(folder) for path in (folder / "encoders").rglob("*") if path.is_file()}
+        assert {path.parts[1] for path in found} == {"voxels", "partial"}
+        assert {path.name for path in found} == files
+        assert len(found) == 2 * len(files)
+        about = json.loads((folder / "config.json").read_text())["parts"]
+        assert {name: part["training"]["steps"] for name, part in about.items()} == {
+            "encoders/voxels": STEPS["voxels"],
+            "encoders/partial": STEPS["partial"],
+        }
+        card = (folder / "README.md").read_text()
+        chamfer = json.loads((tuned / "encoders" / "voxels" / "figures.json").read_text())["tuned_rebuilt"]["chamfer"]
+        assert f"--input voxels`: shapes of coarse voxels | Chamfer distance {chamfer:.4g} rebuilt" in card
+    VoxelGrid.around(furniture(1, 2048, seed=1)[0][0], 16, np.random.default_rng(0)).save(tmp_path / "coarse.npz")
+    options = [str(tmp_path / "coarse.npz"), "--num-samples", "1", "--steps", "4", "--out"]
+    clouds = []
+    for folder in (tuned, again):
+        vary.main([str(folder), *options, str(tmp_path / f"of-{folder.name}")])
+        clouds.append((tmp_path / f"of-{folder.name}" / "clouds.npz").read_bytes())
+    assert clouds[0] == clouds[1]
+
+
+def test_what_is_trained_to_the_end_is_not_trained_again(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(tuned, "voxels")
+    assert f"is trained to the end, in {STEPS['voxels']} steps" in capsys.readouterr().out
 
 
 def test_a_model_of_save_pretrained_gets_encoders_but_no_further_training(

@@ -11,6 +11,7 @@ import pytest
 import trimesh
 
 from lion_triton import mesh
+from lion_triton.models import LION
 from tests.surface.runs import POINTS, TRAINING, random_run, trained
 from tests.test_train import fails
 
@@ -60,6 +61,13 @@ def test_a_runs_samples_become_meshes_and_the_same_seed_the_same_files(folder: P
     mesh.main([str(tmp_path / "clouds.npz"), "--network", str(folder), "--resolution", "24"])
     again = files(tmp_path / "clouds-meshes")
     assert all(again[name] == first[name] for name in (*expected, "grid.png"))
+    # A model that is saved keeps the network.
+    LION.from_pretrained(folder).save_pretrained(tmp_path / "kept")
+    mesh.main([str(tmp_path / "kept"), *SMALL])
+    kept = files(tmp_path / "kept" / "meshes")
+    assert all(kept[name] == first[name] for name in (*expected, "grid.png"))
+    watertight = json.loads((folder / "surface" / "figures.json").read_text())["watertight"]
+    assert f"| watertight {watertight:.4g}, chamfer" in (tmp_path / "kept" / "README.md").read_text()
 
 
 def test_clouds_without_a_network_keep_their_units(balls: Path) -> None:

@@ -15,12 +15,15 @@ import torch
 import trimesh
 from PIL import Image
 
-from lion_triton import prepare, sample, train, vary
+from lion_triton import interpolate, mesh, prepare, sample, train, vary, view
 from lion_triton.clip import CLIP
 from lion_triton.config import DistillTraining, check, with_clip
 from lion_triton.data.clouds import Clouds, Normalization
 from lion_triton.data.embeddings import Embeddings, load_embeddings, read_embeddings, write_embeddings
 from lion_triton.data.sources import DataConfig, load_sources
+from lion_triton.generation import output, prompts
+from lion_triton.generation.inputs import open_model
+from lion_triton.generation.prompts import read_prompts
 from lion_triton.models.lion import LION, posterior
 from lion_triton.models.priors import ShapePrior
 from lion_triton.pictures import CELL, views
@@ -369,6 +372,94 @@ def test_sampling_by_words_and_pictures(run: Run, clip_folder: Path, tmp_path: P
     np.testing.assert_array_equal(np.load(tmp_path / "c" / "clouds.npz")["points"], made["points"])
 
 
+def test_a_shape_is_varied_as_words_say(
+    run: Run, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without words as the likeliest training shape is described."""
+    monkeypatch.setattr(vary, "draw_grid", lambda rows, path: path.write_bytes(b""))
+    np.save(tmp_path / "sofa.npy", CLIP(clip_folder).texts(["a sofa"])[0].numpy())
+    given = {
+        "words": ["--text", "a sofa"],
+        "embedding": ["--clip-embedding", str(tmp_path / "sofa.npy")],
+        "others": ["--text", "a narrow chair"],
+        "none": [],
+    }
+    options = ["procedural:0", "--num-samples", "1", "--steps", "4", "--strength", "0.5"]
+    found = {}
+    for name, words in given.items():
+        vary.main([str(run.folder), *options, *words, "--out", str(tmp_path / name)])
+        found[name] = np.load(tmp_path / name / "clouds.npz")
+    np.testing.assert_allclose(found["words"]["points"], found["embedding"]["points"], atol=1e-4)
+    for name in ("others", "none"):
+        assert np.abs(found[name]["points"] - found["words"]["points"]).max() > 1e-3
+        np.testing.assert_array_equal(found[name]["reconstruction"], found["words"]["reconstruction"])
+    record = json.loads((tmp_path / "words" / "samples.json").read_text())
+    assert (record["prompts"], record["clip"], record["given"]["class"]) == (["a sofa"], str(clip_folder), "a sofa")
+    assert list(found["words"]["ids"]) == ["a sofa"]
+    printed = capsys.readouterr().out
+    assert "procedural:0 (a sofa): Chamfer distance" in printed
+    assert re.search(r"procedural:0: described as chair/[abc] is, the likeliest training shape", printed)
+
+
+@pytest.mark.parametrize("words", [(), ("--text", "a sofa"), ("--text", "a sofa", "a narrow chair")])
+def test_between_seeds_of_words_the_ends_are_those_of_sample(
+    run: Run, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in ((output, "grid"), (interpolate, "grid"), (output, "animate"), (prompts, "draw_grid")):
+        monkeypatch.setattr(owner, name, lambda *args, **_: args[1].write_bytes(b""))
+    options = ["--frames", "3", "--steps", "3", *words, "--out", str(tmp_path / "way")]
+    interpolate.main([str(run.folder), "3", "14", *options])
+    frames = np.load(tmp_path / "way" / "clouds.npz")["points"]
+    for seed, frame, word in (("3", frames[0], words[1:2]), ("14", frames[-1], words[-1:])):
+        asked = [*words[:1], *word, "--steps", "3", "--num-samples", "1", "--seed", seed]
+        sample.main([str(run.folder), *asked, "--out", str(tmp_path / seed)])
+        made = np.load(tmp_path / seed / "clouds.npz")["points"]
+        np.testing.assert_allclose(made, frame[None], atol=1e-5)  # a text beside another may round otherwise
+
+
+def test_between_shapes_of_words_the_ends_come_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((interpolate, "grid"), (output, "animate")):
+        monkeypatch.setattr(owner, name, lambda *args, **_: args[1].write_bytes(b""))
+    words = ["--text", "a sofa", "a narrow chair", "--out", str(tmp_path / "out")]
+    interpolate.main([str(run.folder), "procedural:0", "procedural:2", "--frames", "3", "--steps", "8", *words])
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert [row["class"] for row in record["given"]] == record["prompts"] == ["a sofa", "a narrow chair"]
+    for row in record["given"]:
+        assert row["chamfer"] < 2 * row["reconstruction_chamfer"]
+
+
+def test_meshes_are_made_of_words(run: Run, tmp_path: Path) -> None:
+    """By the clouds that sample makes of them."""
+    options = ["--num-samples", "1", "--text", "a sofa", "a narrow chair", "--out"]
+    mesh.main([str(run.folder), "--normals", "estimated", "--resolution", "16", *options, str(tmp_path / "meshes")])
+    sample.main([str(run.folder), *options, str(tmp_path / "clouds")])
+    ours, theirs = (np.load(tmp_path / name / "clouds.npz")["points"] for name in ("meshes", "clouds"))
+    np.testing.assert_array_equal(ours, theirs)
+    record = json.loads((tmp_path / "meshes" / "meshes.json").read_text())
+    assert record["prompts"] == ["a sofa", "a narrow chair"]
+
+
+def test_the_page_takes_words(run: Run) -> None:
+    pytest.importorskip("viser")
+    from lion_triton.viewer.generate import Generator
+    from lion_triton.viewer.page import Page
+
+    page = Page(8491)
+    try:
+        generator = Generator(page, open_model(run.folder))
+        assert page.status.content == f"seed 0, chair/a: {POINTS} points"
+        assert generator.asked is not None
+        first, generator.asked.value = generator.shown, "chair/c"
+        page.do("Resample", generator.resample)
+        assert page.status.content == f"seed 0, chair/c: {POINTS} points"
+        assert not np.array_equal(generator.shown, first)
+        given = read_prompts(run, prompts.PromptArguments(text=("a sofa",)))
+        Generator(page, open_model(run.folder), given)
+        assert page.status.content == f"seed 0, a sofa: {POINTS} points"
+    finally:
+        page.server.stop()
+
+
 def test_without_words_the_training_shapes_embeddings_are_taken(run: Run, tmp_path: Path) -> None:
     """By the run, and by the model that is saved of it; the card says what it is conditioned on."""
     LION.from_pretrained(run.folder).save_pretrained(tmp_path / "saved")
@@ -383,7 +474,7 @@ def test_without_words_the_training_shapes_embeddings_are_taken(run: Run, tmp_pa
     )
     np.testing.assert_array_equal(a, b)
     (tmp_path / "saved" / "embeddings.npz").unlink()
-    with pytest.raises(ValueError, match=r"^run: .* keeps no embeddings: sample it with --text$"):
+    with pytest.raises(ValueError, match=r"^run: .* keeps no embeddings: give --text$"):
         sample.sample(sample.SampleArguments(tmp_path / "saved", **options, out=tmp_path / "c"))  # type: ignore[arg-type]
 
 
@@ -408,7 +499,15 @@ def test_wrong_words_are_one_line(
     assert_line(
         fails(capsys, sample.main, [str(unknown.folder), "--text", "x"]), "text: the run does not say which CLIP"
     )
-    assert_line(fails(capsys, vary.main, [folder, "procedural:0"]), "run: .* is conditioned on CLIP, which only")
+    way = [interpolate.main, [folder, "1", "2", "--text", "a", "b", "c"]]
+    for (command, args), line in (
+        ((vary.main, [folder, "procedural:0", "--text", "a", "b"]), "text: expected at most 1 texts, .*, got 2"),
+        (way, "text: expected at most 2 texts, images and embeddings together, got 3"),
+        ((vary.main, [str(plain.folder), "procedural:0", "--text", "x"]), "text: this run was trained without --clip"),
+        ((mesh.main, [str(tmp_path), "--text", "x"]), "text: is for a run folder"),
+    ):
+        assert_line(fails(capsys, command, [*args, "--out", str(tmp_path / "out")]), line)
+    assert_line(fails(capsys, view.main, [str(tmp_path), "--text", "x"]), "text: is for a run folder")
     assert not (tmp_path / "out").exists()
 
 

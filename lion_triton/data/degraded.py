@@ -12,9 +12,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
+from scipy.spatial import cKDTree
 
 InputKind = Literal["voxels", "noisy", "partial"]
 MOST_KEPT = 0.9  # share of a cloud in a part of it
+WITHIN = 0.5 - 1e-6  # from a voxel's centre, in voxels
+NEAR_VOXELS = 27  # occupied voxels nearest to one, of which its plane is fitted
 
 Array = np.ndarray
 
@@ -91,10 +94,14 @@ class VoxelGrid:
         return np.floor((points - self.offset) / self.scale).astype(np.int64)
 
     def sample(self, count: int, rng: np.random.Generator) -> Float[Array, "count 3"]:
-        """Points uniform in the occupied voxels, as evenly shared among them as can be."""
-        corners = rng.permutation(np.argwhere(self.voxels))
-        corners = corners[np.arange(count) % len(corners)]
-        return self.offset + self.scale * (corners + rng.random((count, 3)))
+        """Points where the surface seems to go through the occupied voxels, as evenly shared among them as can be:
+        moved from the inner half of each onto the plane that fits the voxels around it, as far as that lies within."""
+        centers = np.argwhere(self.voxels) + 0.5
+        chosen = rng.permutation(len(centers))[np.arange(count) % len(centers)]
+        own, (middles, normals) = centers[chosen], (x[chosen] for x in _planes(centers))
+        inner = rng.random((count, 3)) / 2 - 0.25
+        away = ((own + inner - middles) * normals).sum(axis=1, keepdims=True)
+        return self.offset + self.scale * (own + (inner - away * normals).clip(-WITHIN, WITHIN))
 
     def iou(self, points: Float[Array, "P 3"]) -> float:
         """Intersection over union of the occupied voxels and those that hold one of these points."""
@@ -102,6 +109,18 @@ class VoxelGrid:
         inside = held[((held >= 0) & (held < self.voxels.shape)).all(axis=1)]
         both = int(self.voxels[tuple(inside.T)].sum())
         return both / (int(self.voxels.sum()) + len(held) - both)
+
+
+def _planes(centers: Float[Array, "M 3"]) -> tuple[Float[Array, "M 3"], Float[Array, "M 3"]]:
+    """A point and the unit normal of the plane that fits the centres around each one, by least squares with Gaussian
+    weights of the width of a voxel (moving least squares)."""
+    near = cKDTree(centers).query(centers, k=range(1, min(NEAR_VOXELS, len(centers)) + 1))
+    weights = np.exp(-np.square(near[0]))
+    weights /= weights.sum(axis=1, keepdims=True)
+    middles = np.einsum("mk,mki->mi", weights, centers[near[1]])
+    away = centers[near[1]] - middles[:, None]
+    moments = np.einsum("mk,mki,mkj->mij", weights, away, away)
+    return middles, np.linalg.eigh(moments)[1][:, :, 0]
 
 
 def holds_voxels(path: Path) -> bool:

@@ -47,6 +47,11 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def row_names(self) -> list[str]:
+        """The shape's name of each row."""
+        return [name for name, views in zip(self.ids, np.diff(self.starts), strict=True) for _ in range(views)]
+
     def draw(self, seed: int, numbers: Iterable[int], shapes: Iterable[int]) -> Float32[Tensor, "B 512"]:
         """One view for each sample of a run: of its shape, at random by the seed and the sample's number."""
         chosen = []

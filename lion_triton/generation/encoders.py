@@ -6,9 +6,11 @@ that decoder and priors serve it as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from lion_triton.config import EncoderTraining
 from lion_triton.data.clouds import Clouds, draw
 from lion_triton.data.degraded import InputKind, VoxelGrid, add_noise, cut
-from lion_triton.kernels import pairwise_chamfer
+from lion_triton.kernels import nearest_neighbor, pairwise_chamfer
 from lion_triton.models.vae import VAE
 from lion_triton.parts import create_part, open_part
 from lion_triton.runs import Run, load_checkpoint, load_state
@@ -53,6 +55,13 @@ class EncoderRun:
     @property
     def folder(self) -> Path:
         return self.run.folder
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Those of held-out shapes that its training ended with; none before."""
+        path = self.folder / "figures.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
 
 
 def create_encoders(run: Run, training: EncoderTraining, place: Place, vae: str | None) -> None:
@@ -112,6 +121,11 @@ def degrade(
         return grid.sample(num_points, rng), grid
     given = add_noise(cloud, training.noise, rng) if training.input == "noisy" else cut(cloud, training.kept, rng)
     return draw(given, num_points, rng), None
+
+
+def from_given(given: Float32[np.ndarray, "S N 3"], clouds: Float32[np.ndarray, "S P 3"]) -> float:
+    """Mean squared distance from a given point to the nearest one of the cloud that was made of it."""
+    return nearest_neighbor(torch.tensor(given), torch.from_numpy(clouds))[0].mean().item()
 
 
 def diversity(clouds: Float32[np.ndarray, "S N 3"]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from lion_triton.data.meshes import read_shape
 from lion_triton.devices import autocast, best_device
 from lion_triton.evaluation.sets import open_clouds
 from lion_triton.generation.encoders import EncoderRun
-from lion_triton.generation.latents import decode, encode, likeliest_class
+from lion_triton.generation.latents import Condition, decode, encode, likeliest
+from lion_triton.generation.prompts import Prompt, own_prompts
 from lion_triton.kernels import chamfer_distance
 from lion_triton.models.lion import LION, Latents
 from lion_triton.runs import Run, load_model, open_run
@@ -49,6 +51,11 @@ class Model:
         """Whether its priors know classes."""
         return self.run.config.model.shape_prior.num_classes > 0
 
+    @property
+    def by_words(self) -> bool:
+        """Whether its priors are conditioned on CLIP embeddings."""
+        return self.run.config.model.shape_prior.clip
+
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that the run computes in."""
         return autocast(self.run.config.mixed_precision, self.device)
@@ -57,11 +64,19 @@ class Model:
         """``count`` times the label, as the priors take it; None where they know no classes."""
         return None if label is None else torch.full((count,), label, device=self.device)
 
+    def condition(self, label: int | None, prompt: Prompt | None = None) -> Condition:
+        """What the priors are told of one cloud."""
+        clip = None if prompt is None else torch.from_numpy(prompt.embedding[None]).float().to(self.device)
+        return Condition(self.labels(label), clip)
+
     def few_step(self, settings: SamplingConfig) -> Model:
         """The model with the priors that are distilled for sampling like this; itself where none are."""
         return replace(self, lion=self.lion.few_step(settings.steps, settings.sampler, settings.eta, settings.guidance))
 
-    def class_name(self, label: int | None) -> str:
+    def called(self, label: int | None, prompt: Prompt | None = None) -> str:
+        """What it is told of a cloud, in words."""
+        if prompt is not None:
+            return prompt.name
         return "no class" if label is None else self.run.classes[label]
 
 
@@ -71,11 +86,9 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
     checkpoint: one of a run's, as step-00001000; default the newest.
 
     Raises:
-        ValueError: there is none, it is damaged, has no trained priors yet, or they are conditioned on CLIP.
+        ValueError: there is none, it is damaged, or has no trained priors yet.
     """
     run = open_run(Path(name_or_path))
-    if run.config.model.shape_prior.clip:
-        raise ValueError(f"run: {name_or_path} is conditioned on CLIP, which only sample, mesh and evaluate know")
     newest = run.checkpoint(checkpoint)
     # By its name: a run that goes on may have another newest one by now.
     name = None if newest is None else newest.name
@@ -84,15 +97,16 @@ def open_model(name_or_path: str | Path, checkpoint: str | None = None) -> Model
 
 @dataclass(frozen=True)
 class Given:
-    """A shape as given: its points in the model's units, and its class where that is known. ``seed`` decided which of
-    its points these are, and decides which of its latents are drawn. ``grid``, in these units: the voxels of which the
-    points were drawn."""
+    """A shape as given: its points in the model's units, its class where that is known, and the prompt that describes
+    it to a model of words. ``seed`` decided which of its points these are, and decides which of its latents are drawn.
+    ``grid``, in these units: the voxels of which the points were drawn."""
 
     name: str
     points: Float32[np.ndarray, "N 3"]
     label: int | None
     seed: int = 0
     grid: VoxelGrid | None = None
+    prompt: Prompt | None = None
 
     @property
     def record(self) -> dict[str, object]:
@@ -185,14 +199,25 @@ def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarr
         raise ValueError(f"{option}: {path}: {one_line(error)}{several}") from None
 
 
-def with_class(model: Model, given: Given, label: int | None) -> Given:
-    """The shape as one of class ``label``, or else of its own, or the likeliest, which is said."""
-    if not model.conditional or label is not None or given.label is not None:
-        return replace(given, label=given.label if label is None else label)
+def described(model: Model, given: Given, label: int | None, prompt: Prompt | None = None) -> Given:
+    """The shape as one of class ``label``, or else of its own, or the likeliest, which is said; of a model of words as
+    ``prompt`` describes it, or the likeliest of the embeddings that the run keeps."""
+    given = replace(given, label=given.label if label is None else label, prompt=prompt)
+    if model.conditional and given.label is None:
+        found = _likeliest(model, given, [model.condition(i) for i in range(len(model.run.classes))])
+        given = replace(given, label=found)
+        print(f"{given.name}: taken for class {model.called(found)}, the likeliest; --class gives another")
+    if model.by_words and prompt is None:
+        own = own_prompts(model.run)
+        prompt = own[_likeliest(model, given, [model.condition(None, one) for one in own])]
+        given = replace(given, prompt=prompt)
+        print(f"{given.name}: described as {prompt.name} is, the likeliest training shape; --text gives words")
+    return given
+
+
+def _likeliest(model: Model, given: Given, conditions: Sequence[Condition]) -> int:
     with model.autocast():
-        label = int(likeliest_class(model.lion, given.encode(model).z))
-    print(f"{given.name}: taken for class {model.class_name(label)}, the likeliest; --class gives another")
-    return replace(given, label=label)
+        return int(likeliest(model.lion, given.encode(model).z, conditions))
 
 
 def reconstruct(model: Model, given: Given) -> Float32[np.ndarray, "N 3"]:

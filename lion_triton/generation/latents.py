@@ -7,10 +7,9 @@ section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,31 +26,44 @@ from lion_triton.kernels.noise import new_key
 from lion_triton.models.lion import LION, Latents
 
 Keep = Literal["nothing", "shape", "points"]
-Labels: TypeAlias = Int[Tensor, " B"] | None
 
-CLASSIFYING_TIMES = 64  # of the schedule, at which a latent's denoising errors are compared
+JUDGING_TIMES = 64  # of the schedule, at which a latent's denoising errors are compared
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The class of each cloud: ``labels``, or on the way from ``labels`` to ``others`` at ``weight`` (B,) in [0, 1],
-    where the predictions for both are blended. None without classes."""
+    """What the priors are told of each cloud: its class, its CLIP embedding; None of what they do not know.
 
-    labels: Labels = None
-    others: Labels = None
+    On the way to ``other``, at ``weight`` (B,) in [0, 1], the predictions for both are blended.
+    """
+
+    labels: Int[Tensor, " B"] | None = None
+    clip: Float[Tensor, "B 512"] | None = None
+    other: Condition | None = None
     weight: Float[Tensor, " B"] | None = None
 
+    def repeated(self, count: int) -> Condition:
+        """Of one cloud, for ``count`` clouds."""
+        labels, clip = (x if x is None else x.expand(count, *x.shape[1:]) for x in (self.labels, self.clip))
+        return Condition(labels, clip)
+
+    def towards(self, other: Condition, weight: Float[Tensor, " B"]) -> Condition:
+        """On the way to ``other``; the same where it says the same."""
+        pairs = (self.labels, other.labels), (self.clip, other.clip)
+        same = all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
+        return self if same else replace(self, other=other, weight=weight)
+
     def shape(self, lion: LION, guidance: float) -> diffusion.Model:
-        return self._blend(lambda labels: lion.shape_denoiser(labels, guidance=guidance))
+        return self._blend(lambda told: lion.shape_denoiser(told.labels, told.clip, guidance))
 
     def points(self, lion: LION, z: Float[Tensor, "B Z"], guidance: float) -> diffusion.Model:
-        return self._blend(lambda labels: lion.point_denoiser(z, labels, guidance=guidance))
+        return self._blend(lambda told: lion.point_denoiser(z, told.labels, told.clip, guidance))
 
-    def _blend(self, denoiser: Callable[[Labels], diffusion.Model]) -> diffusion.Model:
-        one, weight = denoiser(self.labels), self.weight
-        if self.others is None or weight is None:
+    def _blend(self, denoiser: Callable[[Condition], diffusion.Model]) -> diffusion.Model:
+        one, weight = denoiser(self), self.weight
+        if self.other is None or weight is None:
             return one
-        other = denoiser(self.others)
+        other = denoiser(self.other)
 
         def blended(x: Tensor, t: Tensor) -> Tensor:
             return torch.lerp(one(x, t), other(x, t), weight.reshape(-1, *[1] * (x.ndim - 1)))
@@ -80,13 +92,13 @@ def seed_noise(lion: LION, seed: int, num_points: int, sampler: Literal["ddim", 
 
 
 def to_noise(
-    lion: LION, latents: Latents, settings: SamplingConfig, labels: Labels = None, progress: Progress | None = None
+    lion: LION, latents: Latents, settings: SamplingConfig, condition: Condition, progress: Progress | None = None
 ) -> Latents:
     """The noise from which :func:`from_noise` makes these latents: the deterministic sampler run backwards.
 
     h is taken to noise given the z that comes back, not the z that was, so that its error is not added to.
     """
-    condition, advance = Condition(labels), _parts(progress, 3, settings.steps)
+    advance = _parts(progress, 3, settings.steps)
     z = _solve(condition.shape(lion, settings.guidance), latents.z, lion, settings, advance(0), inverse=True)
     z_again = _solve(condition.shape(lion, settings.guidance), z, lion, settings, advance(1))
     h = _solve(condition.points(lion, z_again, settings.guidance), latents.h, lion, settings, advance(2), inverse=True)
@@ -125,7 +137,7 @@ def diffuse_denoise(
     lion: LION,
     latents: Latents,
     settings: SamplingConfig,
-    labels: Labels,
+    condition: Condition,
     strength: float,
     keep: Keep,
     generator: torch.Generator,
@@ -149,38 +161,35 @@ def diffuse_denoise(
             callback=advance(part),
         )
 
-    condition = Condition(labels)
     z = latents.z if keep == "shape" else renew(condition.shape(lion, settings.guidance), latents.z, 0)
     h = latents.h if keep == "points" else renew(condition.points(lion, z, settings.guidance), latents.h, 1)
     return Latents(h, z)
 
 
 @torch.no_grad()
-def likeliest_class(lion: LION, z: Float[Tensor, "B Z"]) -> Int[Tensor, " B"]:
-    """The class under which the shape prior denoises z best (Li et al. 2023, arXiv 2303.16203), its own training loss
-    compared at the same times and noises for every class."""
+def likeliest(lion: LION, z: Float[Tensor, "B Z"], conditions: Sequence[Condition]) -> Int[Tensor, " B"]:
+    """Which of the conditions (each of one cloud) lets the shape prior denoise z best (Li et al. 2023, arXiv
+    2303.16203), its own training loss compared at the same times and noises for all."""
     d, device = lion.config.diffusion, z.device
-    T, count = d.num_train_timesteps, CLASSIFYING_TIMES
+    T, count = d.num_train_timesteps, JUDGING_TIMES
     t = ((torch.arange(count, device=device) + 0.5) / count * T).long() + 1
     key = torch.zeros(2, dtype=torch.int64, device=device)
-    chosen = []
-    for one in z:
-        errors = []
-        for label in range(lion.config.shape_prior.num_classes):
-            labels = torch.full_like(t, label)
-            loss = diffusion.diffusion_loss(
-                partial(lion.shape_prior, label=labels),
-                one.expand(count, -1),
-                t,
-                lion.schedule,
-                key,
-                d.prediction,
-                d.weight,
-                d.variance,
-            )
-            errors.append(loss.mean())
-        chosen.append(torch.stack(errors).argmin())
-    return torch.stack(chosen)
+
+    def error(one: Tensor, condition: Condition) -> Tensor:
+        told = condition.repeated(count)
+        return diffusion.diffusion_loss(
+            lambda z_t, t: lion.shape_prior(z_t, t, told.clip, told.labels),
+            one.expand(count, -1),
+            t,
+            lion.schedule,
+            key,
+            d.prediction,
+            d.weight,
+            d.variance,
+        ).mean()
+
+    errors = [torch.stack([error(one, condition) for condition in conditions]) for one in z]
+    return torch.stack(errors).argmin(1)
 
 
 def match(a: Float[np.ndarray, "N 3"], b: Float[np.ndarray, "N 3"]) -> Int[np.ndarray, " N"]:

@@ -26,6 +26,9 @@ NAMES = {
     "thickness_fresh": "thickness of surfaces, of fresh shapes over held-out ones",
 }
 
+MESH_NAMES = ("watertight", "chamfer", "normal_consistency")
+ENCODER_INPUTS = {"voxels": "coarse voxels", "noisy": "noisy clouds", "partial": "parts of shapes"}
+
 
 def model_card(about: dict[str, Any], picture: bool, data_licence: str | None) -> ModelCard:
     """The card of the model of which ``config.json`` says ``about``; a section for everything that it does say."""
@@ -43,6 +46,7 @@ def model_card(about: dict[str, Any], picture: bool, data_licence: str | None) -
         f"## Data\n\n{_data(about, data_licence)}",
         *([f"## Recipe\n\n{_recipe(config)}"] if config["vae"] else []),
         *([f"## Figures\n\n{_figures(about)}"] if "figures" in about or "evaluation" in about else []),
+        *([f"## Further networks\n\n{_parts(about['parts'])}"] if "parts" in about else []),
     ]
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -130,6 +134,23 @@ def _figures(about: dict[str, Any]) -> str:
         parts.append(f"`{found['command']}`, {protocol}:\n\n{_named(found['figures'])}")
     parts.append("Chamfer distances are of squared distances. 1-NNA: 0.5 is best, 1 is worst.")
     return "\n\n".join(parts)
+
+
+def _parts(parts: dict[str, Any]) -> str:
+    """Networks beside the model: what each is for, and how well it does."""
+    rows: list[Sequence[object]] = []
+    for name, part in parts.items():
+        figures = part["figures"]
+        if name == "surface":
+            used = "`python -m lion_triton.mesh FOLDER`: meshes"
+            words = [f"{key.replace('_', ' ')} {figures[key]:.4g}" for key in MESH_NAMES if key in figures]
+        else:
+            kind = part["training"]["input"]
+            used = f"`python -m lion_triton.vary FOLDER FILE --input {kind}`: shapes of {ENCODER_INPUTS[kind]}"
+            tuned, untuned = (figures.get(f"{which}_rebuilt", {}).get("chamfer") for which in ("tuned", "untuned"))
+            words = [] if tuned is None else [f"Chamfer distance {tuned:.4g} rebuilt, {untuned:.4g} without it"]
+        rows.append((f"`{name}/`", used, ", ".join(words)))
+    return _table(("", "for", "on held-out shapes"), rows)
 
 
 def _named(figures: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@
     FOLDER/model.safetensors   the weights, those of the priors averaged; also of priors distilled for few steps
     FOLDER/picture.png         what it generates, where its run drew that
     FOLDER/embeddings.npz      CLIP embeddings of some training shapes, of a model that is conditioned on them
+    FOLDER/surface/            its surface network, and FOLDER/encoders/*/ its tuned encoders: those of a run that are
+                               trained to the end, as they lie there, without what only training needs
     FOLDER/README.md           the model card, written from the above
 
 Reading takes JSON and tensors and runs no code. Of a run folder (``lion_triton.runs``) the newest checkpoint is read,
@@ -17,9 +19,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import dacite
@@ -35,6 +40,7 @@ from lion_triton.models.files import save_tensors, write_whole
 
 CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "picture.png", "embeddings.npz"
 DISTILLED = "distilled"
+PARTS = ("surface", "encoders/*")  # see ``lion_triton.parts``
 UNKNOWN = "unknown"  # in place of the data, of a model without a run
 P = TypeVar("P", bound="Pretrained")
 
@@ -43,13 +49,15 @@ class Pretrained(PyTorchModelHubMixin):
     """The part of ``LION`` that is about folders and hubs.
 
     ``about`` is what ``config.json`` says, ``picture`` a PNG file of what the model generates, ``embeddings`` a file of
-    some training shapes' CLIP embeddings; all of the folder that it was read from.
+    some training shapes' CLIP embeddings, ``parts`` where the files of further networks lie, by their names; all of the
+    folder that it was read from.
     """
 
     config_type: ClassVar[type]  # a dataclass, the only argument of ``__init__``
     about: dict[str, Any] | None = None
     picture: bytes | None = None
     embeddings: bytes | None = None
+    parts: Mapping[str, Path] = MappingProxyType({})
     _saved_dtype: torch.dtype | None = None
 
     @classmethod
@@ -69,7 +77,7 @@ class Pretrained(PyTorchModelHubMixin):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
                 what = "a run folder, a folder written by save_pretrained, or an id as name/model"
                 raise ValueError(f"folder_or_id: expected {what}, got {folder_or_id}")
-            files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS]
+            files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS, *(f"{part.removesuffix('/*')}/*" for part in PARTS)]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
         about = read_about(folder)
         try:
@@ -93,6 +101,11 @@ class Pretrained(PyTorchModelHubMixin):
         self.picture = None if drawn is None else drawn.read_bytes()
         path = folder / EMBEDDINGS
         self.embeddings = path.read_bytes() if path.is_file() else None
+        parts = finished_parts(folder)
+        self.about.pop("parts", None)
+        if parts:
+            self.about["parts"] = {name: about for name, (about, _) in parts.items()}
+        self.parts = {str(p.relative_to(folder)): p.resolve() for _, files in parts.values() for p in files}
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **options: Any
@@ -100,8 +113,8 @@ class Pretrained(PyTorchModelHubMixin):
         """Write the model to a folder.
 
         Args:
-            dtype: of the weights in the file; default: their own. Statistics of the latents keep theirs, and reading
-                gives float32 again. bfloat16 halves the file.
+            dtype: of the weights in the file; default: their own. Statistics of the latents and further networks keep
+                theirs, and reading gives float32 again. bfloat16 halves the file.
             options: those of ``huggingface_hub.PyTorchModelHubMixin``.
 
         Raises:
@@ -126,7 +139,19 @@ class Pretrained(PyTorchModelHubMixin):
         for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
             if content is not None:
                 write_whole(save_directory / name, partial(Path.write_bytes, data=content))
+        self._save_parts(save_directory)
         (save_directory / "README.md").unlink(missing_ok=True)  # the mixin writes one where there is none
+
+    def _save_parts(self, folder: Path) -> None:
+        """Copy the further networks, in place of those that another model left there."""
+        for name in {*finished_parts(folder), *(self.about or {}).get("parts", ())}:
+            if (folder / name / CONFIG).resolve() not in self.parts.values():
+                shutil.rmtree(folder / name, ignore_errors=True)
+        for name, source in self.parts.items():
+            path = folder / name
+            if path.resolve() != source:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, partial(shutil.copyfile, source))
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
         """The card; ``data_licence`` overrides what the index of the run's data says. To give it, pass
@@ -174,6 +199,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in paths:
         weights |= _read_tensors("folder_or_id", path)
     return weights | distilled
+
+
+def finished_parts(folder: Path) -> dict[str, tuple[dict[str, Any], list[Path]]]:
+    """The networks in RUN/surface and RUN/encoders/* that are trained to the end, by these names: how they were trained
+    and their figures, and the files that using them takes.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    found = {}
+    for part in sorted(path for pattern in PARTS for path in folder.glob(pattern)):
+        about, figures = _read_json(part / CONFIG), _read_json(part / "figures.json")
+        newest = max(part.glob("checkpoints/step-*"), default=None)
+        training = (about or {}).get("training", {})
+        if newest is not None and newest.name == f"step-{training.get('steps', 0):08d}":
+            files = [part / CONFIG, part / "figures.json", newest / "state.json", *sorted(newest.glob("*.safetensors"))]
+            what = {"training": training, "figures": figures or {}}
+            found[part.relative_to(folder).as_posix()] = what, [path for path in files if path.is_file()]
+    return found
 
 
 def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:

@@ -22,14 +22,16 @@ from lion_triton.generation.encoders import (
     Place,
     create_encoders,
     degrade,
+    from_given,
     load_tuned,
     open_encoders,
     tuned_modules,
     use_encoders,
 )
 from lion_triton.generation.inputs import Model, open_model
-from lion_triton.generation.latents import decode, diffuse_denoise, encode
+from lion_triton.generation.latents import Condition, decode, diffuse_denoise, encode, likeliest
 from lion_triton.generation.progress import progress_bar
+from lion_triton.generation.prompts import own_prompts
 from lion_triton.kernels import chamfer_distance
 from lion_triton.models.lion import LION
 from lion_triton.parts import check_same_settings
@@ -142,6 +144,9 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
     encoders = open_encoders(run, training.input)
     assert encoders is not None
     check_same_settings(encoders.run, training, encoders.training, "encoder.")
+    if _finished(encoders):
+        accelerator.print(f"{encoders.folder} is trained to the end, in {training.steps} steps")
+        return
     with accelerator.main_process_first():
         checkpoint = set_damaged_aside(encoders.run)
     if checkpoint is not None:
@@ -173,34 +178,49 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
             title="stage 3, encoders",
             state=objective.own_state,
         )
-    unfinished = checkpoint is None or checkpoint.step < training.steps
-    if accelerator.is_main_process and (unfinished or not (encoders.folder / "figures.json").is_file()):
+    if accelerator.is_main_process:
         _finish(open_model(run.folder, name), encoders, sources.held_out)
+
+
+def _finished(encoders: EncoderRun) -> bool:
+    newest = encoders.run.checkpoint()
+    last = newest is not None and newest.name == f"step-{encoders.training.steps:08d}"
+    return last and (encoders.folder / "figures.json").is_file()
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """Held-out shapes and what is given of them, in the model's units."""
+    """Held-out shapes, twice with other points, and what is given of them, in the model's units."""
 
     shapes: Float32[Tensor, "K N 3"]
+    again: Float32[Tensor, "K N 3"]
     given: Float32[Tensor, "K N 3"]
     grids: list[VoxelGrid] | None
     labels: Tensor | None
+    clip: Tensor | None
 
     @classmethod
     def of(cls, clouds: Clouds, model: Model, training: EncoderTraining) -> _Judged:
         normalization, count = model.run.normalization, model.run.config.data.num_points
         chosen = report.in_turn(clouds.labels)[:JUDGED]
-        shapes, given, grids = [], [], []
+        shapes, again, given, grids = [], [], [], []
         for i in chosen:
             rng = np.random.default_rng((model.run.config.seed, STREAM + 1, i))
             points, grid = degrade(clouds[i], count, training, rng)
             shapes.append(draw(normalization.apply(clouds[i]), count, rng))
+            again.append(draw(normalization.apply(clouds[i]), count, rng))
             given.append(normalization.apply(points))
             if grid is not None:
                 grids.append(grid.moved(*normalization.center_and_scale(points.astype(np.float32))))
+        whole, other, degraded = (torch.from_numpy(np.stack(x)) for x in (shapes, again, given))
         labels = torch.from_numpy(clouds.labels[chosen]) if model.conditional else None
-        return cls(torch.from_numpy(np.stack(shapes)), torch.from_numpy(np.stack(given)), grids or None, labels)
+        clip = _likeliest_embeddings(model, whole) if model.by_words else None
+        return cls(whole, other, degraded, grids or None, labels, clip)
+
+    def condition(self, part: slice, device: torch.device) -> Condition:
+        """What the priors are told of some of the shapes."""
+        labels, clip = (None if x is None else x[part].to(device) for x in (self.labels, self.clip))
+        return Condition(labels, clip)
 
     def figures(self, model: Model, clouds: list[Float32[Tensor, "K N 3"]]) -> dict[str, float]:
         """Of draws of clouds made of what is given; distances in data units where these are known."""
@@ -209,10 +229,22 @@ class _Judged:
         found = {"chamfer": float(np.mean([chamfer_distance(x, target).mean().item() for x in made]))}
         if len(made) > 1:
             found["diversity"] = chamfer_distance(made[0], made[1]).mean().item()
-        if self.grids is not None:
+        if self.grids is None:
+            found["from_given"] = float(np.mean([from_given(invert(self.given.numpy()), x.numpy()) for x in made]))
+        else:
             pairs = [(grid, cloud) for x in clouds for grid, cloud in zip(self.grids, x.numpy(), strict=True)]
             found["voxel_iou"] = float(np.mean([grid.iou(cloud) for grid, cloud in pairs]))
         return found
+
+
+@torch.no_grad()
+def _likeliest_embeddings(model: Model, shapes: Float32[Tensor, "K N 3"]) -> Float32[Tensor, "K 512"]:
+    """Of those that the run keeps, for a shape each, as ``vary`` takes them."""
+    own = own_prompts(model.run)
+    with model.autocast():
+        z = encode(model.lion, shapes.to(model.device)).z
+        chosen = likeliest(model.lion, z, [model.condition(None, prompt) for prompt in own])
+    return torch.from_numpy(own.embeddings[chosen.cpu().numpy()]).float()
 
 
 def _finish(model: Model, encoders: EncoderRun, held_out: Clouds) -> None:
@@ -223,8 +255,7 @@ def _finish(model: Model, encoders: EncoderRun, held_out: Clouds) -> None:
     training, normalization = encoders.training, model.run.normalization
     judged = _Judged.of(held_out, model, training)
     rows, results = {"given": judged.given}, {"given": judged.figures(model, [judged.given])}
-    if judged.grids is not None:
-        results["shape"] = judged.figures(model, [judged.shapes])  # the IoU that so many points of the shape have
+    results["shape"] = judged.figures(model, [judged.again])  # what so many points of the very shape have
     for which in ("untuned", "tuned"):
         if which == "tuned":
             use_encoders(model.lion.vae, encoders)
@@ -253,10 +284,13 @@ def _make(model: Model, judged: _Judged, title: str) -> list[Float32[Tensor, "K 
     parts = range(0, len(judged.given), BATCH)
     with progress_bar(f"varying, {title}", 2 * len(parts)) as begin, model.autocast():
         for start in parts:
-            latents = encode(model.lion, judged.given[start : start + BATCH].to(model.device), start)
-            labels = None if judged.labels is None else judged.labels[start : start + BATCH].to(model.device)
+            part = slice(start, start + BATCH)
+            latents, told = (
+                encode(model.lion, judged.given[part].to(model.device), start),
+                judged.condition(part, model.device),
+            )
             made[0].append(decode(model.lion, latents).cpu())
             for row in made[1:]:
-                found = diffuse_denoise(model.lion, latents, settings, labels, STRENGTH, "nothing", generator, begin())
+                found = diffuse_denoise(model.lion, latents, settings, told, STRENGTH, "nothing", generator, begin())
                 row.append(decode(model.lion, found).cpu())
     return [torch.cat(row) for row in made]

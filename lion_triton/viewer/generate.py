@@ -16,8 +16,9 @@ from lion_triton.data.sources import load_sources
 from lion_triton.evaluation.memorising import Training, nearest_training
 from lion_triton.evaluation.sets import CloudSet, Preparation
 from lion_triton.generation.inputs import Given, Model, check_points, known_label, read_given_or_seed
-from lion_triton.generation.latents import Condition, decode, from_noise
+from lion_triton.generation.latents import decode, from_noise
 from lion_triton.generation.progress import begin_parts
+from lion_triton.generation.prompts import Prompt, Prompts, own_prompts
 from lion_triton.interpolate import deterministic, end_of, ends_of, frames, num_batches
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import RIGHT
@@ -31,18 +32,21 @@ class Generator:
     """The panel of a model. All is made by DDIM without randomness, so that a seed is a shape.
 
     ``clouds`` (in data units where the normalisation can be inverted) is what the slider goes over: the denoising of a
-    shape, or the way between two. ``shown`` is one of them.
+    shape, or the way between two. ``shown`` is one of them. ``prompts``: what a model of words can be asked for;
+    default: its training shapes.
     """
 
-    def __init__(self, page: Page, model: Model) -> None:
+    def __init__(self, page: Page, model: Model, prompts: Prompts | None = None) -> None:
         self.page, self.model = page, model
+        self.prompts = own_prompts(model.run) if prompts is None and model.by_words else prompts
         gui, run = page.server.gui, model.run
         self.clouds: Float32[np.ndarray, "K P 3"] = np.zeros((1, 1, 3), np.float32)
         self.name = ""
-        self.made: tuple[int, SamplingConfig, int | None, int] | None = None  # what is shown, if it is a seed's
+        self.made: tuple[object, ...] | None = None  # what is shown, if it is a seed's
         with gui.add_folder("Generate"):
             self.seed = gui.add_number("seed", 0, min=0, max=2**31 - 1, step=1)
             self.label = gui.add_dropdown("class", run.classes) if model.conditional else None
+            self.asked = None if self.prompts is None else gui.add_dropdown("like", self.prompts.names)
             self.steps = gui.add_number("steps", deterministic(run, "ddim", None).steps or 1, min=1, step=1)
             self.points = gui.add_number("points", run.config.data.num_points, min=1, step=1)
             page.add_action("Resample", self.resample)
@@ -62,25 +66,26 @@ class Generator:
 
     def resample(self) -> str:
         """The shape of the seed, or the next one where nothing has changed, and the latent points of each step."""
-        model, settings, label, num_points = self.options()
-        if self.made == (int(self.seed.value), settings, label, num_points):
+        model, settings, label, prompt, num_points = self.options()
+        like = None if prompt is None else prompt.name
+        if self.made == (int(self.seed.value), settings, label, like, num_points):
             self.seed.value += 1
         model = model.few_step(settings)
         lion, seed = model.lion, int(self.seed.value)
         steps: list[Tensor] = []
-        end = end_of(model, seed, num_points, label, settings, begin_parts(lambda _: None))
-        condition, progress = Condition(model.labels(end.label)), self.page.progress("Resample")
+        end = end_of(model, seed, num_points, label, settings, begin_parts(lambda _: None), prompt)
+        condition, progress = model.condition(end.label, end.prompt), self.page.progress("Resample")
         with model.autocast():
             latents = from_noise(lion, end.noise, settings, condition, progress, steps.append)
             cloud = decode(lion, latents)
         on_the_way = [lion.unstandardize(Latents(h, latents.z)).h[..., :3].float() for h in steps[:-1]]
         self.replace(torch.cat([*on_the_way, cloud]).cpu(), len(on_the_way), f"seed{seed}")
-        self.made = seed, settings, label, num_points
-        return f"seed {seed}, {model.class_name(end.label)}: {num_points} points"
+        self.made = seed, settings, label, like, num_points
+        return f"seed {seed}, {model.called(end.label, end.prompt)}: {num_points} points"
 
     def interpolate(self) -> str:
-        """The way from a to b; the panel's class is that of seeds, shapes have their own."""
-        model, settings, label, num_points = self.options()
+        """The way from a to b; the panel's class or prompt is that of seeds, shapes have their own."""
+        model, settings, label, prompt, num_points = self.options()
         a, b = (read_given_or_seed(box.label, box.value, model.run, num_points, 0) for box in self.ends)
         shapes = sum(isinstance(x, Given) for x in (a, b))
         progress, parts = self.page.progress("Interpolate"), num_batches(FRAMES) + shapes
@@ -89,11 +94,12 @@ class Generator:
             settings = dataclasses.replace(settings, clip_x0=None)
         else:
             model = model.few_step(settings)
-        ends = ends_of(model, a, b, num_points, None if shapes else label, settings, begin)
+        asked = [None if isinstance(x, Given) else prompt for x in (a, b)]
+        ends = ends_of(model, a, b, num_points, None if shapes else label, settings, begin, asked)
         self.made = None
         self.replace(frames(model, *ends, FRAMES, settings, begin), 0, "between")
         names = " to ".join(
-            f"{box.value} ({model.class_name(end.label)})" for box, end in zip(self.ends, ends, strict=True)
+            f"{box.value} ({model.called(end.label, end.prompt)})" for box, end in zip(self.ends, ends, strict=True)
         )
         return f"from {names}: move the slider"
 
@@ -113,8 +119,8 @@ class Generator:
         source = CloudSet("training", run.config.data.source, clouds)
         return Training.read(source, Preparation(None, 0, own), run.config.data.num_points)
 
-    def options(self) -> tuple[Model, SamplingConfig, int | None, int]:
-        """The model, and what the panel says: how to sample, which class, how many points.
+    def options(self) -> tuple[Model, SamplingConfig, int | None, Prompt | None, int]:
+        """The model, and what the panel says: how to sample, which class, like which prompt, how many points.
 
         Raises:
             ValueError: what this model cannot be sampled with.
@@ -122,7 +128,10 @@ class Generator:
         run = self.model.run
         settings = deterministic(run, "ddim", int(self.steps.value))
         label = None if self.label is None else known_label(run, self.label.value)
-        return self.model, settings, label, check_points(run, int(self.points.value))
+        prompt = None
+        if self.prompts is not None and self.asked is not None:
+            prompt = self.prompts[self.prompts.names.index(self.asked.value)]
+        return self.model, settings, label, prompt, check_points(run, int(self.points.value))
 
     def replace(self, clouds: Float32[Tensor, "K P 3"], index: int, name: str) -> None:
         """Have the slider go over other clouds (in the model's units), at ``index``."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from lion_triton.data.degraded import MOST_KEPT, VoxelGrid, add_noise, cut, holds_voxels
 from lion_triton.data.procedural import furniture
@@ -31,6 +32,20 @@ def test_a_grid_holds_the_cloud_and_nothing_else(resolution: int) -> None:
         held = np.unique(grid.index(points), axis=0, return_counts=True)[1]
         assert len(held) == min(500, grid.voxels.sum())
         assert held.max() - held.min() <= 1
+
+
+def test_points_of_a_grid_lie_where_the_surface_goes_through() -> None:
+    """Nearer to it than points anywhere in the same voxels."""
+    for seed in range(3):
+        grid = VoxelGrid.around(CLOUD, 16, rng(seed))
+        corners = np.argwhere(grid.voxels)[np.arange(4000) % grid.voxels.sum()]
+        anywhere = grid.offset + grid.scale * (corners + rng(seed).random((4000, 3)))
+        ours, theirs = (
+            np.square(cKDTree(CLOUD).query(points)[0]).mean() for points in (grid.sample(4000, rng(seed)), anywhere)
+        )
+        assert ours < 0.75 * theirs
+    alone = VoxelGrid(np.ones((1, 1, 1), dtype=bool), np.zeros(3), 2.0)
+    np.testing.assert_allclose(alone.sample(9, rng()), 1, atol=0.5)
 
 
 def test_intersection_over_union_counts_what_lies_outside() -> None:

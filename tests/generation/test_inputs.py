@@ -13,13 +13,13 @@ import trimesh
 from lion_triton import runs
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.generation.inputs import (
+    described,
     distances,
     known_label,
     open_model,
     read_given,
     read_given_or_seed,
     reconstruct,
-    with_class,
 )
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, open_run
@@ -149,11 +149,11 @@ def test_the_class_is_as_told_or_known_or_likeliest(
     model = open_model(run.folder)
     np.save(tmp_path / "one.npy", cloud)
     given = read_given("a", str(tmp_path / "one.npy"), run, POINTS, 0)
-    assert with_class(model, given, 3).label == 3
-    assert with_class(model, replace(given, label=2), None).label == 2
-    assert with_class(model, replace(given, label=2), 3).label == 3
+    assert described(model, given, 3).label == 3
+    assert described(model, replace(given, label=2), None).label == 2
+    assert described(model, replace(given, label=2), 3).label == 3
     assert capsys.readouterr().out == ""
-    label = with_class(model, given, None).label
+    label = described(model, given, None).label
     assert label is not None
     assert f"taken for class {run.classes[label]}" in capsys.readouterr().out
     assert known_label(run, "sofa") == run.classes.index("sofa")
@@ -177,7 +177,7 @@ def test_a_run_without_classes_takes_none(tmp_path: Path, cloud: np.ndarray) -> 
     model = open_model(run.folder)
     given = read_given("a", "procedural:3", run, POINTS, 0)
     assert given.label is None
-    assert with_class(model, given, None).label is None
+    assert described(model, given, None).label is None
     assert model.labels(None, 3) is None
     with pytest.raises(ValueError, match=r"class: this run was trained without classes, got chair"):
         known_label(open_run(run.folder), "chair")

@@ -20,7 +20,7 @@ from lion_triton.generation.latents import (
     diffuse_denoise,
     encode,
     from_noise,
-    likeliest_class,
+    likeliest,
     match,
     seed_noise,
     to_noise,
@@ -30,6 +30,7 @@ from tests.tiny import POINTS, tiny_config, tiny_lion
 
 DDIM = SamplingConfig("ddim", 8)
 LABEL = torch.tensor([2])
+TOLD = Condition(LABEL)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,12 @@ def test_a_seed_is_the_cloud_that_sample_makes_of_it(sampler: Any) -> None:
     options = {"sampler": sampler, "steps": settings.steps, "clip_x0": settings.clip_x0, "labels": LABEL}
     expected = lion.sample(1, num_points=20, generator=torch.Generator().manual_seed(5), **options)
     noise = seed_noise(lion, 5, 20, sampler)
-    assert torch.equal(decode(lion, from_noise(lion, noise, settings, Condition(LABEL))), expected)
+    assert torch.equal(decode(lion, from_noise(lion, noise, settings, TOLD)), expected)
 
 
 def test_latents_come_back_from_noise(lion: LION, latents: Latents) -> None:
-    noise = to_noise(lion, latents, DDIM, LABEL)
-    back = from_noise(lion, noise, DDIM, Condition(LABEL))
+    noise = to_noise(lion, latents, DDIM, TOLD)
+    back = from_noise(lion, noise, DDIM, TOLD)
     assert apart(back, latents) < 0.005
     assert apart(noise, latents) > 0.2
     other = from_noise(lion, noise, DDIM, Condition(torch.tensor([3])))
@@ -76,7 +77,7 @@ def test_latents_come_back_from_the_noise_of_the_probability_flow() -> None:
     lion = tiny_lion(tiny_config(classes=0, diffusion=DiffusionConfig()))
     lion.shape_prior, lion.point_prior = Flowing(), Flowing()  # type: ignore[assignment]
     settings, latents = SamplingConfig("ode", None), encode(lion, torch.randn(1, 20, 3))
-    noise = to_noise(lion, latents, settings)
+    noise = to_noise(lion, latents, settings, Condition())
     assert apart(from_noise(lion, noise, settings, Condition()), latents) < 1e-3
     torch.testing.assert_close(noise.z, (latents.z - 0.2) / 0.5, atol=0.02, rtol=0.02)
     torch.testing.assert_close(noise.h, (latents.h - 0.2) / 0.5, atol=0.02, rtol=0.02)
@@ -104,7 +105,7 @@ def test_between_classes_predictions_are_blended(lion: LION) -> None:
     noise = seed_noise(lion, 1, 20, "ddim")
     three = Latents(noise.h.expand(3, -1, -1), noise.z.expand(3, -1))
     ours, theirs = torch.full((3,), 1), torch.full((3,), 4)
-    condition = Condition(ours, theirs, torch.tensor([0.0, 0.25, 1.0]))
+    condition = Condition(ours).towards(Condition(theirs), torch.tensor([0.0, 0.25, 1.0]))
     t = torch.full((3,), 500)
     for model in (lambda c: c.shape(lion, 0)(three.z, t), lambda c: c.points(lion, three.z, 0)(three.h, t)):
         found, a, b = (model(c) for c in (condition, Condition(ours), Condition(theirs)))
@@ -118,7 +119,7 @@ def test_between_classes_predictions_are_blended(lion: LION) -> None:
 def vary(lion: LION, latents: Latents) -> Callable[..., Latents]:
     def made(strength: float, keep: Any = "nothing", seed: int = 0) -> Latents:
         generator = torch.Generator().manual_seed(seed)
-        return diffuse_denoise(lion, latents, DDIM, LABEL, strength, keep, generator)
+        return diffuse_denoise(lion, latents, DDIM, TOLD, strength, keep, generator)
 
     return made
 
@@ -145,24 +146,24 @@ def test_progress_counts_up_to_all_steps(lion: LION, latents: Latents) -> None:
     def progress(done: int, total: int) -> None:
         seen.append((done, total))
 
-    to_noise(lion, latents, DDIM, LABEL, progress)
+    to_noise(lion, latents, DDIM, TOLD, progress)
     assert seen == [(i, 24) for i in range(1, 25)]
     seen.clear()
     watched: list[Tensor] = []
     noise = seed_noise(lion, 1, 20, "ddim")
-    last = from_noise(lion, noise, DDIM, Condition(LABEL), progress, watched.append)
+    last = from_noise(lion, noise, DDIM, TOLD, progress, watched.append)
     assert seen == [(i, 16) for i in range(1, 17)]
     assert len(watched) == 8
     assert torch.equal(watched[-1], last.h)
     seen.clear()
-    diffuse_denoise(lion, latents, DDIM, LABEL, 0.5, "nothing", torch.Generator(), progress)
+    diffuse_denoise(lion, latents, DDIM, TOLD, 0.5, "nothing", torch.Generator(), progress)
     assert seen == [(i, 8) for i in range(1, 9)]
 
 
 def test_only_ddim_can_vary(lion: LION, latents: Latents) -> None:
     for settings in (SamplingConfig("ode", None), replace(DDIM, sampler="ddpm")):
         with pytest.raises(ValueError, match=r"sampler: expected ddim"):
-            diffuse_denoise(lion, latents, settings, LABEL, 0.5, "nothing", torch.Generator())
+            diffuse_denoise(lion, latents, settings, TOLD, 0.5, "nothing", torch.Generator())
 
 
 class Ideal(nn.Module):
@@ -179,13 +180,15 @@ class Ideal(nn.Module):
         return (eps - sigma * z_t) / alpha
 
 
-def test_the_likeliest_class_is_the_one_that_denoises_best() -> None:
+def test_the_likeliest_is_the_one_that_denoises_best() -> None:
     lion = tiny_lion(tiny_config(classes=5))
     means = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
     lion.shape_prior = Ideal(means, lion.schedule)  # type: ignore[assignment]
     truth = torch.arange(20) % 5
     z = means[truth] + 0.3 * torch.randn(20, 8, generator=torch.Generator().manual_seed(4))
-    assert (likeliest_class(lion, z) == truth).all()
+    classes = [Condition(torch.tensor([i])) for i in range(5)]
+    assert (likeliest(lion, z, classes) == truth).all()
+    assert (likeliest(lion, z[:2], classes[1::-1]) == torch.tensor([1, 0])).all()
 
 
 def test_points_are_matched_so_that_they_move_least() -> None:

@@ -205,7 +205,7 @@ def test_an_id_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(hub_module, "snapshot_download", download)
     lion = LION.from_pretrained("somebody/chairs", revision="v1")
-    files = ["config.json", "model.safetensors", "picture.png", "embeddings.npz"]
+    files = ["config.json", "model.safetensors", "picture.png", "embeddings.npz", "surface/*", "encoders/*"]
     assert asked == [("somebody/chairs", {"allow_patterns": files, "revision": "v1"})]
     assert torch.equal(clouds(lion), clouds(LION.from_pretrained(saved)))
 
