@@ -83,7 +83,7 @@ def voxelize_conv3d(
     occupied = matrices_of(plan, coords, resolution, features).occupied
     assert occupied is not None
     rows = product_reference(features.flatten(0, 1), occupied.mean, occupied.mean_t)
-    where = [*occupied.steps[:2], *occupied.steps_t[:2], occupied.first]
+    where: Any = [*occupied.steps[:2], *occupied.steps_t[:2], occupied.first]
     spread: Tensor = _spread_op(rows, weight.permute(2, 3, 4, 0, 1).flatten(0, 3), where, resolution)
     return spread
 
