@@ -27,6 +27,7 @@ from lion_triton import kernels
 from lion_triton.kernels.dropout import keep_mask_reference, keep_threshold
 from lion_triton.kernels.noise import normal_noise_reference
 from lion_triton.kernels.voxel import cells_reference
+from lion_triton.kernels.voxel_conv import conv3d
 
 
 @dataclass(frozen=True)
@@ -403,6 +404,15 @@ def _with_plan(features: Tensor, coords: Tensor, R: int) -> tuple[Any, ...]:
     return features, coords, kernels.plan_voxels(coords, R, impl="reference")
 
 
+def _convolved_inputs(s: Shape, draw: Draw) -> tuple[Any, ...]:
+    weight = draw.normal(s.C, s.C, 3, 3, 3, dtype=s.dtype).to(memory_format=torch.channels_last_3d)
+    return *_with_plan(_cloud(s, draw), _coords(s, draw), s.R), weight
+
+
+def _convolution_operations(s: Shape) -> int:
+    return round(54 * s.B * _touched(s, 1) * s.C**2)
+
+
 VOXELS = (
     Op(
         "avg_voxelize",
@@ -429,6 +439,21 @@ VOXELS = (
         backward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3) + s.B * (16 * s.N + 4 * s.R**3), 16 * _elements(s)),
         wrt=(0,),
         targets=VOXEL_TARGETS,
+    ),
+    Op(
+        "voxelize_conv3d",
+        ("tests/kernels/test_voxel_conv.py",),
+        LEVELS[:4],
+        Shape(2, 256, C=32, R=16),
+        inputs=_convolved_inputs,
+        ours=lambda x, coords, plan, weight, impl: kernels.voxelize_conv3d(
+            x, coords, weight, plan.resolution, plan=plan, impl=impl
+        ),
+        eager=lambda x, coords, plan, weight: conv3d(avg_voxelize_eager(x, coords, plan), weight),
+        # Products of the rows of voxels with points alone.
+        forward=lambda s: Cost(_bytes(s) + _grid_bytes(s, s.R**3), _convolution_operations(s)),
+        backward=lambda s: Cost(2 * _bytes(s) + _grid_bytes(s, s.R**3), 2 * _convolution_operations(s)),
+        wrt=(0, 3),
     ),
     Op(
         "plan_voxels",

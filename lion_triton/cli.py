@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lion_triton.devices import keep_freed_memory
 from lion_triton.processes import Processes, lost_another, quiet
 
 
@@ -19,6 +20,7 @@ def run_cli(command: Callable[[], Any]) -> None:
     processes = Processes.launched()
     if not processes.main:
         quiet()
+    keep_freed_memory()
     try:
         command()
     except OSError as error:

@@ -1,10 +1,14 @@
-"""Which device a program runs on and in which precision."""
+"""Which device a program runs on, in which precision, and with what memory."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def best_device() -> torch.device:
@@ -29,3 +33,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what PyTorch frees on a CPU, up to 2 GB, for its next tensors.
+
+    By default every large tensor is new memory of the system, which is cleared page by page when it is first written:
+    a sixth of the time of a training step of the preset ``procedural``. Nothing happens where the library is not
+    glibc, or does not take such thresholds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

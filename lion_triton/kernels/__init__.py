@@ -21,6 +21,7 @@ from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
 from lion_triton.kernels.query import ball_query, three_nn
 from lion_triton.kernels.sampling import furthest_point_sample
 from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, plan_voxels, trilinear_devoxelize, voxel_coords
+from lion_triton.kernels.voxel_conv import voxelize_conv3d
 
 __all__ = [
     "VoxelPlan",
@@ -53,4 +54,5 @@ __all__ = [
     "three_nn",
     "trilinear_devoxelize",
     "voxel_coords",
+    "voxelize_conv3d",
 ]

@@ -37,7 +37,7 @@ def group_offsets_reference(
 ) -> Float[Tensor, "B M K C"]:
     """Plain PyTorch form of :func:`group_offsets`."""
     rows = upcast(take_rows_reference(features.flatten(0, 1), row_index(idx, features.shape[1]).reshape(-1, 1)))
-    y = torch.addmm(rows, offsets.flatten(0, 2).to(rows.dtype), weight.to(rows.dtype).T)
+    y = rows.addmm_(offsets.flatten(0, 2).to(rows.dtype), weight.to(rows.dtype).T)
     return y.view(*idx.shape, features.shape[2]).to(features.dtype)
 
 

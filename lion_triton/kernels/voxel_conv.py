@@ -83,15 +83,18 @@ def voxelize_conv3d(
     occupied = matrices_of(plan, coords, resolution, features).occupied
     assert occupied is not None
     rows = product_reference(features.flatten(0, 1), occupied.mean, occupied.mean_t)
-    where: Any = (*occupied.steps[:2], *occupied.steps_t[:2], occupied.first, resolution)
-    return _spread_op(rows, weight.permute(2, 3, 4, 0, 1).flatten(0, 3), *where)
+    where: Any = [*occupied.steps[:2], *occupied.steps_t[:2], occupied.first]
+    spread: Tensor = _spread_op(rows, weight.permute(2, 3, 4, 0, 1).flatten(0, 3), where, resolution)
+    return spread
 
 
 def _pays(features: Tensor, resolution: int) -> bool:
-    """As measured: in 16 bits, which convolutions take half the time of, only where voxels are even emptier."""
-    if not mostly_empty(features, resolution):
+    """As measured, forward and backward: the passes over P cost as much for few channels as for many, convolutions
+    less; and those of 16 bits take half the time."""
+    (_, N, C), half = features.shape, features.element_size() == 2
+    if not mostly_empty(features, resolution) or (half and (_MATRIX_UNITS or resolution**3 < 4 * N)):
         return False
-    return features.element_size() > 2 or (4 * features.shape[1] <= resolution**3 and not _MATRIX_UNITS)
+    return C * resolution**3 >= (128 if half else 64) * N
 
 
 @op(fake=lambda voxels, weight: voxels.new_empty((*voxels.shape[:4], weight.shape[0])))
@@ -116,24 +119,18 @@ def _block(x: Tensor, column: Tensor, start: Tensor, first: int, rows: slice, en
     return bags(x, column[entries] - first, start[rows.start : rows.stop + 1] - entries.start, None)
 
 
-def _empty_grid(rows: Tensor, kernel: Tensor, *rest: Any) -> Tensor:
-    first, resolution = rest[-2:]
-    return rows.new_empty((len(first) - 1, resolution, resolution, resolution, kernel.shape[0] // 27))
+def _empty_grid(rows: Tensor, kernel: Tensor, where: list[Tensor], resolution: int) -> Tensor:
+    return rows.new_empty((len(where[-1]) - 1, *[resolution] * 3, kernel.shape[0] // 27))
 
 
 @op(fake=_empty_grid)
-def _spread_op(
-    rows: Tensor,
-    kernel: Tensor,
-    column: Tensor,
-    start: Tensor,
-    column_t: Tensor,
-    start_t: Tensor,
-    first: Tensor,
-    resolution: int,
-) -> Tensor:
-    """The convolved grid of the rows of voxels with points. kernel: (27 C2, C); the rest: of ``Occupied``."""
-    out, dtype = _empty_grid(rows, kernel, first, resolution), sums_dtype(rows)
+def _spread_op(rows: Tensor, kernel: Tensor, where: list[Tensor], resolution: int) -> Tensor:
+    """The convolved grid of the rows of voxels with points.
+
+    kernel: (27 C2, C). where: columns and starts of ``Occupied.steps`` and of ``steps_t``, and ``first``.
+    """
+    out, dtype = _empty_grid(rows, kernel, where, resolution), sums_dtype(rows)
+    _, _, column_t, start_t, first = where
     kernel = kernel.to(dtype)
     with torch.autocast("cpu", enabled=False):
         for clouds, some, entries in _shares(first, start_t, resolution, len(kernel)):
@@ -146,17 +143,10 @@ def _spread_op(
 
 @op(fake=lambda grad, rows, kernel, *_: (rows.new_empty(rows.shape), kernel.new_empty(kernel.shape)))
 def _spread_bwd_op(
-    grad: Tensor,
-    rows: Tensor,
-    kernel: Tensor,
-    column: Tensor,
-    start: Tensor,
-    column_t: Tensor,
-    start_t: Tensor,
-    first: Tensor,
-    resolution: int,
+    grad: Tensor, rows: Tensor, kernel: Tensor, where: list[Tensor], resolution: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of rows and kernel."""
+    column, start, _, start_t, first = where
     drows, dtype = rows.new_empty(rows.shape), sums_dtype(rows)
     dkernel = kernel.new_zeros(kernel.shape, dtype=dtype)
     with torch.autocast("cpu", enabled=False):

@@ -97,6 +97,10 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "three_interpolate": (kernels.three_interpolate, (cloud(5, 6), cloud(4, 3), index(4, 3))),
     "furthest_point_sample": (lambda x, impl: kernels.furthest_point_sample(x, 3, impl=impl), (cloud(5, 3),)),
     "avg_voxelize": (lambda *a, impl: kernels.avg_voxelize(*a, 2, impl=impl), (cloud(5, 6), cloud(5, 3).detach())),
+    "voxelize_conv3d": (
+        lambda *a, impl: kernels.voxelize_conv3d(*a, torch.ones(2, 6, 3, 3, 3, device=DEVICE), 2, impl=impl),
+        (cloud(5, 6), cloud(5, 3).detach()),
+    ),
     "trilinear_devoxelize": (kernels.trilinear_devoxelize, (cloud(2, 2, 2, 6), cloud(5, 3).detach())),
     "adagn": (
         lambda *a, impl: kernels.adagn(*a, torch.ones(6, device=DEVICE), torch.zeros(6, device=DEVICE), 2, impl=impl),

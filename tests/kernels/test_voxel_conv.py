@@ -135,11 +135,11 @@ def test_opcheck_and_compile() -> None:
     occupied = plan.matrices.occupied
     assert occupied is not None
     V = occupied.mean.num_rows
-    where = (*occupied.steps[:2], *occupied.steps_t[:2], occupied.first, 3)
+    where = [*occupied.steps[:2], *occupied.steps_t[:2], occupied.first]
     rows, kernel = torch.randn(V, 2, requires_grad=True), torch.randn(27 * 3, 2, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_spread_op.overload, (rows, kernel, *where), test_utils=checks)
-    backward = (cotangent, rows.detach(), kernel.detach(), *where)
+    torch.library.opcheck(_spread_op.overload, (rows, kernel, where, 3), test_utils=checks)
+    backward = (cotangent, rows.detach(), kernel.detach(), where, 3)
     torch.library.opcheck(_spread_bwd_op.overload, backward, test_utils=("test_schema", "test_faketensor"))
 
     compiled = torch.compile(voxelize_conv3d, backend="aot_eager", fullgraph=True)
@@ -149,23 +149,26 @@ def test_opcheck_and_compile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("N", "R", "dtype", "matrix_units", "pays"),
+    ("N", "R", "C", "dtype", "matrix_units", "pays"),
     [
-        (2048, 32, torch.float32, True, True),
-        (256, 8, torch.float32, False, True),
-        (257, 8, torch.float32, False, False),
-        (512, 8, torch.float32, False, False),
-        (1024, 16, torch.bfloat16, False, True),
-        (256, 8, torch.bfloat16, False, False),
-        (2048, 32, torch.bfloat16, True, False),
+        (2048, 32, 4, torch.float32, True, True),
+        (2048, 32, 3, torch.float32, True, False),
+        (512, 16, 4, torch.float32, True, False),
+        (256, 8, 32, torch.float32, False, True),
+        (257, 8, 64, torch.float32, False, False),
+        (512, 8, 128, torch.float32, False, False),
+        (1024, 16, 32, torch.bfloat16, False, True),
+        (1024, 16, 31, torch.bfloat16, False, False),
+        (256, 8, 128, torch.bfloat16, False, False),
+        (2048, 32, 32, torch.bfloat16, True, False),
     ],
 )
 def test_where_it_pays(
-    N: int, R: int, dtype: torch.dtype, matrix_units: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+    N: int, R: int, C: int, dtype: torch.dtype, matrix_units: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(voxel_conv, "_MATRIX_UNITS", matrix_units)
-    assert _pays(torch.empty(4, N, 1, dtype=dtype), R) == pays
-    assert not _pays(torch.empty(4, N, 1, dtype=dtype, device="meta"), R)  # nor on a GPU
+    assert _pays(torch.empty(4, N, C, dtype=dtype), R) == pays
+    assert not _pays(torch.empty(4, N, C, dtype=dtype, device="meta"), R)  # nor on a GPU
 
 
 def test_a_block_leaves_out_the_empty_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +181,9 @@ def test_a_block_leaves_out_the_empty_voxels(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(voxel_conv, "_spread_op", watched)
     torch.manual_seed(0)
-    block = PVConv(4, 8, 4).eval()
+    block = PVConv(32, 8, 4).eval()
     norms = [Norm(*(torch.ones(2, 8) for _ in range(3)), None) for _ in range(3)]
-    block(torch.randn(2, 32, 4), plan_voxels(_one_voxel(2, 32, 4), 4), norms)
+    block(torch.randn(2, 32, 32), plan_voxels(_one_voxel(2, 32, 4), 4), norms)
     assert multiplied == [2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,21 @@ def test_avg_voxelize(draw: Draw) -> str:
         return kernels.avg_voxelize(features, coords.detach() if isinstance(coords, Tensor) else coords, R, impl=impl)
 
     return both(draw, op, [tensor(draw, B, N, C, dtype=dtype_of(draw)), coords, R])
+
+
+@property_of(8)
+def test_voxelize_conv3d(draw: Draw) -> str:
+    """What ``auto`` takes, at times without the empty voxels, against the whole grid."""
+    B, N, _, _ = sizes(draw)
+    R, C, C2 = one_of(draw, 1, 3, 4, 4), one_of(draw, 1, 16, 32), size(draw, 1, 4)
+
+    def op(features: Any, coords: Any, weight: Any, R: Any, impl: Any) -> Tensor:
+        coords = coords.detach() if isinstance(coords, Tensor) else coords
+        return kernels.voxelize_conv3d(features, coords, weight, R, impl=impl)
+
+    weight = tensor(draw, C2, C, 3, 3, 3, dtype=dtype_of(draw), kinds=("normal", "grid"))
+    arguments = spoiled(draw, [tensor(draw, B, N, C, dtype=dtype_of(draw)), coords_of(draw, B, N), weight, R])
+    return agree(partial(op, impl="auto"), partial(op, impl="reference"), arguments, loose=30)
 
 
 @property_of(8)
