@@ -46,7 +46,7 @@ CASES: list[tuple[int, int, int, int, Coords]] = [
     (2, 1, 3, 4, _random),
     (1, 7, 1, 2, _random),
     (3, 67, 5, 4, _random),
-    (2, 70, 17, 3, _random),
+    (1, 70, 17, 3, _random),
     (1, 257, 4, 6, _random),
     (2, 40, 4, 3, _one_voxel),
     (2, 9, 4, 4, _coincident),

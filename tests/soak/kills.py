@@ -52,11 +52,12 @@ def soak_config() -> TrainConfig:
     base = tiny_config()
     return replace(
         base,
+        preset="soak",  # not the quickstart, whose picture samples the shipped model
         vae=replace(base.vae, steps=6, batch_size=4),
         priors=replace(base.priors, steps=6, batch_size=4, cached_draws=1),
         sampling=replace(base.sampling, steps=3),
         log_every=1,
-        picture_every=4,
+        picture_every=100,  # one ends each stage
         checkpoint_every=2,
         evaluate_shapes=4,
     )

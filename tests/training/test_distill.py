@@ -292,10 +292,10 @@ def test_a_loss_that_is_not_finite_is_found(tmp_path: Path, monkeypatch: pytest.
 def test_captured_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = replace(TRAINING, counts=(2,), steps=5)
     folders = [trained(tmp_path / name).folder for name in ("plain", "captured")]
+    monkeypatch.setattr(stage, "draw", lambda *_: None)
     go(folders[0], training)
     with monkeypatch.context() as patch:
         pretend(patch, loop)
-        patch.setattr(stage, "draw", lambda *_: None)
         go(folders[1], training)
     assert (Graph.captured, Graph.replayed) == (1, training.steps - WARM_UPS)
     plain, captured = (folder / "distilled" / "steps-2.safetensors" for folder in folders)
@@ -327,8 +327,9 @@ def test_few_steps_are_taken_by_their_own_priors(finished: Path) -> None:
         assert any(not torch.equal(tensor, plain.state_dict()[name]) for name, tensor in priors.items())
 
 
-def test_guidance_is_learned(tmp_path: Path) -> None:
+def test_guidance_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The students then say by themselves what guidance makes of the teacher, and take its place for no other."""
+    monkeypatch.setattr(stage, "draw", lambda *_: None)
     folder = trained(tmp_path / "run", drop_condition=0.1).folder
     lion = go(folder, replace(TRAINING, counts=(4,), guidance=1.5))
     unguided = go(trained(tmp_path / "unguided").folder, replace(TRAINING, counts=(4,)))
