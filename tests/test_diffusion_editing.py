@@ -102,6 +102,17 @@ def test_each_iteration_leads_nearer_and_one_suffices_for_standard_normal_data()
     assert all(after < 0.6 * before for before, after in zip(errors, errors[1:], strict=False))
 
 
+def test_a_network_too_steep_for_whole_steps_is_inverted_by_halves() -> None:
+    schedule = Schedule("cosine", 200)
+    x_0 = 0.5 * noise(6, 5)
+
+    def steep(x: Tensor, t: Tensor) -> Tensor:
+        return exact(schedule, 0.0, 1.0)(x, t) - torch.tanh(40 * x) * (t < 100)[:, None]
+
+    x_T = ddim_inverse(steep, x_0, schedule, steps=20, iterations=80)
+    torch.testing.assert_close(ddim(steep, x_T, schedule, KEY, steps=20), x_0, rtol=1e-5, atol=1e-5)
+
+
 def test_ddim_inverse_reports_the_times_that_it_reaches() -> None:
     schedule = Schedule("linear", 50)
     seen: list[tuple[int, int]] = []
