@@ -392,7 +392,8 @@ def check(config: TrainConfig) -> None:
         ValueError: one line, naming the option.
     """
     training: dict[str, VAETraining | PriorTraining] = {"vae": config.vae, "priors": config.priors}
-    at_least = {"seed": (config.seed, 0), "data.workers": (config.data.workers, 0)}
+    check_seed(config.seed)
+    at_least = {"data.workers": (config.data.workers, 0)}
     at_least |= {f"{stage}.steps": (t.steps, 1) for stage, t in training.items()}
     at_least |= {f"{stage}.batch-size": (t.batch_size, 1) for stage, t in training.items()}
     at_least |= {name.replace("_", "-"): (getattr(config, name), 1) for name in ("log_every", "picture_every")}
@@ -407,8 +408,6 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if config.patience is not None and not config.validate_every:
         raise ValueError(f"patience: counts measurements, of which validate-every 0 makes none, got {config.patience}")
-    if config.seed >= 2**31:
-        raise ValueError(f"seed: expected less than 2^31, got {config.seed}")
     for stage, t in training.items():
         if not t.learning_rate > 0:
             raise ValueError(f"{stage}.learning-rate: expected a number above 0, got {t.learning_rate}")
@@ -427,6 +426,12 @@ def check(config: TrainConfig) -> None:
         raise ValueError("vae.reconstruction: expected a weight above 0, all are 0")
 
     check_sampling(config.sampling, config, "sampling.")
+
+
+def check_seed(seed: int, option: str = "seed") -> None:
+    """Raise ``ValueError`` for what some generator of random numbers does not take."""
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"{option}: expected 0 to 2^31 - 1, got {seed}")
 
 
 def check_encoder(training: EncoderTraining) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lion_triton import metrics
 from lion_triton.cli import run_cli
-from lion_triton.config import fewest_points
+from lion_triton.config import check_seed, fewest_points
 from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import floors, folder, intervals, page, record, table
@@ -123,8 +123,7 @@ class EvaluateArguments:
 
 def check(args: EvaluateArguments, is_run: bool) -> None:
     """Raise ``ValueError`` for options out of range, or of a run where there is none."""
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"seed: expected 0 to 2^31 - 1, got {args.seed}")
+    check_seed(args.seed)
     for name in ("num_points", "num_samples", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lion_triton.cli import run_cli
-from lion_triton.config import SamplingConfig
+from lion_triton.config import SamplingConfig, check_seed
 from lion_triton.generation.inputs import (
     Given,
     Model,
@@ -104,6 +104,7 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     """
     if args.frames < 2:
         raise ValueError(f"frames: expected at least 2, got {args.frames}")
+    check_seed(args.seed)
     run = open_run(args.run)
     num_points, label = check_points(run, args.num_points), known_label(run, args.label)
     words = [args.a, "to", args.b, args.label, *args.words, args.sampler, args.checkpoint]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lion_triton import __version__
 from lion_triton.cli import run_cli
+from lion_triton.config import check_seed
 from lion_triton.devices import best_device
 from lion_triton.evaluation.sets import fingerprint, open_clouds
 from lion_triton.generation.output import check_finite, check_out, whole_folder
@@ -117,8 +118,7 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
 def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
     if not target.exists():
         raise ValueError(f"clouds: {args.clouds_or_run} does not exist: expected a run folder, or clouds")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"seed: expected 0 to 2^31 - 1, got {args.seed}")
+    check_seed(args.seed)
     if not 16 <= args.resolution <= 512:
         raise ValueError(f"resolution: expected 16 to 512, got {args.resolution}")
     if args.sigma is not None and not 0 <= args.sigma <= 0.1:

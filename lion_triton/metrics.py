@@ -377,30 +377,6 @@ def reconstructions(
     return {name: torch.cat(parts).double() for name, parts in values.items()}
 
 
-@dataclass(frozen=True)
-class PriorBound:
-    """Upper bounds on minus the log density that the priors give to latents, in nats per dimension; lower is better."""
-
-    shape: float  # of z0
-    point: float  # of h0, given z0
-    joint: float  # of both together
-
-
-def prior_bound(
-    lion: LION,
-    latents: Posterior,
-    key: Int[Tensor, " 2"],
-    labels: Int[Tensor, " B"] | None = None,
-    clip: Float[Tensor, "B 512"] | None = None,
-    *,
-    num_timesteps: int | None = BOUND_TIMESTEPS,
-    progress: Progress | None = None,
-) -> PriorBound:
-    """Means over clouds of ``prior_bounds``, which see."""
-    bounds = prior_bounds(lion, latents, key, labels, clip, num_timesteps=num_timesteps, progress=progress)
-    return PriorBound(**{name: of.mean().item() for name, of in bounds.items()})
-
-
 @torch.no_grad()
 def prior_bounds(
     lion: LION,
@@ -412,9 +388,10 @@ def prior_bounds(
     num_timesteps: int | None = BOUND_TIMESTEPS,
     progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, " B"]]:
-    """The variational bound (``diffusion.variational_bound``) of both priors for each cloud, float64 on the CPU.
+    """Upper bounds on minus the log density that the priors give to each cloud's latents, float64 on the CPU.
 
-    By the names of ``PriorBound``.
+    In nats per dimension, lower is better (``diffusion.variational_bound``): "shape" of z0, "point" of h0 given z0, and
+    "joint" of both together.
 
     latents: of the posterior of held-out clouds; h0 is sampled from its distribution here. The density is that of the
     latents themselves, whatever units the priors work in, so it depends on the VAE: compare priors of one VAE.

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Generator
@@ -245,8 +246,7 @@ def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Pre
     if len(items) < SERIAL_BELOW:
         yield from map(work, items)
         return
-    # Spawned, not forked: whoever calls prepare() may have threads.
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), multiprocessing.get_context("spawn"))
+    pool = _workers()
     try:
         ahead = deque[Future[list[Prepared | Failure]]]()
         for item in items:
@@ -256,6 +256,15 @@ def _prepare_all(items: list[Item], config: PrepareConfig) -> Generator[list[Pre
         yield from (future.result() for future in ahead)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _workers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        min(os.cpu_count() or 1, 8),
+        multiprocessing.get_context("spawn"),  # not forked: whoever calls prepare() may have threads
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C goes to every process, and the main one ends the others
+    )
 
 
 def _prepare_file(item: Item, config: PrepareConfig) -> list[Prepared | Failure]:
@@ -336,8 +345,10 @@ def split_of(key: str, config: PrepareConfig) -> str:
     return "test" if position < config.test else "val" if position < config.test + config.val else "train"
 
 
-def main() -> None:
-    run_cli(lambda: prepare(tyro.cli(PrepareConfig, prog="python -m lion_triton.prepare")))
+def main(args: list[str] | None = None) -> None:
+    """The command line."""
+    args = sys.argv[1:] if args is None else args
+    run_cli(lambda: prepare(tyro.cli(PrepareConfig, args=args, prog="python -m lion_triton.prepare")))
 
 
 if __name__ == "__main__":

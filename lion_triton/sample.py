@@ -18,7 +18,7 @@ from jaxtyping import Float16, Float32, Int64
 from tqdm import tqdm
 
 from lion_triton.cli import run_cli
-from lion_triton.config import SamplingConfig, check_sampling
+from lion_triton.config import SamplingConfig, check_sampling, check_seed
 from lion_triton.data.find import safe_name
 from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
@@ -89,6 +89,7 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    check_seed(args.seed)
     labels = class_labels(run, args)
     out = args.out or run.samples / _default_name(args)
     check_out(out)

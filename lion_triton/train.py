@@ -74,7 +74,7 @@ class Arguments:
         clip: condition the priors on CLIP embeddings of the shapes, instead of on classes: those that prepare --clip
             made, or those of data.embeddings.
         strict: refuse clouds with fewer points than data.num-points instead of repeating points.
-        dry_run: print sizes, parameters, expected time and memory, and stop.
+        dry_run: print sizes, parameters, expected time and memory of the VAE and the priors, and stop.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -117,6 +117,9 @@ def train_part(args: Arguments, processes: Processes) -> None:
     run = open_run(run_folder(args))
     free = {name: getattr(args.config, name) for name in ("log_every", "checkpoint_every", "on_nonfinite")}
     run = replace(run, config=replace(run.config, **free))
+    check(run.config)
+    if args.dry_run:
+        raise ValueError(f"dry-run: expected the stages vae, priors or all, got {args.stage}")
     if args.stage != "encoder" and processes.count > 1:
         raise ValueError(f"stage: {args.stage} trains in one process, got {processes.count}")
     if args.stage == "distill" and run.config.preset != args.config.preset:  # whose settings of distill these are

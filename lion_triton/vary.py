@@ -13,7 +13,7 @@ import tyro
 from jaxtyping import Float32
 
 from lion_triton.cli import run_cli
-from lion_triton.config import SamplingConfig
+from lion_triton.config import SamplingConfig, check_seed
 from lion_triton.data.degraded import InputKind, holds_voxels
 from lion_triton.generation.encoders import diversity, from_given, trained_encoders, use_encoders
 from lion_triton.generation.inputs import (
@@ -106,6 +106,7 @@ def vary(args: VaryArguments) -> Variations:
         raise ValueError(f"strength: expected a number in [0, 1], got {args.strength:g}")
     if args.num_samples < 1:
         raise ValueError(f"num-samples: expected at least 1, got {args.num_samples}")
+    check_seed(args.seed)
     run = open_run(args.run)
     label = known_label(run, args.label)
     settings = resolved(run, SampleArguments(run.folder, sampler="ddim", steps=args.steps, eta=args.eta))

@@ -206,6 +206,9 @@ def test_a_run_without_classes_and_with_ancestral_sampling(tmp_path: Path) -> No
         (vary.main, "RUN procedural:0 --strength 1.2", "strength: expected a number in [0, 1], got 1.2"),
         (vary.main, "RUN procedural:0 --num-samples 0", "num-samples: expected at least 1, got 0"),
         (vary.main, "RUN procedural:0 --eta 2", "eta: expected a number in [0, 1]"),
+        (interpolate.main, "RUN 2147483648 2", "a: expected 0 to 2^31 - 1, got 2147483648"),
+        (interpolate.main, "RUN 1 2 --seed -1", "seed: expected 0 to 2^31 - 1, got -1"),
+        (vary.main, "RUN procedural:0 --seed -1", "seed: expected 0 to 2^31 - 1, got -1"),
         (vary.main, "RUN 12", "shape: expected a file of a shape"),
         (vary.main, "VAE procedural:0", "has no trained priors yet"),
     ],
@@ -234,6 +237,9 @@ def test_a_folder_of_something_else_is_not_replaced(
     for command, args in ((interpolate.main, ["1", "2"]), (vary.main, ["procedural:0"])):
         line = fails(capsys, command, [str(run), *args, "--out", str(tmp_path / "out")])
         assert "exists and holds no samples" in line
+        file = tmp_path / "out" / "thesis.txt"
+        line = fails(capsys, command, [str(run), *args, "--out", str(file / "new" / "folder")])
+        assert line == f"error: out: {file} is no folder that can be written to: give another --out"
     assert content(tmp_path / "out") == {"thesis.txt": b"mine"}
 
     def full(*_: object) -> None:

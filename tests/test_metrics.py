@@ -377,11 +377,16 @@ def gaussian_latents(lion: Any, count: int = 70, log_sigma: float = -30.0) -> Po
     return Posterior(z, h, torch.full_like(h, log_sigma))
 
 
+def bound_of(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    """Means over clouds."""
+    return SimpleNamespace(**{name: of.mean().item() for name, of in metrics.prior_bounds(*args, **kwargs).items()})
+
+
 def test_prior_bound_of_the_perfect_prior_is_the_entropy() -> None:
     lion = gaussian_lion()
     latents = gaussian_latents(lion)
     key = torch.tensor([1, 0])
-    bound = metrics.prior_bound(lion, latents, key, num_timesteps=None)
+    bound = bound_of(lion, latents, key, num_timesteps=None)
     assert {t for t, *_ in lion.shape_prior.seen} == set(range(1, 201))
     for value, sample in ((bound.shape, latents.z - 2), (bound.point, latents.h_mu)):
         nll = 0.5 * sample.square().mean().item() + 0.5 * np.log(2 * np.pi)  # of these latents
@@ -390,25 +395,25 @@ def test_prior_bound_of_the_perfect_prior_is_the_entropy() -> None:
     assert bound.joint == pytest.approx((6 * bound.shape + 40 * bound.point) / 46)
 
     lion.shape_prior.seen.clear()
-    estimate = metrics.prior_bound(lion, latents, key, num_timesteps=50)
+    estimate = bound_of(lion, latents, key, num_timesteps=50)
     assert len(lion.shape_prior.seen) < 3 * 60  # three batches of latents
     assert estimate.shape == pytest.approx(bound.shape, abs=0.05)
     assert estimate.point == pytest.approx(bound.point, abs=0.05)
-    assert metrics.prior_bound(lion, latents, key, num_timesteps=50) == estimate
-    assert metrics.prior_bound(lion, latents, torch.tensor([2, 0]), num_timesteps=50) != estimate
+    assert bound_of(lion, latents, key, num_timesteps=50) == estimate
+    assert bound_of(lion, latents, torch.tensor([2, 0]), num_timesteps=50) != estimate
     with pytest.raises(ValueError, match="num_timesteps: expected at least 5, got 4"):
-        metrics.prior_bound(lion, latents, key, num_timesteps=4)
+        bound_of(lion, latents, key, num_timesteps=4)
 
 
 def test_prior_bound_is_in_the_units_of_the_latents() -> None:
     """The same priors on latents k times as wide: log k nats more per dimension. A wide posterior adds its variance."""
     key, unit = torch.tensor([1, 0]), gaussian_lion()
-    one = metrics.prior_bound(unit, gaussian_latents(unit), key)
+    one = bound_of(unit, gaussian_latents(unit), key)
     wide = gaussian_lion(z_std=3.0, h_std=0.2)
-    other = metrics.prior_bound(wide, gaussian_latents(wide), key)
+    other = bound_of(wide, gaussian_latents(wide), key)
     assert other.shape == pytest.approx(one.shape + np.log(3.0), abs=1e-4)
     assert other.point == pytest.approx(one.point + np.log(0.2), abs=1e-4)
-    noisy = metrics.prior_bound(unit, gaussian_latents(unit, log_sigma=0.0), key)
+    noisy = bound_of(unit, gaussian_latents(unit, log_sigma=0.0), key)
     assert noisy.shape == one.shape
     assert noisy.point == pytest.approx(one.point + 0.5, abs=0.1)
 
@@ -417,7 +422,7 @@ def test_prior_bound_hands_each_batch_its_condition() -> None:
     lion = gaussian_lion()
     latents, labels = gaussian_latents(lion), torch.arange(70)
     counted = list[int]()
-    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5, progress=counted.append)
+    bound_of(lion, latents, torch.tensor([1, 0]), labels, num_timesteps=5, progress=counted.append)
     assert counted == [32, 32, 32, 32, 6, 6]  # both priors on each batch
     for prior, position in ((lion.shape_prior, 3), (lion.point_prior, 4)):
         seen = [call[position] for call in prior.seen]
@@ -431,7 +436,7 @@ def test_prior_bound_gives_each_latent_noise_of_its_own() -> None:
     lion, count = gaussian_lion(), metrics._CLOUDS + 1
     zeros = torch.zeros(count, 10, 4)
     latents = Posterior(lion.z_mean.expand(count, 6), zeros, zeros - 30)
-    metrics.prior_bound(lion, latents, torch.tensor([1, 0]), num_timesteps=5)
+    bound_of(lion, latents, torch.tensor([1, 0]), num_timesteps=5)
     time = lion.shape_prior.seen[0][0]
     x_t = [x.flatten(1) for prior in (lion.shape_prior, lion.point_prior) for t, x, *_ in prior.seen if t == time]
     assert [x.shape for x in x_t] == [(32, 6), (1, 6), (32, 40), (1, 40)]

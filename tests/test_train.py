@@ -200,14 +200,23 @@ def test_configs_survive_json(name: str) -> None:
     assert differences(other.model, config.model)
 
 
+def test_a_later_stage_is_checked_before_it_begins(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("surface", "encoder", "distill"):
+        for option in ("--log-every 0", "--checkpoint-every -2", "--dry-run"):
+            line = fails(capsys, train.main, [str(finished), "--stage", stage, *option.split()])
+            assert line.startswith(f"error: {option.split()[0].removeprefix('--')}: expected ")
+    assert not any((finished / name).exists() for name in ("surface", "encoders", "distilled"))
+
+
 def test_unknown_preset_class_and_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, train.main, ["chairs"])
-    known = "quickstart, procedural, furniture, lion, lion_all, or a run folder"
+    known = "quickstart, procedural, furniture, furniture_small, lion, lion_all, or a run folder"
     assert line == f"error: preset: expected one of {known}, got chairs"
     line = fails(capsys, sample.main, [str(finished), "--class", "boat"])
     assert line == "error: class: expected one of chair, table, sofa, lamp, shelf, got boat"
     assert "is not a run folder" in fails(capsys, sample.main, [str(tmp_path)])
-    for option in ("--num-samples 0", "--steps 0", "--steps 1001", "--num-points 0", "--num-points 10", "--eta 2"):
+    wrong = "num-samples 0", "steps 0", "steps 1001", "num-points 0", "num-points 10", "eta 2", "seed -1"
+    for option in (f"--{one}" for one in wrong):
         name = option.split()[0].removeprefix("--num-").removeprefix("--")
         assert name in fails(capsys, sample.main, [str(finished), *option.split()])
     assert "sampler" in fails(capsys, sample.main, [str(finished), "--sampler", "ode"])

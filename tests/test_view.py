@@ -162,7 +162,7 @@ def test_what_cannot_be_shown_is_one_line(
     assert "what: nowhere does not exist" in fails(capsys, view.main, ["nowhere"])
     assert "port: expected 1 to 65535, got 0" in fails(capsys, view.main, [str(run), "--port", "0"])
     (tmp_path / "empty").mkdir()
-    assert "error: path: " in fails(capsys, view.main, [str(tmp_path / "empty")])
+    assert "error: what: " in fails(capsys, view.main, [str(tmp_path / "empty")])
     (tmp_path / "bad.ply").write_bytes(b"no")
     assert "bad.ply: " in fails(capsys, view.main, [str(tmp_path / "bad.ply")])
     monkeypatch.setitem(sys.modules, "viser", None)

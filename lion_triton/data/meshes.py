@@ -49,14 +49,18 @@ class Part:
     category: str | None = None
 
 
+class SetOfShapes(ValueError):
+    """A file holds several shapes where one was expected."""
+
+
 def read_shape(container: Container, name: str) -> Shape:
     """The shape in the file `name`, whose suffix tells the format; checked. See `read_parts`.
 
-    Raises ValueError, or whatever error the format's parser ends with.
+    Raises SetOfShapes, another ValueError, or whatever error the format's parser ends with.
     """
     parts = list(read_parts(container, name))
     if len(parts) != 1:
-        raise ValueError(f"holds a set of {len(parts)} shapes")
+        raise SetOfShapes(f"holds a set of {len(parts)} shapes")
     parts[0].shape.check()
     return parts[0].shape
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from lion_triton.config import SamplingConfig, fewest_points
+from lion_triton.config import SamplingConfig, check_seed, fewest_points
 from lion_triton.data.clouds import draw
 from lion_triton.data.containers import Container
 from lion_triton.data.degraded import VoxelGrid
 from lion_triton.data.find import one_line
-from lion_triton.data.meshes import read_shape
+from lion_triton.data.meshes import SetOfShapes, read_shape
 from lion_triton.devices import autocast, best_device
 from lion_triton.evaluation.sets import open_clouds
 from lion_triton.generation.encoders import EncoderRun
@@ -121,7 +121,10 @@ class Given:
 
 def read_given_or_seed(option: str, text: str, run: Run, num_points: int, seed: int) -> Given | int:
     """The seed that a whole number is, or the shape that anything else stands for; see :func:`read_given`."""
-    return int(text) if re.fullmatch(r"\d+", text) else read_given(option, text, run, num_points, seed)
+    if not re.fullmatch(r"\d+", text):
+        return read_given(option, text, run, num_points, seed)
+    check_seed(int(text), option)
+    return int(text)
 
 
 def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> Given:
@@ -195,8 +198,9 @@ def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarr
         shape = read_shape(Container(path.parent), path.name)
         return shape.sample(count, seed) if shape.is_mesh else shape.coordinates.astype(np.float32)
     except Exception as error:  # whatever a parser makes of a bad file
-        several = f"; of several clouds give {path}:0" if path.suffix in (".npy", ".npz") else ""
-        raise ValueError(f"{option}: {path}: {one_line(error)}{several}") from None
+        one_of_them = isinstance(error, SetOfShapes) and path.suffix in (".npy", ".npz")
+        which = f": give one of them, as {path}:0" if one_of_them else ""
+        raise ValueError(f"{option}: {path}: {one_line(error)}{which}") from None
 
 
 def described(model: Model, given: Given, label: int | None, prompt: Prompt | None = None) -> Given:

@@ -38,10 +38,14 @@ def default_out(run: Run, words: Sequence[str | None], numbers: Mapping[str, obj
 
 
 def check_out(out: Path, record: str = RECORD) -> None:
-    """Raise ``ValueError`` if the folder exists and is no earlier command's, which holds a file ``record``."""
+    """Raise ``ValueError`` if the folder exists and is no earlier command's, which holds a file ``record``, or if it
+    cannot be made."""
     if out.exists() and not (out / record).is_file():
         what = Path(record).stem
         raise ValueError(f"out: {out} exists and holds no {what} of an earlier command: give another --out")
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"out: {existing} is no folder that can be written to: give another --out")
 
 
 @contextmanager

@@ -43,8 +43,11 @@ def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, fl
 
 def thicknesses(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
     """``metrics.thickness_ratio`` of each set of clouds to the references."""
-    of = {name: metrics.thickness(torch.from_numpy(clouds)) for name, clouds in {**sets, "": references}.items()}
-    return {name: metrics.thickness_ratio(of[name], of[""]) for name in sets}
+    of_references = metrics.thickness(torch.from_numpy(references))
+    return {
+        name: metrics.thickness_ratio(metrics.thickness(torch.from_numpy(clouds)), of_references)
+        for name, clouds in sets.items()
+    }
 
 
 def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:

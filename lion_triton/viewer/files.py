@@ -40,7 +40,7 @@ def find_items(path: Path) -> Sequence[Item]:
             return [Item(file.name, partial(_read, file)) for file in sorted(first.values())]
     if path.is_file() and (path.suffix.lower() in SHAPE_SUFFIXES - {".npy", ".npz"} or not _several(path)):
         return [Item(path.name, partial(_read, path))]
-    clouds = open_clouds("path", str(path), "test")
+    clouds = open_clouds("what", str(path), "test")
     return [Item(name, partial(_cloud, clouds, i)) for i, name in enumerate(clouds.clouds.names)]
 
 

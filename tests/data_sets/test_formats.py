@@ -198,6 +198,8 @@ def test_ply_that_is_cut_or_holds_other_faces(tmp_path: Path, form: str) -> None
     assert "vertex" in refusal(tmp_path, "a.ply", quads.replace(b"element vertex 12", b"element vertex 2147483648"))
     assert "no element vertex" in refusal(tmp_path, "a.ply", quads.replace(b"property double z", b"property double w"))
     assert "not understood" in refusal(tmp_path, "a.ply", quads.replace(b"property double z", b"property half z"))
+    head = quads[: quads.index(b"element note")].replace(b"vertex 12", b"vertex 0")
+    assert refusal(tmp_path, "a.ply", head + b"end_header\n") == "no points"
 
 
 def test_ply_strips_and_line_ends(tmp_path: Path) -> None:

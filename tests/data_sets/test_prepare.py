@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -774,6 +775,11 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) 
     assert written[0].exists() is False
     assert f"out.partial-{os.getpid()}" in written[0].parts
     assert not list((tmp_path / "disk").iterdir())
+
+
+def test_workers_leave_ctrl_c_to_the_main_process() -> None:
+    with prepare_module._workers() as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("options", [{"points": 0}, {"val": 0.6, "test": 0.5}, {"val": -0.1}, {"test": np.nan}])

@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_named(run: Run, tmp_path: Path, cloud: np.ndarra
         str(tmp_path): "expected a file of a shape",
         str(tmp_path / "bad.ply"): "bad.ply: ",
         str(tmp_path / "flat.obj"): "the surface has no area",
-        str(tmp_path / "many.npy"): "many.npy:0",
+        str(tmp_path / "many.npy"): f"holds a set of 2 shapes: give one of them, as {tmp_path / 'many.npy'}:0",
         f"{tmp_path / 'many.npy'}:2": "expected a cloud 0 to 1",
         str(tmp_path / "nan.npy"): "point 3 is not finite",
         f"{tmp_path / 'nothing.npz'}:0": "does not exist",
@@ -140,6 +140,7 @@ def test_what_cannot_be_read_is_named(run: Run, tmp_path: Path, cloud: np.ndarra
             read_given_or_seed("b", text, run, POINTS, 0)
         assert words in str(error.value)
         assert "\n" not in str(error.value)
+        assert ("give one of them" in str(error.value)) == (text == str(tmp_path / "many.npy"))
     assert read_given_or_seed("b", "12", run, POINTS, 0) == 12
 
 

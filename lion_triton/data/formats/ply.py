@@ -139,7 +139,7 @@ def _text_rows(body: bytes) -> Callable[[Element], Table]:
             words = b" ".join(rows).split()
             if len(words) != element.count * len(element.properties):
                 raise ValueError(f"{what} does not hold {len(element.properties)} numbers")
-            table = floats(words, what).reshape(element.count, -1)
+            table = floats(words, what).reshape(element.count, len(element.properties))
             ones = np.ones(element.count, dtype=np.int64)
             return {e.name: Column(values, ones, False) for e, values in zip(element.properties, table.T, strict=True)}
         cells: list[list[bytes]] = [[] for _ in element.properties]
