@@ -383,7 +383,7 @@ def _adagn_max_neighbors_op(
     launch(moments_kernel, cut.grid, x, partials, *cut.sizes, cut.chunk_rows, **cut.rows)
     (scale_, shift_, offset_), strides = per_cloud(scale, shift, offset)
     sizes = (strides[2], eps, *cut.sizes, cut.chunk_rows)
-    chunks = at_once(cut.channels["GROUPS"] * cut.channels["WIDTH"], cut.chunks)
+    chunks = at_once(2 * cut.channels["GROUPS"] * cut.channels["WIDTH"], cut.chunks)  # half of them, or it spills
     launch(_statistics_kernel, (cut.B,), partials, offset_, stats, *sizes, CHUNKS=chunks, **cut.channels)
     _launch_centers(_maxima_kernel, x, x, stats, scale_, shift_, y, raw, index, *strides[:2])
     return y, index, stats, raw
