@@ -66,8 +66,9 @@ def adagn_max_neighbors_reference(
     offset: Float[Tensor, "B C"] | None = None,
 ) -> Float[Tensor, "B M C"]:
     """Plain PyTorch form of :func:`adagn_max_neighbors`."""
-    scale, shift, offset = (None if t is None else t.to(sums_dtype(x)) for t in (scale, shift, offset))
-    return _adagn_max_neighbors_reference_op(x, scale, shift, offset, num_groups, float(eps))[0]
+    dtype = sums_dtype(x)
+    offset = None if offset is None else offset.to(dtype)
+    return _adagn_max_neighbors_reference_op(x, scale.to(dtype), shift.to(dtype), offset, num_groups, float(eps))[0]
 
 
 def adagn_max_neighbors(
@@ -93,7 +94,8 @@ def adagn_max_neighbors(
         raise ValueError(f"x: expected shape (B, M, K, C) with M, K, C >= 1, got {tuple(x.shape)}")
     B, C = len(x), x.shape[3]
     num_groups = check_groups(num_groups, C)
-    for name, tensor in {"scale": scale, "shift": shift, "offset": offset}.items():
+    style: dict[str, Any] = {"scale": scale, "shift": shift, "offset": offset}
+    for name, tensor in style.items():
         if tensor is not None or name != "offset":
             check_shape(name, tensor, (B, C), x)
     if not use_triton(impl, x):
@@ -362,8 +364,8 @@ def _launch_centers(kernel: Any, x: Tensor, *args: Any) -> None:
 
 
 def _empty_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, M, _, C = x.shape
-    return *_empty_maxima(x, torch.float32), x.new_empty((B, M, C))
+    y, index, stats = _empty_maxima(x, torch.float32)
+    return y, index, stats, x.new_empty(y.shape)
 
 
 @op(fake=_empty_forward)
@@ -381,18 +383,19 @@ def _adagn_max_neighbors_op(
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     partials = stats.new_empty((cut.B, cut.chunks, 2, cut.C))
     launch(moments_kernel, cut.grid, x, partials, *cut.sizes, cut.chunk_rows, **cut.rows)
-    (scale_, shift_, offset_), strides = per_cloud(scale, shift, offset)
+    style, strides = per_cloud(scale, shift, offset)
     sizes = (strides[2], eps, *cut.sizes, cut.chunk_rows)
     chunks = at_once(2 * cut.channels["GROUPS"] * cut.channels["WIDTH"], cut.chunks)  # half of them, or it spills
-    launch(_statistics_kernel, (cut.B,), partials, offset_, stats, *sizes, CHUNKS=chunks, **cut.channels)
-    _launch_centers(_maxima_kernel, x, x, stats, scale_, shift_, y, raw, index, *strides[:2])
+    launch(_statistics_kernel, (cut.B,), partials, style[2], stats, *sizes, CHUNKS=chunks, **cut.channels)
+    _launch_centers(_maxima_kernel, x, x, stats, *style[:2], y, raw, index, *strides[:2])
     return y, index, stats, raw
 
 
 def _empty_backward(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, scale, shift, offset))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    doffset = x.new_empty(0) if offset is None else offset.new_empty(offset.shape)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), shift.new_empty(shift.shape), doffset
 
 
 @op(fake=_empty_backward)
@@ -411,15 +414,15 @@ def _adagn_max_neighbors_bwd_op(
     grad, x = grad.contiguous(), x.contiguous()
     (B, M, K, C), out = x.shape, _empty_backward(grad, x, scale, shift, offset)
     gradients = (*out[1:3], None if offset is None else out[3])
-    (scale, shift), strides = per_cloud(scale, shift)
+    style, strides = per_cloud(scale, shift)
     means = stats.new_empty((B, 2, C))
     channels = bundle_of_groups(x, num_groups)
     grid = (B * triton.cdiv(num_groups, channels["GROUPS"]),)
     rows = max(_SUMMED // (channels["GROUPS"] * channels["WIDTH"]), 1)
-    style, sizes = (stats, scale, shift), (*strides, M, M * K, C, num_groups)
+    sizes = (*strides, M, M * K, C, num_groups)
     blocks = {**channels, "ROWS": rows, "num_warps": _WARPS}
-    launch(_maxima_sums_kernel, grid, grad, raw, *style, means, *gradients, *sizes, **blocks)
-    _launch_centers(_maxima_bwd_kernel, x, grad, x, raw, index, *style, means, out[0], *strides)
+    launch(_maxima_sums_kernel, grid, grad, raw, stats, *style, means, *gradients, *sizes, **blocks)
+    _launch_centers(_maxima_bwd_kernel, x, grad, x, raw, index, stats, *style, means, out[0], *strides)
     return out
 
 
