@@ -818,6 +818,15 @@ def _offsets_inputs(s: Shape, draw: Draw) -> tuple[Tensor, ...]:
     return _cloud(s, draw), idx, offsets, draw.normal(s.C, 3)
 
 
+def _maxima_inputs(s: Shape, draw: Draw) -> tuple[Tensor, ...]:
+    return draw.normal(s.B, s.M, s.K, s.C, dtype=s.dtype), 1 + draw.normal(s.B, s.C), draw.normal(s.B, s.C)
+
+
+def maxima_eager(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    normal = F.group_norm(x.flatten(1, 2).transpose(1, 2), 8).transpose(1, 2)
+    return F.silu(normal * scale[:, None] + shift[:, None]).view(x.shape).max(2).values.to(x.dtype)
+
+
 def group_offsets_eager(features: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return group_eager(features, idx) + (offsets @ weight.T).to(features.dtype)
 
@@ -895,16 +904,23 @@ NORMS = (
         wrt=(0, 2, 3),
     ),
     Op(
-        "max_neighbors",
-        ("tests/kernels/test_neighborhood.py",),
+        "adagn_max_neighbors",
+        ("tests/kernels/test_adagn_max_neighbors.py",),
         (Shape(32, 0, 1024, 32, 64), Shape(32, 0, 1024, 32, 64, dtype=torch.bfloat16)),
         Shape(2, 0, 64, 8, 8),
-        inputs=lambda s, draw: (draw.normal(s.B, s.M, s.K, s.C, dtype=s.dtype),),
-        ours=kernels.max_neighbors,
-        eager=lambda x: x.max(2).values,
-        forward=lambda s: Cost((_neighborhoods(s) + s.B * s.M) * s.C * s.dtype.itemsize, _neighborhoods(s) * s.C),
-        backward=lambda s: Cost((_neighborhoods(s) + s.B * s.M) * s.C * s.dtype.itemsize + 4 * s.B * s.M * s.C),
-        wrt=(0,),
+        inputs=_maxima_inputs,
+        ours=lambda x, scale, shift, impl: kernels.adagn_max_neighbors(x, scale, shift, 8, impl=impl),
+        eager=maxima_eager,
+        # x twice, then the maxima, their x and index; x and its gradient, and what of each maximum is read twice.
+        forward=lambda s: Cost(
+            (2 * _neighborhoods(s) + 2 * s.B * s.M) * s.C * s.dtype.itemsize + s.B * s.M * s.C,
+            12 * _neighborhoods(s) * s.C,
+        ),
+        backward=lambda s: Cost(
+            (2 * _neighborhoods(s) + 4 * s.B * s.M) * s.C * s.dtype.itemsize + s.B * s.M * s.C,
+            5 * _neighborhoods(s) * s.C,
+        ),
+        wrt=(0, 1, 2),
     ),
 )
 

@@ -57,5 +57,5 @@ def test_launches_and_bytes_of_the_point_prior() -> None:
     forward, both, forward_bytes, both_bytes = map(int, run(POINT_PRIOR).split())
     assert 200 < forward <= 350
     assert 500 < both <= 900
-    assert forward_bytes < 8.5e9
-    assert both_bytes < 21e9
+    assert forward_bytes < 8.1e9
+    assert both_bytes < 19.8e9

@@ -7,6 +7,7 @@ Shapes, dtypes and devices are always checked; values are not, as that would wai
 from lion_triton.kernels._checks import check_finite
 from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.adagn_devoxelize import adagn_devoxelize
+from lion_triton.kernels.adagn_max_neighbors import adagn_max_neighbors
 from lion_triton.kernels.auction import auction_emd
 from lion_triton.kernels.diffusion import ancestral_step, posterior_q_sample, q_sample
 from lion_triton.kernels.dropout import dropout
@@ -15,7 +16,7 @@ from lion_triton.kernels.gather import group, three_interpolate
 from lion_triton.kernels.knn import knn
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
-from lion_triton.kernels.neighborhood import group_offsets, max_neighbors
+from lion_triton.kernels.neighborhood import group_offsets
 from lion_triton.kernels.noise import normal_noise
 from lion_triton.kernels.pairwise import pairwise_chamfer, pairwise_emd
 from lion_triton.kernels.query import ball_query, three_nn
@@ -27,6 +28,7 @@ __all__ = [
     "VoxelPlan",
     "adagn",
     "adagn_devoxelize",
+    "adagn_max_neighbors",
     "ancestral_step",
     "approx_emd",
     "auction_emd",
@@ -41,7 +43,6 @@ __all__ = [
     "group",
     "group_offsets",
     "knn",
-    "max_neighbors",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",

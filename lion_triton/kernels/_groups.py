@@ -20,6 +20,8 @@ from lion_triton.kernels._triton import tl, triton
 # a cloud's result may therefore depend on the size of its batch.
 _WARPS = 4
 _PROGRAMS, _LEAST_CHUNK, _MOST_CHUNKS = 1024, 4096, 128
+# Chunks' values that a program combines at once, or values of a matrix; bytes of a row that a program reads at least.
+_AT_ONCE, _LEAST_ROW = 2048, 32
 _CACHED = 1 << 20  # elements that a CPU works on at a time
 
 
@@ -41,10 +43,48 @@ def cloud_buffers(
         yield clouds, [buffer[: clouds.stop - first] for buffer in buffers]
 
 
+def as_dtype_of(buffer: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy in a buffer of the dtype that it lacks."""
+    return x if x.dtype == buffer.dtype else buffer.copy_(x)
+
+
+def center_groups(
+    x: Float[Tensor, "b P C"],
+    offset: Float[Tensor, "b C"] | None,
+    num_groups: int,
+    eps: float,
+    out: Float[Tensor, "b P C"],
+    squares: Float[Tensor, "b P C"],
+) -> tuple[Float[Tensor, "b C"], Float[Tensor, "b C"], Float[Tensor, "b C"]]:
+    """``out = x + offset - mean``, in two buffers; what was subtracted from x, by how much the mean of a channel
+    differs from its group's, and rstd."""
+    part = as_dtype_of(squares, x)
+    means = part.sum(1) / x.shape[1]
+    if offset is not None:
+        means += offset
+    mean = group_mean(means, num_groups)
+    center = mean if offset is None else mean - offset
+    torch.sub(part, center[:, None], out=out)
+    var = group_mean(torch.mul(out, out, out=squares).sum(1) / x.shape[1], num_groups)
+    return center, means - mean, (var + eps).rsqrt()
+
+
 def per_cloud(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """All with unit stride over channels, and their strides over clouds: views of one tensor are not copied."""
     unit = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in tensors]
     return unit, [0 if t is None else t.stride(0) for t in unit]
+
+
+def at_once(places: int, most: int) -> int:
+    """Rows of so many places that a program holds at once, of at most ``most``: a power of two."""
+    return min(max(_AT_ONCE // places, 1), triton.next_power_of_2(max(most, 1)))
+
+
+def bundle_of_groups(x: Tensor, num_groups: int) -> dict[str, int]:
+    """As many groups of x (..., C) for a program as make rows worth reading."""
+    cg = x.shape[-1] // num_groups
+    worth = triton.next_power_of_2(triton.cdiv(_LEAST_ROW, cg * x.element_size()))
+    return {"CG": cg, "GROUPS": min(worth, triton.next_power_of_2(num_groups)), "WIDTH": triton.next_power_of_2(cg)}
 
 
 class RowChunks:
@@ -127,3 +167,77 @@ def running_moments(x_ptr, shared, cloud, first, end, P, C, c, in_c, ROWS: tl.co
         squares += delta * (x - mean)
     count = ((end - first - row + ROWS - 1) // ROWS).to(tl.float32)
     return mean, squares, tl.where(in_c[None, :], tl.maximum(count, 0.0)[:, None], 0.0)
+
+
+@triton.jit
+def moments_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    partial_ptr,
+    P,
+    C,
+    G,
+    chunks,
+    chunk_rows,
+    CG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Mean and squared deviations of a chunk's channels, (B, chunks, 2, C)."""
+    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
+    _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
+    nothing = tl.zeros(c.shape, tl.float32)
+    mean, squares, count = running_moments(x_ptr, nothing, cloud, first, end, P, C, c, in_c, ROWS)
+    # Not the fast division, whose mean of equal values may not be that value.
+    channel_mean = tl.div_rn(tl.sum(count * mean, 0), (end - first).to(tl.float32))
+    error = mean - channel_mean[None, :]
+    out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
+    tl.store(out_ptr, channel_mean, mask=in_c)
+    tl.store(out_ptr + C, tl.sum(squares + count * error * error, 0), mask=in_c)
+
+
+@triton.jit
+def combine_moments(  # type: ignore[no-untyped-def]
+    partial_ptr,
+    offset,
+    eps,
+    P,
+    C,
+    chunks,
+    chunk_rows,
+    c,
+    in_c,
+    CG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Of x + offset, by channel, from the moments of a cloud's chunks: mean less its group's, that one, and rstd."""
+    mean = load(partial_ptr + c, in_c)  # of the first chunk: from there equal means stay exact, however one divides
+    squares = tl.zeros(c.shape, tl.float32)
+    count = 0.0
+    for begin in range(0, chunks, CHUNKS):
+        chunk = begin + tl.arange(0, CHUNKS)
+        n = tl.where(chunk < chunks, tl.minimum(P - chunk * chunk_rows, chunk_rows), 0).to(tl.float32)[:, None]
+        mask = (chunk < chunks)[:, None] & in_c[None, :]
+        ptr = partial_ptr + chunk[:, None] * 2 * C + c[None, :]
+        means = load(ptr, mask)
+        block_count = tl.sum(n)
+        block_mean = mean + tl.sum(n * (means - mean[None, :]), 0) / block_count
+        error = means - block_mean[None, :]
+        share = block_count / (count + block_count)
+        delta = block_mean - mean
+        mean += delta * share
+        squares += tl.sum(load(ptr + C, mask) + n * error * error, 0) + delta * delta * (count * share)
+        count += block_count
+
+    u = tl.where(in_c, mean + offset, 0.0)
+    # Relative to a group's first channel, for the same reason.
+    first = by_channel(
+        by_group(tl.where(tl.arange(0, GROUPS * WIDTH) % WIDTH == 0, u, 0.0), GROUPS, WIDTH), GROUPS, WIDTH
+    )
+    group = first + by_channel(by_group(tl.where(in_c, u - first, 0.0), GROUPS, WIDTH) / CG, GROUPS, WIDTH)
+    dev = tl.where(in_c, u - group, 0.0)
+    var = by_group(tl.where(in_c, squares / count, 0.0) + dev * dev, GROUPS, WIDTH) / CG
+    rstd = by_channel(tl.div_rn(1.0, tl.sqrt_rn(var + eps)), GROUPS, WIDTH)
+    return dev, group, rstd

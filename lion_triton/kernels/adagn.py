@@ -45,8 +45,11 @@ from torch import Tensor
 from lion_triton.kernels._checks import Impl, check_float, use_triton
 from lion_triton.kernels._groups import (
     RowChunks,
+    as_dtype_of,
+    bundle_of_groups,
     by_channel,
     by_group,
+    center_groups,
     chunk_of_program,
     cloud_buffers,
     group_mean,
@@ -66,8 +69,8 @@ Activation = Literal["silu"] | None
 # Chosen by machine code (128-bit accesses, no spill), not by timing: bytes of x per thread and step of a program's
 # loop, forward; elements, backward, where x and dy are loaded.
 _BYTES_PER_THREAD, _ELEMENTS_PER_THREAD = 32, 8
-# Elements that a program of one launch may hold, forward and backward (x and dy); bytes of a row it reads at least.
-_HELD, _HELD_BACKWARD, _HELD_WARPS, _LEAST_ROW = 16384, 8192, 8, 32
+# Elements that a program of one launch may hold, forward and backward (x and dy).
+_HELD, _HELD_BACKWARD, _HELD_WARPS = 16384, 8192, 8
 _PARTIALS = 1024  # values that a program combines at once
 
 
@@ -181,19 +184,12 @@ def _adagn_reference_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; per cloud and channel what to subtract from x, by how much its mean differs from the group's, and rstd."""
     X = _positions(x)  # (B, P, C)
-    y, P = X.new_empty(X.shape), X.shape[1]
+    y = X.new_empty(X.shape)
     center, deviation, rstd = (torch.empty_like(scale) for _ in range(3))
     for clouds, (buffer, squares) in cloud_buffers(X, scale.dtype, 2):
-        part = _as(X[clouds], buffer)
-        means = part.sum(1) / P  # (b, C)
-        if offset is not None:
-            means += offset[clouds]
-        mean = group_mean(means, num_groups)
-        center[clouds] = mean if offset is None else mean - offset[clouds]
-        z = torch.sub(part, center[clouds, None], out=y[clouds] if y.dtype == buffer.dtype else buffer)
-        var = group_mean(torch.mul(z, z, out=squares).sum(1) / P, num_groups)
-        rstd[clouds] = (var + eps).rsqrt()
-        deviation[clouds] = means - mean
+        z = y[clouds] if y.dtype == buffer.dtype else buffer
+        part = None if offset is None else offset[clouds]
+        center[clouds], deviation[clouds], rstd[clouds] = center_groups(X[clouds], part, num_groups, eps, z, squares)
         torch.addcmul(shift[clouds, None], z, (rstd * scale)[clouds, None], out=z)
         if silu:
             F.silu(z, inplace=True)
@@ -228,8 +224,8 @@ def _adagn_reference_bwd_op(
         assert key is not None
         dy = dy.to(scale.dtype) * _keep(dy, dropout, key, scale.dtype)
     for clouds, (centered, buffer, z, product) in cloud_buffers(X, scale.dtype, 4):
-        torch.sub(_as(X[clouds], centered), center[clouds, None], out=centered)
-        dz = _as(dy[clouds], buffer)
+        torch.sub(as_dtype_of(centered, X[clouds]), center[clouds, None], out=centered)
+        dz = as_dtype_of(buffer, dy[clouds])
         if silu:
             torch.addcmul(shift[clouds, None], centered, a[clouds, None], out=z)
             dz = torch.ops.aten.silu_backward.grad_input(dz, z, grad_input=z)
@@ -257,11 +253,6 @@ def _adagn_reference_bwd_op(
 def _adagn_reference_backward(needs: Needs, grad: Tensor, *saved: Any) -> Gradients:
     dx, dscale, dshift, doffset = _adagn_reference_bwd_op(grad, *saved)
     return dx, dscale, dshift, doffset if needs[3] else None
-
-
-def _as(x: Tensor, buffer: Tensor) -> Tensor:
-    """x, or a copy in a buffer of the dtype that it lacks."""
-    return x if x.dtype == buffer.dtype else buffer.copy_(x)
 
 
 def _keep(like: Tensor, dropout: float, key: Tensor, dtype: torch.dtype) -> Tensor:
@@ -317,14 +308,14 @@ def _drop(x, cloud, row, first_c, c, P, C, key_ptr, threshold, keep_scale, VECTO
 
 
 @triton.jit
-def _act(z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def act(z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     if SILU:
         z *= tl.sigmoid(z)
     return z
 
 
 @triton.jit
-def _act_backward(dy, x, slope, shift, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def act_backward(dy, x, slope, shift, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gradient of z = slope x + shift, x already relative to its mean."""
     if SILU:
         z = slope[None, :] * x + shift[None, :]
@@ -334,13 +325,13 @@ def _act_backward(dy, x, slope, shift, SILU: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _group_sums(s1, s2, scale, n, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def group_sums(s1, s2, scale, n, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """m1 and m2."""
     return by_group(scale * s1, GROUPS, WIDTH) / n, by_group(scale * s2, GROUPS, WIDTH) / n
 
 
 @triton.jit
-def _store_sums(dscale_ptr, dshift_ptr, doffset_ptr, at, mask, s1, s2, doffset):  # type: ignore[no-untyped-def]
+def store_sums(dscale_ptr, dshift_ptr, doffset_ptr, at, mask, s1, s2, doffset):  # type: ignore[no-untyped-def]
     tl.store(dscale_ptr + at, s2.to(dscale_ptr.dtype.element_ty), mask=mask)
     tl.store(dshift_ptr + at, s1.to(dshift_ptr.dtype.element_ty), mask=mask)
     if doffset_ptr is not None:
@@ -395,7 +386,7 @@ def _adagn_held_kernel(  # type: ignore[no-untyped-def]
 
     slope = by_channel(rstd, GROUPS, WIDTH) * load(scale_ptr + cloud * scale_stride + c, in_c)
     shift = load(shift_ptr + cloud * shift_stride + c, in_c)
-    y = _act(slope[None, :] * x + shift[None, :], SILU)
+    y = act(slope[None, :] * x + shift[None, :], SILU)
     y = _drop(y, cloud, row, first_group * CG, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -467,15 +458,15 @@ def _adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     x = tl.where(mask, load(x_ptr + at, mask) - mean[None, :], 0.0)
     dz = load(dy_ptr + at, mask)
     dz = _drop(dz, cloud, row, first_group * CG, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
-    dz = _act_backward(dz, x, slope, shift, SILU)
+    dz = act_backward(dz, x, slope, shift, SILU)
     s1, s2 = tl.sum(dz, 0), tl.sum(dz * x, 0) * rstd
     n = tl.full((), CG, tl.float32) * P
-    m1, m2 = _group_sums(s1, s2, scale, n, GROUPS, WIDTH)
+    m1, m2 = group_sums(s1, s2, scale, n, GROUPS, WIDTH)
     m1 = rstd * by_channel(m1, GROUPS, WIDTH)
     m2 = rstd * rstd * by_channel(m2, GROUPS, WIDTH)
     dx = slope[None, :] * dz - m1[None, :] - m2[None, :] * x
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    _store_sums(
+    store_sums(
         dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, slope * s1 - m1 * P - m2 * tl.sum(x, 0)
     )
 
@@ -585,7 +576,7 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
         mask = (begin + row < end)[:, None] & in_c[None, :]
         base = (cloud * P + begin) * C
         x = load(x_ptr + base + offset, mask) + shared[None, :]
-        y = _act(slope[None, :] * (x - mean[None, :]) + shift[None, :], SILU)
+        y = act(slope[None, :] * (x - mean[None, :]) + shift[None, :], SILU)
         y = _drop(y, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -644,7 +635,7 @@ def _adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
         x = tl.where(mask, load(x_ptr + base + offset, mask) - mean[None, :], 0.0)
         dz = load(dy_ptr + base + offset, mask)
         dz = _drop(dz, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
-        dz = _act_backward(dz, x, slope, shift, SILU)
+        dz = act_backward(dz, x, slope, shift, SILU)
         s1 += dz
         s2 += dz * x
         sx += x
@@ -690,14 +681,14 @@ def _adagn_bwd_combine_kernel(  # type: ignore[no-untyped-def]
     scale = load(scale_ptr + cloud * scale_stride + c, in_c)
     rstd = load(stats_ptr + cloud * 2 * G + G + group, in_c)
     n = tl.full((), CG, tl.float32) * P  # P may be a constant: 1
-    m1, m2 = _group_sums(s1, s2, scale, n, GROUPS, WIDTH)
+    m1, m2 = group_sums(s1, s2, scale, n, GROUPS, WIDTH)
     g = tl.arange(0, GROUPS)
     means_ptr += cloud * 2 * G + g
     tl.store(means_ptr, m1, mask=g < G)
     tl.store(means_ptr + G, m2, mask=g < G)
     m1, m2 = by_channel(m1, GROUPS, WIDTH), by_channel(m2, GROUPS, WIDTH)
     doffset = rstd * (scale * s1 - m1 * P - m2 * rstd * tl.sum(sumsx, 0))
-    _store_sums(dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, doffset)
+    store_sums(dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, doffset)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -753,7 +744,7 @@ def _adagn_bwd_kernel(  # type: ignore[no-untyped-def]
         x = load(x_ptr + base + offset, mask) - mean[None, :]
         dz = load(dy_ptr + base + offset, mask)
         dz = _drop(dz, cloud, begin + row, 0, c, P, C, key_ptr, threshold, keep_scale, VECTORS)
-        dz = _act_backward(dz, x, slope, shift, SILU)
+        dz = act_backward(dz, x, slope, shift, SILU)
         dx = slope[None, :] * dz - m1[None, :] - m2[None, :] * x
         tl.store(dx_ptr + base + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -766,19 +757,15 @@ class _Held:
 
     def __init__(self, x: Tensor, num_groups: int, most: int) -> None:
         self.B, self.P, self.C = len(x), math.prod(x.shape[1:-1]), x.shape[-1]
-        cg = self.C // num_groups
-        width = triton.next_power_of_2(cg)
-        # As many groups as make rows worth reading.
-        groups = min(
-            triton.next_power_of_2(triton.cdiv(_LEAST_ROW, cg * x.element_size())), triton.next_power_of_2(num_groups)
-        )
+        channels = bundle_of_groups(x, num_groups)
+        cg, groups, width = channels.values()
         rows = triton.next_power_of_2(self.P)
         self.fits = rows * groups * width <= most
         self.sizes = (self.P, self.C, num_groups)
         self.grid = (self.B * triton.cdiv(num_groups, groups),)
         vectors = cg == width and groups * width % 8 == 0 and self.C % 8 == 0
         warps = min(max(rows * groups * width // 512, 1), _HELD_WARPS)
-        self.block = {"CG": cg, "GROUPS": groups, "WIDTH": width, "ROWS": rows, "VECTORS": vectors, "num_warps": warps}
+        self.block = {**channels, "ROWS": rows, "VECTORS": vectors, "num_warps": warps}
 
 
 def _empty_forward(

@@ -33,15 +33,16 @@ from torch import Tensor
 from lion_triton.kernels._checks import Impl, check_points, check_same, sums_dtype, upcast, use_triton
 from lion_triton.kernels._groups import (
     RowChunks,
+    at_once,
     by_channel,
     by_group,
-    chunk_of_program,
+    combine_moments,
     group_mean,
     load,
     load_offset,
     locate,
+    moments_kernel,
     per_cloud,
-    running_moments,
 )
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
@@ -57,9 +58,9 @@ from lion_triton.kernels.voxel import (
     scatter_corners,
 )
 
-# Chosen by machine code, not by timing: bytes of x per thread and step of the statistics; chunks' values that a program
-# combines at once, and so values of a matrix; points per program of the sums over points.
-_WARPS, _BYTES_PER_THREAD, _AT_ONCE, _SUMMED = 4, 32, 2048, 128
+# Chosen by machine code, not by timing: bytes of x per thread and step of the statistics; points per program of the
+# sums over points.
+_WARPS, _BYTES_PER_THREAD, _SUMMED = 4, 32, 128
 
 
 def adagn_devoxelize_reference(
@@ -215,33 +216,6 @@ def _gather_moments_backward(
 
 
 @triton.jit
-def _moments_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    partial_ptr,
-    P,
-    C,
-    G,
-    chunks,
-    chunk_rows,
-    CG: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Mean and squared deviations of a chunk's channels, (B, chunks, 2, C)."""
-    cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
-    _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
-    nothing = tl.zeros(c.shape, tl.float32)
-    mean, squares, count = running_moments(x_ptr, nothing, cloud, first, end, P, C, c, in_c, ROWS)
-    # Not the fast division, whose mean of equal values may not be that value.
-    channel_mean = tl.div_rn(tl.sum(count * mean, 0), (end - first).to(tl.float32))
-    error = mean - channel_mean[None, :]
-    out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(out_ptr, channel_mean, mask=in_c)
-    tl.store(out_ptr + C, tl.sum(squares + count * error * error, 0), mask=in_c)
-
-
-@triton.jit
 def _coefficients_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,
     scale_ptr,
@@ -271,35 +245,11 @@ def _coefficients_kernel(  # type: ignore[no-untyped-def]
     """Of one cloud: slope and intercept (B, 2, C); dev, center, rstd, gate, mean of z (B, 5, C); hidden (B, H)."""
     cloud = tl.program_id(0).to(tl.int64)
     _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
-    partial_ptr += cloud * chunks * 2 * C
-    mean = load(partial_ptr + c, in_c)  # of the first chunk: from there equal means stay exact, however one divides
-    squares = tl.zeros(c.shape, tl.float32)
-    count = 0.0
-    for begin in range(0, chunks, CHUNKS):
-        chunk = begin + tl.arange(0, CHUNKS)
-        n = tl.where(chunk < chunks, tl.minimum(P - chunk * chunk_rows, chunk_rows), 0).to(tl.float32)[:, None]
-        mask = (chunk < chunks)[:, None] & in_c[None, :]
-        ptr = partial_ptr + chunk[:, None] * 2 * C + c[None, :]
-        means = load(ptr, mask)
-        block_count = tl.sum(n)
-        block_mean = mean + tl.sum(n * (means - mean[None, :]), 0) / block_count
-        error = means - block_mean[None, :]
-        share = block_count / (count + block_count)
-        delta = block_mean - mean
-        mean += delta * share
-        squares += tl.sum(load(ptr + C, mask) + n * error * error, 0) + delta * delta * (count * share)
-        count += block_count
-
     offset = load_offset(offset_ptr, offset_stride, cloud, c, in_c)
-    u = tl.where(in_c, mean + offset, 0.0)
-    # Relative to a group's first channel, for the same reason.
-    first = by_channel(
-        by_group(tl.where(tl.arange(0, GROUPS * WIDTH) % WIDTH == 0, u, 0.0), GROUPS, WIDTH), GROUPS, WIDTH
+    partial_ptr += cloud * chunks * 2 * C
+    dev, group, rstd = combine_moments(
+        partial_ptr, offset, eps, P, C, chunks, chunk_rows, c, in_c, CG, GROUPS, WIDTH, CHUNKS
     )
-    group = first + by_channel(by_group(tl.where(in_c, u - first, 0.0), GROUPS, WIDTH) / CG, GROUPS, WIDTH)
-    dev = tl.where(in_c, u - group, 0.0)
-    var = by_group(tl.where(in_c, squares / count, 0.0) + dev * dev, GROUPS, WIDTH) / CG
-    rstd = by_channel(tl.div_rn(1.0, tl.sqrt_rn(var + eps)), GROUPS, WIDTH)
     shift = load(shift_ptr + cloud * shift_stride + c, in_c)
     a = rstd * load(scale_ptr + cloud * scale_stride + c, in_c)
     z = tl.where(in_c, a * dev + shift, 0.0)
@@ -482,11 +432,6 @@ def _grid_bwd_kernel(  # type: ignore[no-untyped-def]
 # Launching and registration
 
 
-def _at_once(places: int, most: int) -> int:
-    """Rows of so many places that a program holds at once, of at most ``most``: a power of two."""
-    return min(max(_AT_ONCE // places, 1), triton.next_power_of_2(max(most, 1)))
-
-
 def _empty_forward(x: Tensor, coords: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     squeeze = rest[5]
     (B, N, _), C = coords.shape, x.shape[4]
@@ -516,7 +461,7 @@ def _adagn_devoxelize_op(
     y, raw, affine, saved, hidden = out
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     partials = x.new_empty((B, cut.chunks, 2, C), dtype=torch.float32)
-    launch(_moments_kernel, cut.grid, x, partials, *cut.sizes, cut.chunk_rows, **cut.rows)
+    launch(moments_kernel, cut.grid, x, partials, *cut.sizes, cut.chunk_rows, **cut.rows)
     style, strides = per_cloud(scale, shift, offset)
     places = cut.channels["GROUPS"] * cut.channels["WIDTH"]
     launch(
@@ -534,8 +479,8 @@ def _adagn_devoxelize_op(
         *cut.sizes,
         cut.chunk_rows,
         H,
-        CHUNKS=_at_once(places, cut.chunks),
-        HIDDEN=_at_once(places, H),
+        CHUNKS=at_once(places, cut.chunks),
+        HIDDEN=at_once(places, H),
         **cut.channels,
     )
     rows, channels, grid = block_of_rows(B * N, C, x)
@@ -608,8 +553,8 @@ def _adagn_devoxelize_bwd_op(
         num_groups,
         chunks,
         H,
-        CHUNKS=_at_once(places, chunks),
-        HIDDEN=_at_once(places, H),
+        CHUNKS=at_once(places, chunks),
+        HIDDEN=at_once(places, H),
         **cut.channels,
     )
     rows, channels, grid = block_of_rows(B * R**3, C, x)

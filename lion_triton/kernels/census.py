@@ -48,7 +48,7 @@ GATHERED = {(2048, 32): (32, 64), (1024, 16): (32, 64, 128), (256, 8): (128,), (
 # points of a level: channels that their neighbours are gathered with; and of what is interpolated, everywhere
 NEIGHBORHOODS = {2048: (32,), 1024: (32, 64), 256: (128,), 64: (128,)}
 INTERPOLATED = 128
-# centres: channels of the maximum over their neighbours
+# centres: channels of the maximum over their neighbours, and of its norm
 MAXIMA = {1024: (32, 64), 256: (64, 128), 64: (128, 256), 16: (128,)}
 # (positions, channels) of the PVConvs' grids, and of the MLPs on points and on neighbours
 _GRIDS = ((32**3, (32, 64)), (16**3, (32, 64, 128)), (8**3, (128,)))
@@ -160,7 +160,8 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
                 x = features(n, c, dtype=dtype)
                 backward(kernels.group_offsets(x, index(m, NEIGHBORS), offsets, weight, impl="triton"))
             for c in MAXIMA[m]:
-                backward(kernels.max_neighbors(features(m, NEIGHBORS, c, dtype=dtype), impl="triton"))
+                x, style = features(m, NEIGHBORS, c, dtype=dtype), features(c)
+                backward(kernels.adagn_max_neighbors(x, style, style, 8, offset=style, impl="triton"))
 
     for (p, c, dropout), dtype in product(sorted(NORMALIZED), dtypes):
         x, style = features(p, c, dtype=dtype), features(c)

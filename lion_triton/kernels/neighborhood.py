@@ -1,15 +1,13 @@
-"""The two ends of a set abstraction: neighbours gathered with their offsets, and the maximum over them.
+"""The head of a set abstraction: neighbours gathered with their offsets.
 
-    group_offsets   y[m, k] = F[i(m, k)] + W o(m, k)    dF[n] = sum_{m,k: i(m,k) = n} dy[m, k],   do = W^T dy,
-                                                        dW = sum_{m,k} dy[m, k] o(m, k)^T
-    max_neighbors   y[m] = max_k x[m, k], per channel   dx[m, k] = dy[m] where k is the first that has it, 0 elsewhere
+    y[m, k] = F[i(m, k)] + W o(m, k)    dF[n] = sum_{m,k: i(m,k) = n} dy[m, k],   do = W^T dy,
+                                        dW = sum_{m,k} dy[m, k] o(m, k)^T
 
 A linear map of [offset, features] multiplies before it gathers: the features once per point, not once per neighbour,
 while the offsets, small differences of coordinates, are multiplied as they are, in float32.
 
 Legend: B clouds, N points, M centres, K neighbours, C channels. Sums are float32 (float64 in the reference of float64
-features), rounded once. Bytes of features of s bytes: s C B (N + M K) and 16 B M K to gather, 2 s C B M K backward;
-s C B M K + (s + 4) C B M for the maximum and as many backward, which keeps an index and neither input nor output.
+features), rounded once. Bytes of features of s bytes: s C B (N + M K) and 16 B M K to gather, 2 s C B M K backward.
 Deterministic, backward too.
 Source: Qi et al., "PointNet++", NeurIPS 2017, as LION computes it.
 """
@@ -69,23 +67,6 @@ def group_offsets(
     index = row_index(idx, features.shape[1]).reshape(-1, 1)
     y = _group_offsets_op(features.flatten(0, 1), index, offsets.flatten(0, 2), weight)
     return y.view(*idx.shape, features.shape[2])
-
-
-def max_neighbors_reference(x: Float[Tensor, "B M K C"]) -> Float[Tensor, "B M C"]:
-    """Plain PyTorch form of :func:`max_neighbors`."""
-    return x.max(dim=2).values
-
-
-def max_neighbors(x: Float[Tensor, "B M K C"], *, impl: Impl = "auto") -> Float[Tensor, "B M C"]:
-    """Maximum over a centre's neighbours, per channel; its gradient goes to the first neighbour that has it.
-
-    x: (B, M, K, C), K >= 1, any floating dtype, which is also that of the result. NaN if one is. Differentiable (once,
-    by Triton); deterministic, backward too. ValueError: another shape or dtype.
-    """
-    check_float("x", x)
-    if x.ndim != 4 or 0 in x.shape[2:]:
-        raise ValueError(f"x: expected shape (B, M, K, C) with K, C >= 1, got {tuple(x.shape)}")
-    return _max_neighbors_op(x)[0] if use_triton(impl, x) else max_neighbors_reference(x)
 
 
 # Kernels
@@ -150,40 +131,6 @@ def _group_offsets_bwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial_ptr + 2 * C, tl.sum(sz, 0), mask=in_channels)
 
 
-@triton.jit
-def _max_neighbors_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, y_ptr, index_ptr, num_rows, K, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = (m < num_rows)[:, None] & (c < C)[None, :]
-    best = tl.full((ROWS, CHANNELS), float("-inf"), tl.float32)
-    index = tl.zeros((ROWS, CHANNELS), tl.int32)
-    for k in range(0, K):
-        x = tl.load(x_ptr + (m * K + k)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        better = (x > best) | (x != x)
-        best = tl.where(better, x, best)
-        index = tl.where(better, k, index)
-    at = m[:, None] * C + c[None, :]
-    tl.store(y_ptr + at, best.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(index_ptr + at, index, mask=mask)
-
-
-@triton.jit
-def _max_neighbors_bwd_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, index_ptr, dx_ptr, num_rows, K, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = (m < num_rows)[:, None] & (c < C)[None, :]
-    at = m[:, None] * C + c[None, :]
-    grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
-    index = tl.load(index_ptr + at, mask=mask, other=0)
-    for k in range(0, K):
-        out = dx_ptr + (m * K + k)[:, None] * C + c[None, :]
-        tl.store(out, tl.where(index == k, grad, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
 # Launching and registration
 
 
@@ -230,34 +177,3 @@ def _group_offsets_backward(
         return (dx,)
     doffsets, dweight = _group_offsets_bwd_op(grad, offsets, weight, needs[2])
     return dx, None, doffsets if needs[2] else None, dweight
-
-
-def _empty_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    B, M, _, C = x.shape
-    return x.new_empty((B, M, C)), x.new_empty((B, M, C), dtype=torch.int32)
-
-
-@op(fake=_empty_max)
-def _max_neighbors_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima, and which neighbour has each."""
-    y, index = _empty_max(x)
-    B, M, K, C = x.shape
-    rows, channels, grid = block_of_rows(B * M, C, x)
-    blocks = {"ROWS": rows, "CHANNELS": channels, "num_warps": _WARPS}
-    launch(_max_neighbors_kernel, grid, x.contiguous(), y, index, B * M, K, C, **blocks)
-    return y, index
-
-
-@op(fake=lambda grad, index, K: grad.new_empty((*grad.shape[:2], K, grad.shape[2])))
-def _max_neighbors_bwd_op(grad: Tensor, index: Tensor, K: int) -> Tensor:
-    B, M, C = grad.shape
-    dx = grad.new_empty((B, M, K, C))
-    rows, channels, grid = block_of_rows(B * M, C, grad)
-    blocks = {"ROWS": rows, "CHANNELS": channels, "num_warps": _WARPS}
-    launch(_max_neighbors_bwd_kernel, grid, grad.contiguous(), index, dx, B * M, K, C, **blocks)
-    return dx
-
-
-@gradient(_max_neighbors_op, save=lambda x, out: (out[1], x.shape[2]))
-def _max_neighbors_backward(needs: Needs, grad: Tensor, index: Tensor, K: int) -> Gradients:
-    return (_max_neighbors_bwd_op(grad, index, K),)

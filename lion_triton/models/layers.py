@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lion_triton.kernels import (
     VoxelPlan,
     adagn_devoxelize,
+    adagn_max_neighbors,
     group_offsets,
-    max_neighbors,
     three_interpolate,
 )
 from lion_triton.kernels.voxel_conv import conv3d, voxelize_conv3d
@@ -170,8 +170,11 @@ class SetAbstraction(nn.Module):
         assert plan.neighbors is not None and plan.offsets is not None
         of_offsets, of_features, of_shared = self.mlp.first_weight.split(self.parts, dim=1)
         y = group_offsets(F.linear(x, of_features), plan.neighbors, plan.offsets, of_offsets)
-        y = normalize(y, _shared(norms[0], of_shared, shared))
-        return max_neighbors(self.mlp(y, norms, done=1))
+        norm = _shared(norms[0], of_shared, shared)
+        for linear, following in zip(list(self.mlp.linears)[1:], norms[1:], strict=True):
+            y, norm = linear(normalize(y, norm)), following
+        offset, scale, shift, _ = norm
+        return adagn_max_neighbors(y, scale, shift, GROUPS, offset=offset)
 
 
 class FeaturePropagation(nn.Module):

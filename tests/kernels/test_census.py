@@ -106,7 +106,7 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
     watch(layers, "adagn_devoxelize", lambda v, coords, *_, **__: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
     watch(layers, "group_offsets", lambda x, idx, *_: (x.shape[1], *idx.shape[1:], x.shape[2]))
-    watch(layers, "max_neighbors", lambda x: tuple(x.shape[1:]))
+    watch(layers, "adagn_max_neighbors", lambda x, *_, **__: tuple(x.shape[1:]))
     watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
     watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
     watch(plan, "ball_query", lambda centers, x, radius, k: (x.shape[1], centers.shape[1], k))
@@ -126,6 +126,6 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         covered |= {("three_interpolate", (n, m, census.INTERPOLATED))}
         covered |= {("group", (n, m, k, 3)) for k in (1, K)}
         covered |= {("group_offsets", (n, m, K, c)) for c in census.NEIGHBORHOODS[n]}
-        covered |= {("max_neighbors", (m, K, c)) for c in census.MAXIMA[m]}
+        covered |= {("adagn_max_neighbors", (m, K, c)) for c in census.MAXIMA[m]}
     assert len(seen) > 50
     assert seen - covered == set()

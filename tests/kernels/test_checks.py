@@ -86,13 +86,16 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda *a, impl: kernels.group_offsets(*a, torch.ones(6, 3, device=DEVICE), impl=impl),
         (cloud(5, 6), index(4, 3), cloud(4, 3, 3)),
     ),
-    "max_neighbors": (kernels.max_neighbors, (cloud(4, 3, 6),)),
     "dropout": (lambda x, impl: kernels.dropout(x, 0.5, KEY, impl=impl), (cloud(5, 6),)),
     "adagn_devoxelize": (
         lambda x, p, *style, impl: kernels.adagn_devoxelize(
             x, p, *style, 2, torch.ones(1, 6, device=DEVICE), torch.ones(6, 1, device=DEVICE), impl=impl
         ),
         (cloud(2, 2, 2, 6), cloud(5, 3).detach(), cloud(6), cloud(6)),
+    ),
+    "adagn_max_neighbors": (
+        lambda *a, impl: kernels.adagn_max_neighbors(*a, 2, impl=impl),
+        (cloud(4, 3, 6), cloud(6), cloud(6)),
     ),
     "three_interpolate": (kernels.three_interpolate, (cloud(5, 6), cloud(4, 3), index(4, 3))),
     "furthest_point_sample": (lambda x, impl: kernels.furthest_point_sample(x, 3, impl=impl), (cloud(5, 3),)),

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_triton.kernels import group, group_offsets, max_neighbors
+from lion_triton.kernels import group, group_offsets
 from lion_triton.kernels._checks import Impl, interpreting
 from lion_triton.kernels.neighborhood import (
     _group_offsets_bwd_op,
     _group_offsets_op,
-    _max_neighbors_bwd_op,
-    _max_neighbors_op,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,40 +84,10 @@ def test_small_offsets_survive_bfloat16() -> None:
         torch.testing.assert_close(y[0, 0, 0, :3].float().cpu(), offsets[0, 0, 0], rtol=1e-2, atol=0)
 
 
-@cases
-def test_max_neighbors_is_the_maximum(B: int, N: int, M: int, K: int, C: int) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(B, M, K, C, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    got, expected = (_results(y, [x]) for y in (max_neighbors(x, impl="reference"), x.amax(2)))
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-@cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-def test_max_neighbors_by_triton(B: int, N: int, M: int, K: int, C: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(B, M, K, C, device=DEVICE).to(dtype).requires_grad_()
-    for got, expected in zip(*(_results(max_neighbors(x, impl=i), [x]) for i in ("triton", "reference")), strict=True):
-        assert torch.equal(got, expected)
-
-
-@BOTH
-def test_the_first_of_equal_neighbours_gets_the_gradient_and_nan_comes_through(impl: Impl) -> None:
-    x = torch.tensor([[1.0, 3.0, 3.0], [-torch.inf, -torch.inf, -torch.inf], [2.0, torch.nan, 5.0]], device=DEVICE)
-    x = x.view(1, 3, 3, 1).requires_grad_()
-    y = max_neighbors(x, impl=impl)
-    assert y.flatten()[:2].tolist() == [3.0, -torch.inf]
-    assert y.flatten()[2].isnan()
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert dx.view(3, 3).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
-
-
 def test_gradcheck() -> None:
     features, idx, offsets, weight = _inputs(2, 5, 2, 3, 4)
     f = lambda *v: group_offsets(v[0], idx, *v[1:], impl="reference")  # noqa: E731
     assert torch.autograd.gradcheck(f, (features, offsets, weight))
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: max_neighbors(x, impl="reference"), x)
 
 
 @BOTH
@@ -143,7 +111,6 @@ def test_not_contiguous_and_empty(impl: Impl) -> None:
     torch.testing.assert_close(group_offsets(*strided, impl=impl), group_offsets(*inputs, impl=impl))
     none = group_offsets(features[:0], idx[:0], offsets[:0], weight, impl=impl)
     assert none.shape == (0, 9, 4, 8)
-    assert max_neighbors(none, impl=impl).shape == (0, 9, 8)
 
 
 def test_opcheck() -> None:
@@ -154,12 +121,6 @@ def test_opcheck() -> None:
     never_differentiated = ("test_schema", "test_faketensor")
     backward = (torch.randn(6, 4, device=DEVICE), rows[2].detach(), weight.detach(), True)
     torch.library.opcheck(_group_offsets_bwd_op.overload, backward, test_utils=never_differentiated)
-    x = torch.randn(2, 3, 4, 5, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(_max_neighbors_op.overload, (x,))
-    index = torch.zeros(2, 3, 5, dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(
-        _max_neighbors_bwd_op.overload, (x[:, :, 0].detach(), index, 4), test_utils=never_differentiated
-    )
 
 
 @BOTH
@@ -167,7 +128,7 @@ def test_compiles_whole(impl: Impl) -> None:
     inputs = _inputs(2, 9, 3, 4, 8, torch.float32)
 
     def f(*v: Tensor) -> Tensor:
-        return max_neighbors(group_offsets(*v, impl=impl), impl=impl)
+        return group_offsets(*v, impl=impl)
 
     got, expected = (_results(g(*inputs), inputs) for g in (torch.compile(f, fullgraph=True, backend="aot_eager"), f))
     torch.testing.assert_close(got, expected)
@@ -186,8 +147,6 @@ F, I, O, W = torch.zeros(2, 5, 4), torch.zeros(2, 3, 6, dtype=torch.int32), torc
             lambda: group_offsets(F, I, O.int(), W),
             "offsets: expected float32, float64, bfloat16 or float16, got torch.int32",
         ),
-        (lambda: max_neighbors(F), "x: expected shape (B, M, K, C) with K, C >= 1, got (2, 5, 4)"),
-        (lambda: max_neighbors(O[:, :, :0]), "x: expected shape (B, M, K, C) with K, C >= 1, got (2, 3, 0, 3)"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:

@@ -51,12 +51,6 @@ def test_group_offsets(draw: Draw) -> str:
     return both(draw, kernels.group_offsets, [features, index(draw, N, B, M, K), offsets, weight], loose=4)
 
 
-@property_of(8)
-def test_max_neighbors(draw: Draw) -> str:
-    B, _, M, C = sizes(draw)
-    return both(draw, kernels.max_neighbors, [tensor(draw, B, M, size(draw, 1, 5), C, dtype=dtype_of(draw))])
-
-
 def coords_of(draw: Draw, B: int, N: int) -> Tensor:
     return tensor(draw, B, N, 3, dtype=one_of(draw, torch.float32, torch.float64))
 
@@ -158,3 +152,18 @@ def test_adagn_devoxelize(draw: Draw) -> str:
 
     x, coords = tensor(draw, B, R, R, R, C, dtype=dtype_of(draw)), coords_of(draw, B, N)
     return both(draw, op, [x, coords, *style[:2], groups, *style[2:], offset, points], loose=30)
+
+
+@property_of(6)
+def test_adagn_max_neighbors(draw: Draw) -> str:
+    B, M, K, _ = sizes(draw)
+    groups = size(draw, 1, 2)
+    C = groups * size(draw, 3, 5)
+    offset = tensor(draw, B, C, dtype=dtype_of(draw)) if one_of(draw, False, True) else None
+    style = [tensor(draw, B, C, kinds=("normal", "grid"), dtype=dtype_of(draw)) for _ in range(2)]
+
+    def op(x: Any, scale: Any, shift: Any, g: Any, offset: Any, impl: Any) -> Tensor:
+        return kernels.adagn_max_neighbors(x, scale, shift, g, offset=offset, impl=impl)
+
+    x = tensor(draw, B, M, K, C, kinds=("normal",), dtype=dtype_of(draw))
+    return both(draw, op, [x, *style, groups, offset], loose=30)
