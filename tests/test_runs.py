@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from lion_triton.data.clouds import Normalization
@@ -32,7 +31,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(Path, "mkdir"), (safetensors.torch, "save_file"), (torch, "save"), (Path, "write_text"), (os, "replace")],
+    [(Path, "mkdir"), (Path, "write_bytes"), (torch, "save"), (Path, "write_text"), (os, "replace")],
     ids=lambda x: getattr(x, "__name__", x),
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])

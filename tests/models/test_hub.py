@@ -45,6 +45,7 @@ def clouds(lion: LION) -> torch.Tensor:
 
 def test_the_folder_holds_all_and_nothing_else(saved: Path, run: Path) -> None:
     assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors", "picture.png", "README.md"}
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1  # the weights are no secret
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (saved, run))
     assert {key: ours[key] for key in theirs} == theirs
     assert ours["figures"]["1nna_cd_generated"] == 0.75
