@@ -124,7 +124,7 @@ def test_patience_ends_a_stage_and_the_best_is_kept(
     go(config(12, patience=4, checkpoint_every=2), out, "vae")
     assert planted.count == 7
     fit = stages.fit
-    monkeypatch.setattr(stages, "fit", lambda context, *_: state.update(context.lion.state_dict()))
+    monkeypatch.setattr(stages, "fit", lambda context, *_, **__: state.update(context.lion.state_dict()))
     state: dict[str, Tensor] = {}
     go(config(12, patience=4, checkpoint_every=2), out, "priors")
     assert "the priors are trained on the best VAE, of step-00000003" in capsys.readouterr().out
