@@ -36,8 +36,12 @@ def small() -> TrainConfig:
         config,
         preset="small",
         model=model,
-        vae=VAETraining(steps=STEPS, batch_size=8),
-        priors=PriorTraining(steps=STEPS, batch_size=8, shape_draws=3, standardize=True, max_grad_norm=1.0),
+        # Adam makes whole steps of gradients that are rounding alone, and a maximum may pass to another
+        # neighbour by as little: small steps keep what comes of it small.
+        vae=VAETraining(steps=STEPS, batch_size=8, learning_rate=1e-4),
+        priors=PriorTraining(
+            steps=STEPS, batch_size=8, learning_rate=1e-4, shape_draws=3, standardize=True, max_grad_norm=1.0
+        ),
         log_every=1,
         checkpoint_every=1000,
         picture_every=1000,
