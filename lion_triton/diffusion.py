@@ -554,8 +554,8 @@ def ddim_inverse(
     A step of DDIM gives x_s from x_t; its inverse is the solution of ``step(x_t) = x_s``. That takes ``iterations``
     evaluations of the network per step, each of which adds to x_t what is missing of x_s, divided by ``alpha_t alpha_s
     + sigma_t sigma_s``: the slope of a step where the data are standard normal, so that there one evaluation is exact.
-    (The first is DDIM section 4.3, which takes eps at x_s for that at x_t.) Where a sample comes no
-    nearer, as networks that choose points make it happen, it goes on from the nearest with half of that.
+    (The first is DDIM section 4.3, which takes eps at x_s for that at x_t.) Where a sample comes no nearer, as networks
+    that choose points make it happen, it goes on from the nearest with half of that.
 
     ``callback`` gets (step from 1, t that it reached, the sample there). Float32 (float64 if x_0 is), no gradient.
     Raises ``ValueError`` for fewer than one iteration.
@@ -583,8 +583,7 @@ def ddim_inverse(
             now = (x_s - alpha_s * x_0 - sigma_s * eps) / slope
             norm = now.flatten(1).norm(dim=1)
             better, enough = norm < least, norm < (1 - step / 4) * least
-            best = torch.where(_over(better, x), x, best)
-            missing = torch.where(_over(better, x), now, missing)
+            best, missing = (torch.where(_over(better, x), new, old) for new, old in ((x, best), (now, missing)))
             least, step = torch.where(better, norm, least), torch.where(enough, step, step / 2)
             x = best + _over(step, x) * missing
         if callback is not None:
