@@ -87,8 +87,9 @@ class Processes:
         return any((self.checkpoints / f".partial-{pid}").exists() for pid in self.pids)
 
     @property
-    def met(self) -> bool:
-        """Whether the processes know each other. One that waits for the others to come waits for most of a minute."""
+    def begun(self) -> bool:
+        """Whether these processes know each other, and listen to signals. One that waits for the others to come waits
+        for most of a minute."""
         return b"steps run launch by launch" in self.log.read_bytes()[self.logged :]
 
     def poll(self) -> bool:
@@ -183,8 +184,8 @@ def disturb(processes: Processes, out: Path, seconds: float, rng: random.Random)
     start = time.monotonic()
 
     def reached() -> bool:
-        if number == signal.SIGTERM and not (out / "config.json").exists():
-            return False  # who has begun nothing may end as any program does
+        if number == signal.SIGTERM and not processes.begun:
+            return False  # who has begun nothing, or gone on with nothing, may end as any program does
         late = time.monotonic() - start > moment
         return late and (not writing or processes.writing)
 
@@ -195,7 +196,7 @@ def disturb(processes: Processes, out: Path, seconds: float, rng: random.Random)
     if writing:
         time.sleep(rng.uniform(0, 0.004))
     victims = list(processes.running)
-    if number == signal.SIGKILL and len(victims) > 1 and processes.met and rng.random() < 0.5:
+    if number == signal.SIGKILL and len(victims) > 1 and processes.begun and rng.random() < 0.5:
         victims = [rng.choice(victims)]
     processes.send(number, victims)
     if not processes.wait(SECONDS if number == signal.SIGKILL else STOP_SECONDS):
