@@ -827,6 +827,38 @@ def maxima_eager(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.silu(normal * scale[:, None] + shift[:, None]).view(x.shape).max(2).values.to(x.dtype)
 
 
+def _abstraction_inputs(s: Shape, draw: Draw) -> tuple[Any, ...]:
+    """Of C channels to as many; a style has scale and shift."""
+    styles = [1 + draw.normal(s.B, s.C) if i % 2 == 0 else draw.normal(s.B, s.C) for i in range(4)]
+    return *_offsets_inputs(s, draw), draw.normal(s.C, s.C, dtype=s.dtype), *styles
+
+
+def abstraction_ours(
+    x: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor, matrix: Tensor, *style: Any, impl: Any
+) -> Tensor:
+    styles = kernels.Style(*style[:2]), kernels.Style(*style[2:])
+    return kernels.group_mlp_max(x, idx, offsets, weight, styles[0], matrix, styles[1], 8, impl=impl)
+
+
+def abstraction_eager(
+    x: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor, matrix: Tensor, *style: Tensor
+) -> Tensor:
+    rows = group_offsets_eager(x, idx, offsets, weight)
+    normal = F.group_norm(rows.flatten(1, 2).transpose(1, 2), 8).transpose(1, 2)
+    hidden = F.silu(normal * style[0][:, None] + style[1][:, None]).view(rows.shape).to(x.dtype)
+    return maxima_eager(hidden @ matrix.T, *style[2:])
+
+
+def _attention_inputs(s: Shape, draw: Draw) -> tuple[Tensor]:
+    """Heads of 32 channels, or of all."""
+    return (draw.normal(s.B, s.N, 3, max(s.C // 32, 1), min(s.C, 32), dtype=s.dtype),)
+
+
+def linear_attention_eager(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D)
+    return (q @ (k.softmax(2).transpose(2, 3) @ v)).transpose(1, 2)
+
+
 def group_offsets_eager(features: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return group_eager(features, idx) + (offsets @ weight.T).to(features.dtype)
 
@@ -921,6 +953,37 @@ NORMS = (
             5 * _neighborhoods(s) * s.C,
         ),
         wrt=(0, 1, 2),
+    ),
+    Op(
+        "group_mlp_max",
+        ("tests/kernels/test_group_mlp.py",),
+        (Shape(32, 2048, 1024, 32, 64), Shape(32, 2048, 1024, 32, 64, dtype=torch.bfloat16)),
+        Shape(2, 256, 64, 8, 8),
+        inputs=_abstraction_inputs,
+        ours=abstraction_ours,
+        eager=abstraction_eager,
+        # Three passes over offsets and indices, with the product in two; then two, one of which writes a gradient that
+        # is then gathered.
+        forward=lambda s: Cost(
+            3 * (_bytes(s) + 16 * _neighborhoods(s)) + s.B * s.M * s.C * (2 * s.dtype.itemsize + 1),
+            4 * _neighborhoods(s) * s.C**2,
+        ),
+        backward=lambda s: Cost(
+            3 * _bytes(s) + _neighborhoods(s) * (2 * s.C * s.dtype.itemsize + 32), 10 * _neighborhoods(s) * s.C**2
+        ),
+        wrt=(0, 2, 3, 4, 5, 6, 7, 8),
+    ),
+    Op(
+        "linear_attention",
+        ("tests/kernels/test_linear_attention.py",),
+        (Shape(32, 1024, C=128), Shape(32, 1024, C=128, dtype=torch.bfloat16)),
+        Shape(2, 256, C=64),
+        inputs=_attention_inputs,
+        ours=kernels.linear_attention,
+        eager=linear_attention_eager,
+        forward=lambda s: Cost(4 * _bytes(s), 4 * 32 * _elements(s)),
+        backward=lambda s: Cost(8 * _bytes(s), 8 * 32 * _elements(s)),
+        wrt=(0,),
     ),
 )
 

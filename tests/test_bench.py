@@ -33,7 +33,7 @@ def measure(op: Op, way: str = "ours", which: str = "forward", **kwargs: Any) ->
 
 
 def test_registry_has_every_op_and_its_tests() -> None:
-    helpers = {"VoxelPlan", "check_finite", "exact_emd", "voxel_coords"}
+    helpers = {"Style", "VoxelPlan", "check_finite", "exact_emd", "voxel_coords"}
     named = {part for name in OP for part in name.split(" + ")} - {"SiLU", "1-NNA's Chamfer distances"}
     assert named == set(kernels.__all__) - helpers
     assert len(OP) == len(OPS)

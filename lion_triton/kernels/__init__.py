@@ -13,7 +13,9 @@ from lion_triton.kernels.diffusion import ancestral_step, posterior_q_sample, q_
 from lion_triton.kernels.dropout import dropout
 from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.gather import group, three_interpolate
+from lion_triton.kernels.group_mlp import Style, group_mlp_max
 from lion_triton.kernels.knn import knn
+from lion_triton.kernels.linear_attention import linear_attention
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
 from lion_triton.kernels.neighborhood import group_offsets
@@ -25,6 +27,7 @@ from lion_triton.kernels.voxel import VoxelPlan, avg_voxelize, plan_voxels, tril
 from lion_triton.kernels.voxel_conv import voxelize_conv3d
 
 __all__ = [
+    "Style",
     "VoxelPlan",
     "adagn",
     "adagn_devoxelize",
@@ -41,8 +44,10 @@ __all__ = [
     "furthest_point_sample",
     "gaussian_kl",
     "group",
+    "group_mlp_max",
     "group_offsets",
     "knn",
+    "linear_attention",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",

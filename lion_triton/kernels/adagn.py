@@ -24,10 +24,10 @@ Dropout's mask is that of ``dropout.py``: made from a key, never stored, made ag
 
 By Triton, x and y of s bytes an element. Where a cloud's groups fit into a program, one launch forward (2 s B P C
 bytes, all from one read) and one backward (3 s B P C). Else forward 3 s B P C bytes in two launches (statistics, then
-the rest); backward 5 s B P C bytes in three launches (sums, their sums over chunks, dx). There a program has one chunk
-of a cloud's rows. It keeps one running mean and squared deviation (Welford) per place in its block, so that its loop
-needs no reduction; those, and then the chunks', are combined by Chan, Golub and LeVeque's formula, each in a fixed
-order.
+the rest), or 2 s B P C where whatever made x has its moments; backward 5 s B P C bytes in three launches (sums, their
+sums over chunks, dx). There a program has one chunk of a cloud's rows. It keeps one running mean and squared deviation
+(Welford) per place in its block, so that its loop needs no reduction; those, and then the chunks', are combined by
+Chan, Golub and LeVeque's formula, each in a fixed order.
 Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1 to 7, with LION's style modulation.
 """
 
@@ -46,12 +46,14 @@ from lion_triton.kernels._checks import Impl, check_float, use_triton
 from lion_triton.kernels._groups import (
     RowChunks,
     as_dtype_of,
+    at_once,
     bundle_of_groups,
     by_channel,
     by_group,
     center_groups,
     chunk_of_program,
     cloud_buffers,
+    combine_moments,
     group_mean,
     load,
     load_offset,
@@ -106,6 +108,7 @@ def adagn(
     offset: Float[Tensor, "B C"] | Float[Tensor, " C"] | None = None,
     dropout: float = 0.0,
     key: Key | None = None,
+    moments: Float[Tensor, "B parts 2 C"] | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "B *P C"]:
     """``drop(act((group_norm(x + offset) * weight + bias) * scale + shift))`` with group statistics per cloud.
@@ -117,6 +120,8 @@ def adagn(
     offset: (B, C), or (C,) for all clouds: added to x first. None is 0.
     dropout: probability of a zero in the result, the others scaled by 1 / (1 - dropout); 0 is none. Its mask is that
         of :func:`dropout`, from ``key``.
+    moments: float32 means and sums of squared deviations of x (without offset) by channel, over parts of P / parts
+        positions each, if they are known. Triton then need not read x for them; gradients are the same.
     Differentiable, once, in x, scale, shift, weight, bias, offset. Deterministic, gradients too. Triton computes
     float64 in float32.
     ValueError: shapes, dtypes or devices that do not fit; C not a multiple of num_groups; only one of a pair; an
@@ -139,11 +144,13 @@ def adagn(
         raise ValueError("key: expected a noise key for dropout, got None")
     if key is not None:
         check_key(key, x)
+    if moments is not None:
+        _check_moments(moments, x)
     scale, shift = fold_affine(scale, shift, weight, bias, x)
     if not use_triton(impl, x):
         return adagn_reference(x, scale, shift, num_groups, eps, act, offset=offset, dropout=dropout, key=key)
     silu = act == "silu"
-    return _adagn_op(x.contiguous(), scale, shift, offset, key, num_groups, eps, silu, float(dropout))[0]
+    return _adagn_op(x.contiguous(), scale, shift, offset, key, moments, num_groups, eps, silu, float(dropout))[0]
 
 
 def fold_affine(
@@ -281,6 +288,16 @@ def _check_pair(x: Tensor, shape: tuple[int, ...], **pair: Tensor | None) -> Non
     if a is not None and b is not None:
         check_shape(first, a, shape, x)
         check_shape(second, b, shape, x)
+
+
+def _check_moments(moments: Tensor, x: Tensor) -> None:
+    (B, *positions, C), parts = x.shape, moments.shape[1] if moments.ndim == 4 else 1
+    check_shape("moments", moments, (B, parts, 2, C), x)
+    if parts == 0 or math.prod(positions) % parts or moments.dtype != torch.float32:
+        raise ValueError(
+            f"moments: expected float32 and parts of equal size of {math.prod(positions)} positions, "
+            f"got {moments.dtype} and {parts} parts"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, like: str = "x") -> None:
@@ -528,6 +545,37 @@ def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl
     return mean, squares / (count * CG)
 
 
+@triton.jit
+def _adagn_moments_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr,
+    offset_ptr,
+    stats_ptr,
+    offset_stride,
+    eps,
+    P,
+    C,
+    G,
+    chunks,
+    chunk_rows,
+    CG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Mean and rstd of a cloud's groups, (B, 2, G), from the moments of x."""
+    cloud = tl.program_id(0).to(tl.int64)
+    group, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
+    offset = load_offset(offset_ptr, offset_stride, cloud, c, in_c)
+    partial_ptr += cloud * chunks * 2 * C
+    _, mean, rstd = combine_moments(
+        partial_ptr, offset, eps, P, C, chunks, chunk_rows, c, in_c, CG, GROUPS, WIDTH, CHUNKS
+    )
+    stats_ptr += cloud * 2 * G + group
+    first = in_c & (c == group * CG)
+    tl.store(stats_ptr, mean, mask=first)
+    tl.store(stats_ptr + G, rstd, mask=first)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -558,12 +606,16 @@ def _adagn_fwd_kernel(  # type: ignore[no-untyped-def]
     VECTORS: tl.constexpr,
 ):
     cloud, first, end = chunk_of_program(P, chunks, chunk_rows)
-    mean, var = _combine(partial_ptr + cloud * chunks * 2 * G, P, G, chunks, chunk_rows, CG, GROUPS, CHUNKS)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    if first == 0:  # for the backward
-        g = tl.arange(0, GROUPS)
-        tl.store(stats_ptr + cloud * 2 * G + g, mean, mask=g < G)
-        tl.store(stats_ptr + cloud * 2 * G + G + g, rstd, mask=g < G)
+    g = tl.arange(0, GROUPS)
+    stats_ptr += cloud * 2 * G + g
+    if partial_ptr is None:
+        mean, rstd = load(stats_ptr, g < G), load(stats_ptr + G, g < G)
+    else:
+        mean, var = _combine(partial_ptr + cloud * chunks * 2 * G, P, G, chunks, chunk_rows, CG, GROUPS, CHUNKS)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        if first == 0:  # for the backward
+            tl.store(stats_ptr, mean, mask=g < G)
+            tl.store(stats_ptr + G, rstd, mask=g < G)
 
     _, c, in_c = locate(0, C, CG, GROUPS, WIDTH)
     slope = by_channel(rstd, GROUPS, WIDTH) * load(scale_ptr + cloud * scale_stride + c, in_c)
@@ -769,7 +821,14 @@ class _Held:
 
 
 def _empty_forward(
-    x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor | None, key: Tensor | None, num_groups: int, *_: Any
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    offset: Tensor | None,
+    key: Tensor | None,
+    moments: Tensor | None,
+    num_groups: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2, num_groups), dtype=torch.float32)
 
@@ -781,6 +840,7 @@ def _adagn_op(
     shift: Tensor,
     offset: Tensor | None,
     key: Tensor | None,
+    moments: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
@@ -788,7 +848,7 @@ def _adagn_op(
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and rstd (B, 2, G)."""
     x = x.contiguous()
-    y, stats = _empty_forward(x, scale, shift, offset, key, num_groups)
+    y, stats = _empty_forward(x, scale, shift, offset, key, moments, num_groups)
     style, strides = per_cloud(scale, shift, offset)
     tensors = (x, *style, full_key(key) if key is not None and dropout else None)
     drop = keep_threshold(dropout)
@@ -798,9 +858,26 @@ def _adagn_op(
         launch(_adagn_held_kernel, held.grid, *tensors, stats, y, *sizes, SILU=silu, **held.block)
         return y, stats
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
-    partials = x.new_empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32)
     sizes = (*cut.sizes, cut.chunk_rows)
-    launch(_adagn_stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
+    if moments is None:
+        partials = x.new_empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32)
+        launch(_adagn_stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
+    else:
+        partials, parts = None, moments.shape[1]
+        launch(
+            _adagn_moments_kernel,
+            (cut.B,),
+            moments.contiguous(),
+            style[2],
+            stats,
+            strides[2],
+            eps,
+            *cut.sizes[:3],
+            parts,
+            cut.P // parts,
+            CHUNKS=at_once(2 * cut.channels["GROUPS"] * cut.channels["WIDTH"], parts),
+            **cut.channels,
+        )
     launch(
         _adagn_fwd_kernel,
         cut.grid,
@@ -879,7 +956,7 @@ def _adagn_bwd_op(
 
 @gradient(
     _adagn_op,
-    save=lambda x, scale, shift, offset, key, num_groups, eps, silu, dropout, out: (
+    save=lambda x, scale, shift, offset, key, moments, num_groups, eps, silu, dropout, out: (
         *(x, scale, shift, offset, key, out[1]),
         *(silu, dropout),
     ),

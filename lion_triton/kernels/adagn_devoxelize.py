@@ -17,7 +17,7 @@ the per-channel mean m and biased variance q of x, and
 Legend: B clouds, N points, R voxels per side, P = R^3, C channels, H hidden channels of squeeze-excite.
 Statistics are those of ``adagn.py``: Welford's and Chan's, never E[x^2] - E[x]^2; arithmetic is float32 (float64 in the
 reference of float64 x). By Triton, features of s bytes: forward three launches, s C B (P + 9 N) bytes and 4 C B N for
-the gathered x that the backward reads; backward three launches and two matrix products, s C B (2 P + 9 N) + 4 C B N.
+the gathered x that a backward reads; backward three launches and two matrix products, s C B (2 P + 9 N) + 4 C B N.
 Deterministic, backward too.
 Source: PVConv of Liu et al., "Point-Voxel CNN", NeurIPS 2019; Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
 """
@@ -146,7 +146,9 @@ def adagn_devoxelize(
             voxels, coords, scale, shift, num_groups, squeeze, excite, eps, offset=offset, points=points, plan=plan
         )
     cells = cells_of(plan, coords, R)
-    arguments: Any = (voxels, *cells, scale, shift, offset, squeeze, excite, points, num_groups, float(eps))
+    differentiated = (voxels, scale, shift, offset, squeeze, excite, points)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiated)
+    arguments: Any = (voxels, *cells, *differentiated[1:], num_groups, float(eps), keep)
     return _adagn_devoxelize_op(*arguments)[0]
 
 
@@ -295,7 +297,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     mask = in_rows[:, None] & in_channels
     raw = gather_corners(x_ptr, coords_ptr, p, c, in_rows, in_channels, N, C, R)
     at = p[:, None] * C + c[None, :]
-    tl.store(raw_ptr + at, raw, mask=mask)
+    if raw_ptr is not None:
+        tl.store(raw_ptr + at, raw, mask=mask)
     affine_ptr += (p // N)[:, None] * 2 * C + c[None, :]
     y = load(affine_ptr, mask) * raw + load(affine_ptr + C, mask)
     if points_ptr is not None:
@@ -433,9 +436,9 @@ def _grid_bwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def _empty_forward(x: Tensor, coords: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    squeeze = rest[5]
+    squeeze, keep = rest[5], rest[-1]
     (B, N, _), C = coords.shape, x.shape[4]
-    sizes = ((B, N, C), (B, 2, C), (B, 5, C), (B, squeeze.shape[0]))
+    sizes = ((B, N, C) if keep else (0,), (B, 2, C), (B, 5, C), (B, squeeze.shape[0]))
     return x.new_empty((B, N, C)), *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
@@ -453,11 +456,13 @@ def _adagn_devoxelize_op(
     points: Tensor | None,
     num_groups: int,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, gathered x (B, N, C), slope and intercept (B, 2, C), what the coefficients' backward needs."""
+    """y, gathered x (B, N, C; empty unless ``keep``, for the backward), slope and intercept (B, 2, C), and what the
+    coefficients' backward needs."""
     x, coords = x.contiguous(), coords.contiguous()
     (B, N, _), (R, C), H = coords.shape, x.shape[3:], squeeze.shape[0]
-    out = _empty_forward(x, coords, order, start, scale, shift, offset, squeeze)
+    out = _empty_forward(x, coords, order, start, scale, shift, offset, squeeze, keep)
     y, raw, affine, saved, hidden = out
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     partials = x.new_empty((B, cut.chunks, 2, C), dtype=torch.float32)
@@ -487,7 +492,7 @@ def _adagn_devoxelize_op(
     points = None if points is None else points.contiguous()
     sizes = (N, B * N, C, R)
     blocks = {"ROWS": rows, "CHANNELS": channels, "num_warps": _WARPS}
-    launch(_gather_kernel, grid, x, coords, affine, points, y, raw, *sizes, **blocks)
+    launch(_gather_kernel, grid, x, coords, affine, points, y, raw if keep else None, *sizes, **blocks)
     return y, raw, affine, saved, hidden
 
 
@@ -566,7 +571,7 @@ def _adagn_devoxelize_bwd_op(
 
 @gradient(
     _adagn_devoxelize_op,
-    save=lambda x, coords, order, start, scale, shift, offset, squeeze, excite, points, num_groups, eps, out: (
+    save=lambda x, coords, order, start, scale, shift, offset, squeeze, excite, points, num_groups, eps, keep, out: (
         *(x, coords, order, start, scale, shift, offset, squeeze, excite),
         *(out[1], out[3], out[4], num_groups, None if points is None else points.dtype),
     ),

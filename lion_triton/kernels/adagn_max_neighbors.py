@@ -106,12 +106,18 @@ def adagn_max_neighbors(
 # The reference's op, a few clouds at a time in the same buffers, like that of ``adagn.py``
 
 
-def _empty_maxima(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of maxima, the neighbour that has each, in the smallest dtype that can count them, and a cloud's statistics."""
-    B, M, K, C = x.shape
+def empty_maxima(x: Tensor, size: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of maxima of a (B, M, K, C), the neighbour that has each, in the smallest dtype that can count them, and a
+    cloud's statistics."""
+    B, M, K, C = size
     index = torch.uint8 if K <= 2**8 else torch.int16 if K <= 2**15 else torch.int32
     stats = x.new_empty((B, 3, C), dtype=dtype)  # what to subtract from x, dev, rstd
     return x.new_empty((B, M, C)), x.new_empty((B, M, C), dtype=index), stats
+
+
+def _empty_maxima(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, K, C = x.shape
+    return empty_maxima(x, (B, M, K, C), dtype)
 
 
 @op(fake=lambda x, *_: _empty_maxima(x, sums_dtype(x)))
@@ -172,7 +178,7 @@ def _adagn_max_neighbors_reference_backward(needs: Needs, grad: Tensor, *saved: 
 
 
 @triton.jit
-def _statistics_kernel(  # type: ignore[no-untyped-def]
+def statistics_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,
     offset_ptr,
     stats_ptr,
@@ -213,7 +219,7 @@ def _locate_centers(M, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _normalization(stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, cloud, c, in_c, C):  # type: ignore[no-untyped-def]
+def normalization(stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, cloud, c, in_c, C):  # type: ignore[no-untyped-def]
     """By channel: what to subtract from x, rstd, scale and shift."""
     stats_ptr += cloud * 3 * C + c
     return (
@@ -242,7 +248,7 @@ def _maxima_kernel(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
 ):
     cloud, m, c, in_c, mask = _locate_centers(M, C, ROWS, CHANNELS)
-    center, rstd, scale, shift = _normalization(
+    center, rstd, scale, shift = normalization(
         stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, cloud, c, in_c, C
     )
     slope = rstd * scale
@@ -263,7 +269,39 @@ def _maxima_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _maxima_sums_kernel(  # type: ignore[no-untyped-def]
+def store_means(  # type: ignore[no-untyped-def]
+    means_ptr,
+    gradients,
+    s1,
+    s2,
+    dev,
+    rstd,
+    scale,
+    cloud,
+    c,
+    in_c,
+    P,
+    C,
+    CG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """From the sums of dz and of dz (u - mean): what all rows subtract, and the gradients of the norm's arguments."""
+    s2 *= rstd
+    n = tl.full((), CG, tl.float32) * P  # P may be a constant: 1
+    m1, m2 = group_sums(s1, s2, scale, n, GROUPS, WIDTH)
+    m1 = rstd * by_channel(m1, GROUPS, WIDTH)
+    m2 = rstd * rstd * by_channel(m2, GROUPS, WIDTH)
+    means_ptr += cloud * 2 * C + c
+    tl.store(means_ptr, m1, mask=in_c)
+    tl.store(means_ptr + C, m2, mask=in_c)
+    doffset = rstd * scale * s1 - P * (m1 + m2 * dev)
+    dscale_ptr, dshift_ptr, doffset_ptr = gradients
+    store_sums(dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, doffset)
+
+
+@triton.jit
+def maxima_sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     raw_ptr,
     stats_ptr,
@@ -273,6 +311,7 @@ def _maxima_sums_kernel(  # type: ignore[no-untyped-def]
     dscale_ptr,
     dshift_ptr,
     doffset_ptr,
+    of_maxima_ptr,
     scale_stride,
     shift_stride,
     M,
@@ -284,11 +323,12 @@ def _maxima_sums_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of some groups of a cloud: rstd m1 and rstd^2 m2, (B, 2, C), and the gradients of scale, shift and offset."""
+    """Of some groups of a cloud: rstd m1 and rstd^2 m2, (B, 2, C), and the gradients of scale, shift and offset; at
+    wish a dz of each maximum, (B, M, C)."""
     bundles = tl.cdiv(G, GROUPS)
     cloud = (tl.program_id(0) // bundles).to(tl.int64)
     _, c, in_c = locate(tl.program_id(0) % bundles * GROUPS, C, CG, GROUPS, WIDTH)
-    center, rstd, scale, shift = _normalization(
+    center, rstd, scale, shift = normalization(
         stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, cloud, c, in_c, C
     )
     slope = rstd * scale
@@ -300,19 +340,29 @@ def _maxima_sums_kernel(  # type: ignore[no-untyped-def]
         at = (cloud * M + m)[:, None] * C + c[None, :]
         x = tl.where(mask, load(raw_ptr + at, mask) - center[None, :], 0.0)
         dz = act_backward(load(grad_ptr + at, mask), x, slope, shift, True)
+        if of_maxima_ptr is not None:
+            tl.store(of_maxima_ptr + at, slope[None, :] * dz, mask=mask)
         sums1 += dz
         sums2 += dz * x
-    s1, s2 = tl.sum(sums1, 0), tl.sum(sums2, 0) * rstd
-    n = tl.full((), CG, tl.float32) * P  # P may be a constant: 1
-    m1, m2 = group_sums(s1, s2, scale, n, GROUPS, WIDTH)
-    m1 = rstd * by_channel(m1, GROUPS, WIDTH)
-    m2 = rstd * rstd * by_channel(m2, GROUPS, WIDTH)
-    means_ptr += cloud * 2 * C + c
-    tl.store(means_ptr, m1, mask=in_c)
-    tl.store(means_ptr + C, m2, mask=in_c)
     dev = load(stats_ptr + cloud * 3 * C + C + c, in_c)
-    doffset = slope * s1 - P * (m1 + m2 * dev)
-    store_sums(dscale_ptr, dshift_ptr, doffset_ptr, cloud * C + c, in_c, s1, s2, doffset)
+    gradients = (dscale_ptr, dshift_ptr, doffset_ptr)
+    store_means(
+        means_ptr,
+        gradients,
+        tl.sum(sums1, 0),
+        tl.sum(sums2, 0),
+        dev,
+        rstd,
+        scale,
+        cloud,
+        c,
+        in_c,
+        P,
+        C,
+        CG,
+        GROUPS,
+        WIDTH,
+    )
 
 
 @triton.jit
@@ -335,7 +385,7 @@ def _maxima_bwd_kernel(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
 ):
     cloud, m, c, in_c, mask = _locate_centers(M, C, ROWS, CHANNELS)
-    center, rstd, scale, shift = _normalization(
+    center, rstd, scale, shift = normalization(
         stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, cloud, c, in_c, C
     )
     slope = rstd * scale
@@ -363,6 +413,23 @@ def _launch_centers(kernel: Any, x: Tensor, *args: Any) -> None:
     launch(kernel, (B * grid[0], grid[1]), *args, M, K, C, **blocks)
 
 
+def launch_statistics(
+    partials: Float[Tensor, "B chunks 2 C"],
+    offset: Tensor | None,
+    stats: Float[Tensor, "B 3 C"],
+    eps: float,
+    P: int,
+    num_groups: int,
+    chunk_rows: int,
+    channels: dict[str, int],
+) -> None:
+    """Fills ``stats`` from the moments of a cloud's chunks of so many rows."""
+    (B, chunks, _, C), ((offset,), (stride,)) = partials.shape, per_cloud(offset)
+    at = at_once(2 * channels["GROUPS"] * channels["WIDTH"], chunks)  # half of them, or it spills
+    sizes = (stride, eps, P, C, num_groups, chunks, chunk_rows)
+    launch(statistics_kernel, (B,), partials, offset, stats, *sizes, CHUNKS=at, **channels)
+
+
 def _empty_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, index, stats = _empty_maxima(x, torch.float32)
     return y, index, stats, x.new_empty(y.shape)
@@ -383,12 +450,37 @@ def _adagn_max_neighbors_op(
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     partials = stats.new_empty((cut.B, cut.chunks, 2, cut.C))
     launch(moments_kernel, cut.grid, x, partials, *cut.sizes, cut.chunk_rows, **cut.rows)
-    style, strides = per_cloud(scale, shift, offset)
-    sizes = (strides[2], eps, *cut.sizes, cut.chunk_rows)
-    chunks = at_once(2 * cut.channels["GROUPS"] * cut.channels["WIDTH"], cut.chunks)  # half of them, or it spills
-    launch(_statistics_kernel, (cut.B,), partials, style[2], stats, *sizes, CHUNKS=chunks, **cut.channels)
-    _launch_centers(_maxima_kernel, x, x, stats, *style[:2], y, raw, index, *strides[:2])
+    launch_statistics(partials, offset, stats, eps, cut.P, num_groups, cut.chunk_rows, cut.channels)
+    style, strides = per_cloud(scale, shift)
+    _launch_centers(_maxima_kernel, x, x, stats, *style, y, raw, index, *strides)
     return y, index, stats, raw
+
+
+def means_of_maxima(
+    grad: Tensor,
+    raw: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    gradients: tuple[Tensor | None, ...],
+    K: int,
+    num_groups: int,
+    of_maxima: Tensor | None = None,
+) -> Tensor:
+    """What the statistics subtract from every row of the gradient, (B, 2, C).
+
+    Fills ``gradients``, those of scale, shift and offset, and ``of_maxima``, what the maxima's own rows add.
+    """
+    B, M, C = raw.shape
+    style, strides = per_cloud(scale, shift)
+    means = stats.new_empty((B, 2, C))
+    channels = bundle_of_groups(raw, num_groups)
+    grid = (B * triton.cdiv(num_groups, channels["GROUPS"]),)
+    rows = max(_SUMMED // (channels["GROUPS"] * channels["WIDTH"]), 1)
+    sizes = (*strides, M, M * K, C, num_groups)
+    blocks = {**channels, "ROWS": rows, "num_warps": _WARPS}
+    launch(maxima_sums_kernel, grid, grad, raw, stats, *style, means, *gradients, of_maxima, *sizes, **blocks)
+    return means
 
 
 def _empty_backward(
@@ -412,16 +504,10 @@ def _adagn_max_neighbors_bwd_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, scale, shift and offset (empty without one)."""
     grad, x = grad.contiguous(), x.contiguous()
-    (B, M, K, C), out = x.shape, _empty_backward(grad, x, scale, shift, offset)
+    out = _empty_backward(grad, x, scale, shift, offset)
     gradients = (*out[1:3], None if offset is None else out[3])
     style, strides = per_cloud(scale, shift)
-    means = stats.new_empty((B, 2, C))
-    channels = bundle_of_groups(x, num_groups)
-    grid = (B * triton.cdiv(num_groups, channels["GROUPS"]),)
-    rows = max(_SUMMED // (channels["GROUPS"] * channels["WIDTH"]), 1)
-    sizes = (*strides, M, M * K, C, num_groups)
-    blocks = {**channels, "ROWS": rows, "num_warps": _WARPS}
-    launch(_maxima_sums_kernel, grid, grad, raw, stats, *style, means, *gradients, *sizes, **blocks)
+    means = means_of_maxima(grad, raw, stats, scale, shift, gradients, x.shape[2], num_groups)
     _launch_centers(_maxima_bwd_kernel, x, grad, x, raw, index, stats, *style, means, out[0], *strides)
     return out
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from lion_triton import kernels
 from lion_triton.kernels import _checks
 from lion_triton.kernels._triton import triton
+from lion_triton.kernels.voxel_conv import voxelize_conv3d_moments
 
 BATCH = 32
 FEATURE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,12 +45,22 @@ LEVELS = ((2048, 1024), (1024, 256), (256, 64), (64, 16))
 NEIGHBORS = 32
 # (points, voxels per side): channels of the points that are averaged, and of the grids that are gathered
 VOXELIZED = {(2048, 32): (3, 4, 32, 64, 128), (1024, 16): (32, 64, 128), (256, 8): (128, 192), (64, 8): (128,)}
+# the same: channels before and behind the first convolution of a grid
+CONVOLVED = {
+    (2048, 32): ((3, 32), (4, 32), (32, 32), (64, 64)),
+    (1024, 16): ((32, 32), (64, 64), (128, 64), (128, 128)),
+    (256, 8): ((128, 128), (192, 128)),
+    (64, 8): ((128, 128),),
+}
 GATHERED = {(2048, 32): (32, 64), (1024, 16): (32, 64, 128), (256, 8): (128,), (64, 8): (128,)}
 # points of a level: channels that their neighbours are gathered with; and of what is interpolated, everywhere
 NEIGHBORHOODS = {2048: (32,), 1024: (32, 64), 256: (128,), 64: (128,)}
 INTERPOLATED = 128
 # centres: channels of the maximum over their neighbours, and of its norm
 MAXIMA = {1024: (32, 64), 256: (64, 128), 64: (128, 256), 16: (128,)}
+# centres: channels of the two layers of a set abstraction, in one op
+ABSTRACTED = {1024: ((32, 32), (32, 64)), 256: ((32, 64), (64, 128)), 64: ((128, 128), (128, 256))}
+ATTENDED = ((1024, 4), (16, 8))  # points that attend to one another, and heads of 32 channels
 # (positions, channels) of the PVConvs' grids, and of the MLPs on points and on neighbours
 _GRIDS = ((32**3, (32, 64)), (16**3, (32, 64, 128)), (8**3, (128,)))
 _POINTS = ((2048, (32, 64, 128)), (1024, (32, 64, 128)), (256, (128,)), (64, (128,)))
@@ -138,6 +149,12 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
         plan = kernels.plan_voxels(kernels.voxel_coords(cloud(n), r, impl="triton"), r, impl="triton")
         for c, dtype in product(channels, dtypes):
             backward(kernels.avg_voxelize(features(n, c, dtype=dtype), plan.coords, r, plan=plan, impl="triton"))
+        for (c, c2), dtype in product(CONVOLVED[n, r], dtypes):
+            weight = torch.zeros(c2, c, 3, 3, 3, dtype=dtype, device=device, requires_grad=True)
+            x = features(n, c, dtype=dtype)
+            grid, moments = voxelize_conv3d_moments(x, plan.coords, weight, r, plan=plan, impl="triton")
+            style = features(c2)
+            backward(kernels.adagn(grid, style, style, None, None, 8, act="silu", moments=moments, impl="triton"))
         for c, dtype in product(GATHERED[n, r], dtypes):
             grid, style = features(r, r, r, c, dtype=dtype), features(c)
             backward(kernels.trilinear_devoxelize(grid, plan.coords, plan=plan, impl="triton"))
@@ -145,6 +162,8 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
             args = (style, style, 8, squeeze.requires_grad_(), excite.requires_grad_())
             extras: dict[str, Any] = {"offset": style, "points": features(n, c, dtype=dtype), "plan": plan}
             backward(kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton"))
+            with torch.no_grad():
+                kernels.adagn_devoxelize(grid, plan.coords, *args, **extras, impl="triton")
 
     for n, m in LEVELS:
         kernels.furthest_point_sample(cloud(n), m, impl="triton")
@@ -159,6 +178,15 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
                 offsets, weight = features(m, NEIGHBORS, 3), torch.zeros(c, 3, device=device, requires_grad=True)
                 x = features(n, c, dtype=dtype)
                 backward(kernels.group_offsets(x, index(m, NEIGHBORS), offsets, weight, impl="triton"))
+            for c, c2 in ABSTRACTED.get(m, ()):
+                offsets, weight = features(m, NEIGHBORS, 3), torch.zeros(c, 3, device=device, requires_grad=True)
+                matrix = torch.zeros(c2, c, dtype=dtype, device=device, requires_grad=True)
+                styles = (kernels.Style(*[features(k)] * 3) for k in (c, c2))
+                x, idx = features(n, c, dtype=dtype), index(m, NEIGHBORS)
+                layers: Any = (offsets, weight, next(styles), matrix, next(styles), 8)
+                backward(kernels.group_mlp_max(x, idx, *layers, impl="triton"))
+                with torch.no_grad():
+                    kernels.group_mlp_max(x, idx, *layers, impl="triton")
             for c in MAXIMA[m]:
                 x, style = features(m, NEIGHBORS, c, dtype=dtype), features(c)
                 backward(kernels.adagn_max_neighbors(x, style, style, 8, offset=style, impl="triton"))
@@ -167,6 +195,8 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
         x, style = features(p, c, dtype=dtype), features(c)
         drop: dict[str, Any] = {"dropout": 0.1, "key": key} if dropout else {}
         backward(kernels.adagn(x, style, style, None, None, 8, act="silu", offset=style, **drop, impl="triton"))
+    for (n, h), dtype in product(ATTENDED, dtypes):
+        backward(kernels.linear_attention(features(n, 3, h, 32, dtype=dtype), impl="triton"))
     for dtype in dtypes:
         backward(kernels.dropout(features(2048, dtype=dtype), 0.3, key, impl="triton"))
     backward(kernels.adagn(features(2048, 32), None, None, None, None, 8, impl="triton"))

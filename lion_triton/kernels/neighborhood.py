@@ -54,6 +54,16 @@ def group_offsets(
     features. Differentiable in features, offsets and weight (once, by Triton); deterministic, backward too. Triton
     computes float64 in float32. ValueError: shapes, dtypes, devices or indices that do not fit.
     """
+    check_group_offsets(features, idx, offsets, weight)
+    if not use_triton(impl, features):
+        return group_offsets_reference(features, idx, offsets, weight)
+    index = row_index(idx, features.shape[1]).reshape(-1, 1)
+    y = _group_offsets_op(features.flatten(0, 1), index, offsets.flatten(0, 2), weight)
+    return y.view(*idx.shape, features.shape[2])
+
+
+def check_group_offsets(features: Tensor, idx: Tensor, offsets: Tensor, weight: Tensor) -> None:
+    """Raise ``ValueError`` unless the arguments of :func:`group_offsets` fit."""
     check_gather(features, idx)
     check_float("offsets", offsets)
     check_float("weight", weight)
@@ -62,11 +72,6 @@ def group_offsets(
         raise ValueError(f"offsets: expected shape {(*idx.shape, 3)}, got {tuple(offsets.shape)}")
     if weight.shape != (features.shape[2], 3):
         raise ValueError(f"weight: expected shape {(features.shape[2], 3)}, got {tuple(weight.shape)}")
-    if not use_triton(impl, features):
-        return group_offsets_reference(features, idx, offsets, weight)
-    index = row_index(idx, features.shape[1]).reshape(-1, 1)
-    y = _group_offsets_op(features.flatten(0, 1), index, offsets.flatten(0, 2), weight)
-    return y.view(*idx.shape, features.shape[2])
 
 
 # Kernels

@@ -329,6 +329,15 @@ def _locate(coords_ptr, p, mask, R):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def near_voxel(coords_ptr, p, mask, R):  # type: ignore[no-untyped-def]
+    """Coordinates of the voxel nearest to each point."""
+    _, _, x = _locate(coords_ptr, p, mask, R)
+    _, _, y = _locate(coords_ptr + 1, p, mask, R)
+    _, _, z = _locate(coords_ptr + 2, p, mask, R)
+    return x, y, z
+
+
+@triton.jit
 def _cell(coords_ptr, p, mask, R):  # type: ignore[no-untyped-def]
     x, _, _ = _locate(coords_ptr, p, mask, R)
     y, _, _ = _locate(coords_ptr + 1, p, mask, R)
@@ -386,19 +395,22 @@ def _run(start_ptr, v, in_rows, R, dx, dy):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _voxelize_kernel(  # type: ignore[no-untyped-def]
+def voxelize_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     coords_ptr,
     order_ptr,
     start_ptr,
     out_ptr,
     count_ptr,
+    first_ptr,
     num_voxels,
     C,
     R,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Mean and count of each voxel's points; with ``first_ptr``, which gets the first of them or -1, both stand in the
+    row of that point, and those of empty voxels nowhere."""
     v = (
         tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     )  # a column: Triton fails to compile the like of a vector
@@ -407,22 +419,27 @@ def _voxelize_kernel(  # type: ignore[no-untyped-def]
     vz, vy, vx = (v % R).to(tl.int32), (v // R % R).to(tl.int32), (v // (R * R) % R).to(tl.int32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     count = tl.zeros((ROWS, 1), tl.int32)
+    first = tl.full((ROWS, 1), -1, tl.int32)
     for run in range(4):
         begin, length = _run(start_ptr, v, in_rows, R, run // 2, run % 2)
         for k in range(0, tl.max(length)):
             live = k < length
             p = tl.load(order_ptr + begin + k, mask=live, other=0)
-            _, _, x = _locate(coords_ptr, p, live, R)
-            _, _, y = _locate(coords_ptr + 1, p, live, R)
-            _, _, z = _locate(coords_ptr + 2, p, live, R)
+            x, y, z = near_voxel(coords_ptr, p, live, R)
             here = live & (x == vx) & (y == vy) & (z == vz)
             value = tl.load(x_ptr + p.to(tl.int64) * C + c[None, :], mask=here & in_channels, other=0.0)
             total += value.to(tl.float32)
             count += here.to(tl.int32)
+            first = tl.where(here & (first < 0), p, first)
     mean = total / tl.maximum(count, 1).to(tl.float32)
-    out = out_ptr + v * C + c[None, :]
+    row = v
+    if first_ptr is not None:
+        tl.store(first_ptr + v, first, mask=in_rows & (tl.program_id(1) == 0))
+        row = first.to(tl.int64)
+        in_rows = in_rows & (count > 0)
+    out = out_ptr + row * C + c[None, :]
     tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=in_rows & in_channels)
-    tl.store(count_ptr + v, count, mask=in_rows & (tl.program_id(1) == 0))
+    tl.store(count_ptr + row, count, mask=in_rows & (tl.program_id(1) == 0))
 
 
 @triton.jit
@@ -432,9 +449,7 @@ def _voxelize_bwd_kernel(  # type: ignore[no-untyped-def]
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_rows, in_channels = p < num_points, (c < C)[None, :]
-    _, _, x = _locate(coords_ptr, p, in_rows, R)
-    _, _, y = _locate(coords_ptr + 1, p, in_rows, R)
-    _, _, z = _locate(coords_ptr + 2, p, in_rows, R)
+    x, y, z = near_voxel(coords_ptr, p, in_rows, R)
     v = p // N * R * R * R + (x * R + y) * R + z
     count = tl.load(count_ptr + v, mask=in_rows, other=1).to(tl.float32)
     mask = in_rows[:, None] & in_channels
@@ -571,7 +586,7 @@ def _avg_voxelize_op(
     C = features.shape[2]
     rows, channels, grid = block_of_rows(count.numel(), C, features)
     launch(
-        _voxelize_kernel,
+        voxelize_kernel,
         grid,
         features.contiguous(),
         coords.contiguous(),
@@ -579,6 +594,7 @@ def _avg_voxelize_op(
         start,
         voxels,
         count,
+        None,
         count.numel(),
         C,
         resolution,

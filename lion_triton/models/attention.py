@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lion_triton.kernels import linear_attention
+
 AttentionKind = Literal["linear", "softmax"]
 
 
@@ -78,13 +80,6 @@ def _ask_xformers(q: Tensor, k: Tensor, v: Tensor, differentiable: bool) -> Any:
     return None
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (softmax_N(k)^T v) for (B, N, H, D) tensors: linear in N, q is not scaled (as in LION)."""
-    k = k.softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
-    context = torch.einsum("bnhd,bnhe->bhde", k, v)
-    return torch.einsum("bhde,bnhd->bnhe", context, q)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over the points of a cloud, without a residual connection.
 
@@ -101,6 +96,6 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, channels)
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=2)
-        attend = linear_attention if self.kind == "linear" else softmax_attention
-        return self.out(attend(q, k, v).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        out = linear_attention(qkv) if self.kind == "linear" else softmax_attention(*qkv.unbind(dim=2))
+        return self.out(out.flatten(2))

@@ -21,10 +21,11 @@ from lion_triton.kernels import (
     VoxelPlan,
     adagn_devoxelize,
     adagn_max_neighbors,
+    group_mlp_max,
     group_offsets,
     three_interpolate,
 )
-from lion_triton.kernels.voxel_conv import conv3d, voxelize_conv3d
+from lion_triton.kernels.voxel_conv import conv3d, voxelize_conv3d_moments
 from lion_triton.models.attention import Attention
 from lion_triton.models.modulation import GROUPS, Norm, NormPlace, normalize
 from lion_triton.models.plan import LevelPlan
@@ -125,8 +126,8 @@ class PVConv(nn.Module):
         first, second, branch = norms
         # Into the grid it is concatenated: what the points share is not in empty voxels.
         whole = x if shared is None else torch.cat([x, shared[:, None].expand(-1, x.shape[1], -1)], dim=-1)
-        voxels = voxelize_conv3d(whole, plan.coords, self.conv1.weight, self.resolution, plan=plan)
-        voxels = conv3d(normalize(voxels, first, dropout=self.dropout), self.conv2.weight)
+        voxels, moments = voxelize_conv3d_moments(whole, plan.coords, self.conv1.weight, self.resolution, plan=plan)
+        voxels = conv3d(normalize(voxels, first, dropout=self.dropout, moments=moments), self.conv2.weight)
 
         weight = self.point_linear.weight
         if shared is not None:
@@ -169,8 +170,12 @@ class SetAbstraction(nn.Module):
     ) -> Float[Tensor, "B M C2"]:
         assert plan.neighbors is not None and plan.offsets is not None
         of_offsets, of_features, of_shared = self.mlp.first_weight.split(self.parts, dim=1)
-        y = group_offsets(F.linear(x, of_features), plan.neighbors, plan.offsets, of_offsets)
-        norm = _shared(norms[0], of_shared, shared)
+        norm, neighborhoods = _shared(norms[0], of_shared, shared), (plan.neighbors, plan.offsets, of_offsets)
+        x = F.linear(x, of_features)
+        if len(self.mlp.linears) == 2:
+            matrix: Tensor = self.mlp.linears[1].weight  # type: ignore[assignment]
+            return group_mlp_max(x, *neighborhoods, norm.style, matrix, norms[1].style, GROUPS)
+        y = group_offsets(x, *neighborhoods)
         for linear, following in zip(list(self.mlp.linears)[1:], norms[1:], strict=True):
             y, norm = linear(normalize(y, norm)), following
         offset, scale, shift, _ = norm

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lion_triton.kernels import adagn
+from lion_triton.kernels import Style, adagn
 from lion_triton.kernels.noise import Key, later_keys, new_key
 
 GROUPS = 8  # of every group normalisation in LION
@@ -28,6 +28,10 @@ class Norm(NamedTuple):
     shift: Float[Tensor, "B C"]
     key: Key | None  # of its dropout
 
+    @property
+    def style(self) -> Style:
+        return Style(self.scale, self.shift, self.offset)
+
 
 class NormPlace(NamedTuple):
     """Where a norm stands in its network: the names of the layer before it and of the norm itself, and its channels."""
@@ -40,11 +44,18 @@ class NormPlace(NamedTuple):
         return self._replace(layer=f"{block}.{self.layer}", name=f"{block}.{self.name}")
 
 
-def normalize(x: Float[Tensor, "B ... C"], norm: Norm, *, dropout: float = 0.0) -> Float[Tensor, "B ... C"]:
-    """The norm, SiLU, and dropout where there is a key for it."""
+def normalize(
+    x: Float[Tensor, "B ... C"],
+    norm: Norm,
+    *,
+    dropout: float = 0.0,
+    moments: Float[Tensor, "B parts 2 C"] | None = None,
+) -> Float[Tensor, "B ... C"]:
+    """The norm, SiLU, and dropout where there is a key for it. moments: of x, as ``adagn`` takes them."""
     offset, scale, shift, key = norm
     drop = dropout if key is not None else 0.0
-    return adagn(x, scale, shift, None, None, GROUPS, act="silu", offset=offset, dropout=drop, key=key)
+    options: Any = {"act": "silu", "offset": offset, "dropout": drop, "key": key, "moments": moments}
+    return adagn(x, scale, shift, None, None, GROUPS, **options)
 
 
 def layer_offsets(count: int) -> Int64[Tensor, " count"]:

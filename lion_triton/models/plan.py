@@ -77,7 +77,7 @@ def plan_points(points: Float[Tensor, "B N 3"], geometry: Sequence[LevelGeometry
     Raises:
         ValueError: if a level has fewer points than the centres to be chosen from it.
     """
-    points = points if points.dtype == torch.float64 else points.float()
+    points = (points if points.dtype == torch.float64 else points.float()).contiguous()
     levels: list[LevelPlan] = []
     for level in geometry:
         fixed = points.detach()

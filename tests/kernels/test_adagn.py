@@ -258,9 +258,9 @@ def test_opcheck(act: Activation, style: bool) -> None:
     x, scale, shift, *_ = _inputs((2, 5, 8), True, torch.float32)
     offset, key = (torch.randn(2, 8, device=DEVICE), torch.tensor([1, 2], device=DEVICE)) if style else (None, None)
     inputs, options = (x, scale, shift, offset, key), (act == "silu", 0.5 if style else 0.0)
-    torch.library.opcheck(_adagn_op.overload, (*inputs, 4, EPS, *options))
+    torch.library.opcheck(_adagn_op.overload, (*inputs, None, 4, EPS, *options))
     inputs = [None if v is None else v.detach() for v in inputs]
-    y, stats = _adagn_op(*inputs, 4, EPS, *options)
+    y, stats = _adagn_op(*inputs, None, 4, EPS, *options)
     torch.library.opcheck(
         _adagn_bwd_op.overload, (y, *inputs, stats, *options), test_utils=("test_schema", "test_faketensor")
     )

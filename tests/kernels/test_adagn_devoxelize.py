@@ -205,10 +205,10 @@ def test_opcheck(extra: bool) -> None:
     voxels, coords, scale, shift, squeeze, excite, offset, points = inputs
     cells = plan_voxels(coords, 2, impl="triton").cells
     style = (scale, shift, offset, squeeze, excite)
-    torch.library.opcheck(_adagn_devoxelize_op.overload, (voxels, coords, *cells, *style, points, 4, EPS))
+    torch.library.opcheck(_adagn_devoxelize_op.overload, (voxels, coords, *cells, *style, points, 4, EPS, True))
     style = [None if v is None else v.detach() for v in style]
     with torch.no_grad():
-        y, raw, _, saved, hidden = _adagn_devoxelize_op(voxels, coords, *cells, *style, points, 4, EPS)
+        y, raw, _, saved, hidden = _adagn_devoxelize_op(voxels, coords, *cells, *style, points, 4, EPS, True)
     backward = (y, voxels.detach(), coords, *cells, *style, raw, saved, hidden, 4)
     never_differentiated = ("test_schema", "test_faketensor")
     torch.library.opcheck(_adagn_devoxelize_bwd_op.overload, backward, test_utils=never_differentiated)

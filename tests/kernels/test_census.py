@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lion_triton import kernels
-from lion_triton.kernels import census
-from lion_triton.models import layers, modulation, plan
+from lion_triton.kernels import census, group_mlp, voxel_conv
+from lion_triton.models import attention, layers, modulation, plan
 from lion_triton.models.lion import LION, LIONConfig
 from tests import fresh
 
@@ -102,11 +102,15 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, watched)
 
     watch(modulation, "adagn", lambda x, *_, dropout, **__: (x[0, ..., 0].numel(), x.shape[-1], dropout > 0))
-    watch(layers, "voxelize_conv3d", lambda x, coords, w, r, plan: (x.shape[1], r, x.shape[2]))
+    watch(layers, "voxelize_conv3d_moments", lambda x, coords, w, r, plan: (x.shape[1], r, *w.shape[1::-1]))
+    watch(voxel_conv, "avg_voxelize", lambda x, coords, r, **_: (x.shape[1], r, x.shape[2]))
     watch(layers, "adagn_devoxelize", lambda v, coords, *_, **__: (coords.shape[1], v.shape[1], v.shape[-1]))
     watch(layers, "three_interpolate", lambda x, w, idx: (idx.shape[1], x.shape[1], x.shape[2]))
-    watch(layers, "group_offsets", lambda x, idx, *_: (x.shape[1], *idx.shape[1:], x.shape[2]))
-    watch(layers, "adagn_max_neighbors", lambda x, *_, **__: tuple(x.shape[1:]))
+    for module in (layers, group_mlp):
+        watch(module, "group_offsets", lambda x, idx, *_, **__: (x.shape[1], *idx.shape[1:], x.shape[2]))
+        watch(module, "adagn_max_neighbors", lambda x, *_, **__: tuple(x.shape[1:]))
+    watch(layers, "group_mlp_max", lambda x, idx, o, w, s, matrix, *_: (*idx.shape[1:], *matrix.shape[::-1]))
+    watch(attention, "linear_attention", lambda qkv: (qkv.shape[1], *qkv.shape[3:]))
     watch(plan, "three_nn", lambda x, centers: (x.shape[1], centers.shape[1]))
     watch(plan, "furthest_point_sample", lambda x, m: (x.shape[1], m))
     watch(plan, "ball_query", lambda centers, x, radius, k: (x.shape[1], centers.shape[1], k))
@@ -118,8 +122,11 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         lion.point_prior(h, torch.tensor([5]), z)
 
     covered: set[tuple[str, Any]] = {("adagn", shape) for shape in census.NORMALIZED}
-    for name, table in (("voxelize_conv3d", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
+    for name, table in (("avg_voxelize", census.VOXELIZED), ("adagn_devoxelize", census.GATHERED)):
         covered |= {(name, (n, r, c)) for (n, r), channels in table.items() for c in channels}
+    for (n, r), channels in census.CONVOLVED.items():
+        covered |= {("voxelize_conv3d_moments", (n, r, *of)) for of in channels}
+    covered |= {("linear_attention", (n, h, 32)) for n, h in census.ATTENDED}
     K = census.NEIGHBORS
     for n, m in census.LEVELS:
         covered |= {("three_nn", (n, m)), ("furthest_point_sample", (n, m)), ("ball_query", (n, m, K))}
@@ -127,5 +134,6 @@ def test_covers_the_layers_of_lion(monkeypatch: pytest.MonkeyPatch) -> None:
         covered |= {("group", (n, m, k, 3)) for k in (1, K)}
         covered |= {("group_offsets", (n, m, K, c)) for c in census.NEIGHBORHOODS[n]}
         covered |= {("adagn_max_neighbors", (m, K, c)) for c in census.MAXIMA[m]}
+        covered |= {("group_mlp_max", (m, K, *of)) for of in census.ABSTRACTED.get(m, ())}
     assert len(seen) > 50
     assert seen - covered == set()

@@ -86,6 +86,15 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda *a, impl: kernels.group_offsets(*a, torch.ones(6, 3, device=DEVICE), impl=impl),
         (cloud(5, 6), index(4, 3), cloud(4, 3, 3)),
     ),
+    "group_mlp_max": (
+        lambda x, idx, offsets, *style, impl: kernels.group_mlp_max(
+            *(x, idx, offsets, torch.ones(6, 3, device=DEVICE), kernels.Style(*style[:3])),
+            *(torch.ones(4, 6, device=DEVICE), kernels.Style(*style[3:]), 2),
+            impl=impl,
+        ),
+        (cloud(5, 6), index(4, 3), cloud(4, 3, 3), *(cloud(6) for _ in range(3)), *(cloud(4) for _ in range(3))),
+    ),
+    "linear_attention": (kernels.linear_attention, (cloud(5, 3, 2, 4),)),
     "dropout": (lambda x, impl: kernels.dropout(x, 0.5, KEY, impl=impl), (cloud(5, 6),)),
     "adagn_devoxelize": (
         lambda x, p, *style, impl: kernels.adagn_devoxelize(
@@ -128,6 +137,6 @@ def test_no_clouds_make_no_results(name: str, impl: Impl) -> None:
 
 
 def test_every_op_is_tried_without_clouds() -> None:
-    no_batch = {"VoxelPlan", "plan_voxels", "voxel_coords", "check_finite", "exact_emd", "normal_noise"}
+    no_batch = {"Style", "VoxelPlan", "plan_voxels", "voxel_coords", "check_finite", "exact_emd", "normal_noise"}
     matrices = {"pairwise_chamfer", "pairwise_emd"}
     assert {name.partition("-")[0] for name in BATCHED} == set(kernels.__all__) - no_batch - matrices

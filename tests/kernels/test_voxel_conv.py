@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_triton.kernels import voxel, voxel_conv
+from lion_triton.kernels import _dot, adagn, voxel, voxel_conv
+from lion_triton.kernels._dot import by_matrix_units, factors_like
 from lion_triton.kernels.voxel import plan_voxels
 from lion_triton.kernels.voxel_conv import (
     _pays,
     _spread_bwd_op,
     _spread_op,
+    _voxelize_conv3d_bwd_op,
+    _voxelize_conv3d_op,
     conv3d,
     voxelize_conv3d,
+    voxelize_conv3d_moments,
     voxelize_conv3d_reference,
 )
 from lion_triton.models.layers import PVConv
@@ -146,6 +151,109 @@ def test_opcheck_and_compile() -> None:
     inputs = features, coords, weight, cotangent
     for x, y in zip(_results(compiled, inputs, 3, plan=plan), _results(voxelize_conv3d, inputs, 3), strict=True):
         assert torch.equal(x, y)
+
+
+# Triton. B, N, C, C2, R
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_CASES: list[tuple[int, int, int, int, int, Coords]] = [
+    (1, 1, 1, 1, 4, _random),
+    (2, 31, 20, 33, 4, _random),
+    (1, 9, 70, 130, 4, _random),  # more channels than a program has
+    (2, 24, 3, 5, 4, _one_voxel),
+    (2, 13, 5, 4, 4, _corners),
+    (3, 11, 4, 3, 4, _not_contiguous),
+    (1, 31, 2, 8, 8, _random),  # several cubes
+]
+
+
+@pytest.mark.parametrize(
+    ("B", "N", "C", "C2", "R", "kind", "dtype"),
+    [(*case, torch.float32) for case in TRITON_CASES] + [(*case, torch.bfloat16) for case in TRITON_CASES[1::4]],
+)
+def test_triton(
+    B: int, N: int, C: int, C2: int, R: int, kind: Coords, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(voxel_conv, "_LEAST_POINTS", 16)  # several parts of the weight's gradient
+    inputs = tuple(x.to(DEVICE) for x in _inputs(B, N, C, C2, R, kind, dtype))
+    got = _results(voxelize_conv3d, inputs, R, impl="triton")
+    again = _results(voxelize_conv3d, inputs, R, impl="triton", plan=plan_voxels(inputs[1], R, impl="triton"))
+    exact = tuple(x.double() for x in inputs)
+    expected = _results(voxelize_conv3d_reference, exact, R, impl="reference")
+    for x, y, z in zip(got, again, expected, strict=True):
+        assert torch.equal(x, y)
+        assert x.dtype == dtype
+        assert x.shape == z.shape
+        assert (x.double() - z).norm() <= TOLERANCE[dtype] * z.norm()
+
+
+def test_moments_are_those_of_the_result_and_adagn_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[adagn.__module__], "_HELD", 0)  # whose name the function has taken
+    features, coords, weight, _ = (x.to(DEVICE) for x in _inputs(1, 20, 2, 16, 8, _random, torch.float32))
+    grid, moments = voxelize_conv3d_moments(features.requires_grad_(), coords, weight, 8, impl="triton")
+    assert moments is not None
+    cubes = grid.detach().unflatten(3, (2, 4)).unflatten(2, (2, 4)).unflatten(1, (2, 4))
+    cubes = cubes.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(1, 8, 64, 16)
+    torch.testing.assert_close(moments[:, :, 0], cubes.mean(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments[:, :, 1], 64 * cubes.var(2, correction=0), rtol=1e-4, atol=1e-5)
+    assert not moments.requires_grad
+
+    style = [torch.randn(1, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    results = []
+    for given in (moments, None):
+        y = adagn(grid, *style[:2], None, None, 8, act="silu", offset=style[2], moments=given, impl="triton")
+        results.append([y, *torch.autograd.grad(y, [grid, *style], torch.ones_like(y))])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for wrong, message in (
+        (moments[:, :7], "parts of equal size of 512 positions, got torch.float32 and 7 parts"),
+        (moments.double(), "got torch.float64 and 8 parts"),
+        (moments[:, :, :1], r"moments: expected shape \(1, 8, 2, 16\), got \(1, 8, 1, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adagn(grid, None, None, None, None, 8, moments=wrong)
+
+
+def test_triton_on_other_grids_is_the_whole_grid() -> None:
+    """Those that cubes do not fill, or points fill; and gradients that nobody asks for are not made."""
+    for N, R, cubes in ((5, 4, True), (33, 4, False), (5, 5, False)):
+        features, coords, weight, cotangent = (x.to(DEVICE) for x in _inputs(1, N, 2, 3, R, _random, torch.float32))
+        grid, moments = voxelize_conv3d_moments(features, coords, weight.requires_grad_(), R, impl="triton")
+        assert (moments is not None) == cubes
+        expected = voxelize_conv3d_reference(features, coords, weight, R)
+        torch.testing.assert_close(grid, expected, rtol=1e-5, atol=1e-5)
+        got, wanted = (torch.autograd.grad(y, weight, cotangent)[0] for y in (grid, expected))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck_and_compile_by_triton() -> None:
+    features, coords, weight, _ = (x.to(DEVICE) for x in _inputs(2, 6, 2, 3, 4, _random, torch.float32))
+    plan = plan_voxels(coords, 4, impl="triton")
+    assert plan.cells is not None
+    kernel = weight.permute(0, 2, 3, 4, 1).flatten(1, 3).contiguous()
+    leaves = features.contiguous().requires_grad_(), kernel.clone().requires_grad_()
+    # Rows of points that are not the first in their voxel are never read, and hold anything: no values are compared.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (leaves[0], plan.coords, *plan.cells, leaves[1], 4)
+    torch.library.opcheck(_voxelize_conv3d_op.overload, arguments, test_utils=checks)
+    out, _, *saved = _voxelize_conv3d_op(features, plan.coords, *plan.cells, kernel, 4)
+    backward = (out, features, plan.coords, plan.cells.order, *saved, kernel, True)
+    torch.library.opcheck(_voxelize_conv3d_bwd_op.overload, backward, test_utils=("test_schema", "test_faketensor"))
+    call = lambda x, w: voxelize_conv3d(x, coords, w, 4, plan=plan, impl="triton")  # noqa: E731
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features, weight), call(features, weight))
+
+
+def test_products_are_as_precise_as_pytorch_is_told_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dot, "_INTERPRETED", False)
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert factors_like(torch.zeros(1), "conv")["PRECISION"] == precision
+        assert by_matrix_units(torch.zeros(1), "conv") == allowed
+    assert by_matrix_units(torch.zeros(1, dtype=torch.bfloat16), "conv")
+    assert not by_matrix_units(torch.zeros(1, dtype=torch.float64), "conv")
+    inputs = _inputs(1, 6, 2, 3, 4, _random, torch.float32)[:3]
+    compiled = torch.compile(lambda *v: voxelize_conv3d(*v, 4, impl="triton"), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), voxelize_conv3d_reference(*inputs, 4))
 
 
 @pytest.mark.parametrize(

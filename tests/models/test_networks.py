@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lion_triton.config import PRESETS, quickstart, with_networks
 from lion_triton.kernels import group
 from lion_triton.models import LION, LIONConfig
-from lion_triton.models.attention import Attention, linear_attention, softmax_attention
+from lion_triton.models.attention import Attention, softmax_attention
 from lion_triton.models.layers import FeaturePropagation, PVConv, SetAbstraction, SqueezeExcite, sinusoidal_embedding
 from lion_triton.models.modulation import Modulation, NormPlace, normalize
 from lion_triton.models.plan import LevelGeometry, SetAbstractionGeometry, plan_points
@@ -186,17 +186,6 @@ def test_standardised_latents(clouds: Tensor) -> None:
     torch.testing.assert_close(spread, torch.ones(32), rtol=1e-4, atol=1e-4)
     assert lion.h_std[0] == lion.h_std[1] == lion.h_std[2]  # one scale: shapes keep their proportions
     torch.testing.assert_close(((h - lion.h_mean) / lion.h_std).std(), torch.tensor(1.0), rtol=0.05, atol=0.0)
-
-
-def test_linear_attention_against_its_formula() -> None:
-    q, k, v = torch.randn(3, 2, 7, 4, 5, dtype=torch.float64).unbind(0)
-    expected = torch.zeros_like(q)
-    for b in range(2):
-        for h in range(4):
-            weights = torch.exp(k[b, :, h]) / torch.exp(k[b, :, h]).sum(0)
-            context = weights.T @ v[b, :, h]
-            expected[b, :, h] = q[b, :, h] @ context
-    torch.testing.assert_close(linear_attention(q, k, v), expected)
 
 
 def test_softmax_attention_against_its_formula() -> None:

@@ -74,7 +74,16 @@ def test_a_training_step_is_that_of_the_references(monkeypatch: pytest.MonkeyPat
 
     reference, ours = use(False), use(True)
     families = {"adagn", "adagn_devoxelize", "adagn_max_neighbors", "diffusion", "emd", "losses", "nearest", "noise"}
-    assert asked >= families | {"neighborhood", "query", "rows", "sampling", "voxel"}
+    assert asked >= families | {
+        "group_mlp",
+        "linear_attention",
+        "neighborhood",
+        "query",
+        "rows",
+        "sampling",
+        "voxel",
+        "voxel_conv",
+    }
     assert reference.keys() == ours.keys()
     assert len(reference) > 100
     for name, expected in reference.items():

@@ -51,6 +51,32 @@ def test_group_offsets(draw: Draw) -> str:
     return both(draw, kernels.group_offsets, [features, index(draw, N, B, M, K), offsets, weight], loose=4)
 
 
+@property_of(6)
+def test_group_mlp_max(draw: Draw) -> str:
+    B, N, M, _ = sizes(draw)
+    groups, K = size(draw, 1, 2), size(draw, 1, 4)
+    C, C2 = (groups * size(draw, 3, 5) for _ in range(2))
+
+    def drawn(*shape: int) -> Tensor:
+        return tensor(draw, *shape, dtype=dtype_of(draw), kinds=("normal", "grid"))
+
+    def op(x: Any, idx: Any, offsets: Any, weight: Any, matrix: Any, g: Any, *style: Any, impl: Any) -> Tensor:
+        styles = kernels.Style(*style[:3]), kernels.Style(*style[3:])
+        return kernels.group_mlp_max(x, idx, offsets, weight, styles[0], matrix, styles[1], g, impl=impl)
+
+    shared = [one_of(draw, None, drawn(B, channels)) for channels in (C, C2)]
+    styles = [drawn(B, C), drawn(B, C), shared[0], drawn(B, C2), drawn(B, C2), shared[1]]
+    points = [drawn(B, N, C), index(draw, N, B, M, K), drawn(B, M, K, 3), drawn(C, 3)]
+    return both(draw, op, [*points, drawn(C2, C), groups, *styles], loose=100)
+
+
+@property_of(6)
+def test_linear_attention(draw: Draw) -> str:
+    B, N, _, _ = sizes(draw)
+    x = tensor(draw, B, N, 3, size(draw, 1, 3), size(draw, 1, 5), dtype=dtype_of(draw), kinds=("normal", "grid"))
+    return both(draw, kernels.linear_attention, [x], loose=30)
+
+
 def coords_of(draw: Draw, B: int, N: int) -> Tensor:
     return tensor(draw, B, N, 3, dtype=one_of(draw, torch.float32, torch.float64))
 
