@@ -71,7 +71,8 @@ class Processes:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.log = out.with_suffix(".log")
-        self.logged = self.log.stat().st_size if self.log.exists() else 0
+        self.log.touch()
+        self.logged = self.log.stat().st_size
         self.codes: dict[int, int] = {}
         self.checkpoints = out / "checkpoints"
         self.pids = [_fork(config, out, self.log, rank, count, port) for rank in range(count)]
