@@ -20,6 +20,8 @@ from lion_triton.data.containers import Container
 from lion_triton.data.degraded import VoxelGrid
 from lion_triton.data.find import one_line
 from lion_triton.data.meshes import SetOfShapes, read_shape
+from lion_triton.data.procedural import CLASSES, oriented_furniture
+from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
 from lion_triton.devices import autocast, best_device
 from lion_triton.evaluation.sets import open_clouds
 from lion_triton.generation.encoders import EncoderRun
@@ -177,7 +179,10 @@ def read_voxels(option: str, path: Path, encoders: EncoderRun, num_points: int, 
 
 def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 3"], str]:
     """Cloud ``index`` of a set, and the name of its class, "" if unknown."""
-    clouds = open_clouds(option, path, "test", count=index + 1)
+    if path == "procedural":  # of which only this one is made
+        points, _ = oriented_furniture(index, PROCEDURAL_POINTS, PROCEDURAL_SEEDS["held_out"])
+        return points, CLASSES[index % len(CLASSES)]
+    clouds = open_clouds(option, path, "test")
     if index >= len(clouds):
         raise ValueError(f"{option}: expected a cloud 0 to {len(clouds) - 1} of {path}, got {index}")
     name = clouds.clouds.classes[clouds.clouds.labels[index]]
