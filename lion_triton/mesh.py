@@ -32,8 +32,7 @@ from lion_triton.surface.storage import load_surface
 RECORD = "meshes.json"
 SHOWN = 64  # meshes in the picture
 STREAM = 10  # of random numbers: which points of a cloud are taken; 0 to 9 are taken elsewhere
-SURFACE_POINTS = 8192  # drawn of a mesh, without a network, which knows its own
-DEFAULT_SIGMA = 0.01  # likewise
+DEFAULT_POINTS, DEFAULT_SIGMA = 8192, 0.01  # drawn of a mesh, and blur, without a network, which knows its own
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
         clouds, args, generated = _generated(args)
         record |= generated
     else:
-        given = read_clouds("clouds", str(target), needed or SURFACE_POINTS, args.seed)
+        given = read_clouds("clouds", str(target), needed or DEFAULT_POINTS, args.seed)
         clouds = [_points(cloud, i, needed, args.seed) for i, cloud in enumerate(given)]
     meshes = []
     for i, cloud in enumerate(tqdm(clouds, "meshes", unit="mesh", disable=None)):

@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class EncoderRun(Part):
-    """That of encoders for one kind of input."""
+    """Encoders for one kind of input."""
 
     training: EncoderTraining
     place: Place
@@ -59,6 +59,7 @@ class EncoderRun(Part):
 
 
 def part_name(kind: InputKind) -> str:
+    """Of the encoders for such inputs."""
     return f"encoders/{kind}"
 
 

@@ -14,7 +14,7 @@ FOLDER = "surface"
 
 @dataclass(frozen=True)
 class SurfaceRun(Part):
-    """A surface network's."""
+    """A surface network."""
 
     training: SurfaceTraining
     config: SurfaceConfig
