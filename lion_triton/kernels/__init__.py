@@ -15,6 +15,7 @@ from lion_triton.kernels.emd import approx_emd, exact_emd
 from lion_triton.kernels.gather import group, three_interpolate
 from lion_triton.kernels.knn import knn
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
+from lion_triton.kernels.moments import local_moments
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
 from lion_triton.kernels.neighborhood import group_offsets
 from lion_triton.kernels.noise import normal_noise
@@ -43,6 +44,7 @@ __all__ = [
     "group",
     "group_offsets",
     "knn",
+    "local_moments",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",
