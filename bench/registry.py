@@ -727,8 +727,8 @@ NEIGHBORS = (
         ours=kernels.local_moments,
         eager=local_moments_eager,
         exact={"sqdist": direct_squared},
-        # At each radius, after the distance: the weight 3, its sum 1, means 6, second moments 12.
-        forward=lambda s: Cost(s.B * s.N * (12 + 120), 3 * 29 * s.B * s.N**2),
+        # The distance once; at each radius the weight 4, its sum 1, means 6, second moments 12.
+        forward=lambda s: Cost(s.B * s.N * (12 + 120), (7 + 3 * 23) * s.B * s.N**2),
     ),
     Op(
         "group",

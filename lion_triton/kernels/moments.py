@@ -25,7 +25,6 @@ from lion_triton.kernels._triton import cdiv, launch, tl, triton
 
 MOMENTS = 10  # log W, m, and C as xx, xy, xz, yy, yz, zz
 _COLUMNS = 16  # of the reference's product: with 10 it takes three times as long
-_LEFT, _RIGHT = [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]  # coordinates that C is of
 _BLOCKS, _WARPS = (256, 128), 4
 
 
@@ -37,7 +36,7 @@ def local_moments_reference(points: Float[Tensor, "B N 3"], radius: float, scale
     points = upcast(points.detach())
     centered = points - points.mean(1, keepdim=True)
     powers = points.new_zeros(*points.shape[:2], _COLUMNS)
-    powers[..., 0], powers[..., 1:4], powers[..., 4:MOMENTS] = 1, centered, centered[..., _LEFT] * centered[..., _RIGHT]
+    powers[..., 0], powers[..., 1:4], powers[..., 4:MOMENTS] = 1, centered, _products(centered)
     sums = points.new_empty(*points.shape[:2], scales, MOMENTS)
     for b, i, sqdist in sqdist_blocks(points, points):
         for scale in range(scales):
@@ -46,8 +45,13 @@ def local_moments_reference(points: Float[Tensor, "B N 3"], radius: float, scale
     radii = radius / 2.0 ** torch.arange(scales, device=points.device, dtype=points.dtype)[:, None]
     total = sums[..., :1]
     mean, second = sums[..., 1:4] / total, sums[..., 4:] / total
-    spread = (second - mean[..., _LEFT] * mean[..., _RIGHT]) / radii / radii  # their square may not be a number
+    spread = (second - _products(mean)) / radii / radii  # their squares may overflow
     return torch.cat([total.log(), (mean - centered[:, :, None]) / radii, spread], -1)
+
+
+def _products(x: Float[Tensor, "... 3"]) -> Float[Tensor, "... 6"]:
+    """xx, xy, xz, yy, yz, zz"""
+    return torch.cat([x[..., i : i + 1] * x[..., i:] for i in range(3)], -1)
 
 
 @triton.jit
