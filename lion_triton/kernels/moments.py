@@ -20,38 +20,38 @@ from torch import Tensor
 
 from lion_triton.kernels._checks import Impl, check_integer, check_points, sums_dtype, upcast, use_triton
 from lion_triton.kernels._op import op
-from lion_triton.kernels._points import (
-    load_points,
-    load_scalars,
-    points_at_a_time,
-    points_per_program,
-    sqdist_blocks,
-)
+from lion_triton.kernels._points import load_points, load_scalars, points_at_a_time, points_per_program, sqdist_blocks
 from lion_triton.kernels._triton import cdiv, launch, tl, triton
 
 MOMENTS = 10  # log W, m, and C as xx, xy, xz, yy, yz, zz
 _COLUMNS = 16  # of the reference's product: with 10 it takes three times as long
-_BLOCKS, _WARPS = (256, 128, 64, 32), 4
+_BLOCKS, _WARPS = (256, 128), 4
 
 
 def local_moments_reference(points: Float[Tensor, "B N 3"], radius: float, scales: int) -> Float[Tensor, "B N S 10"]:
-    """Plain PyTorch form of :func:`local_moments`: matrix products of the weights with all points' powers."""
+    """Plain PyTorch form of :func:`local_moments`: matrix products of the weights with powers of all coordinates.
+
+    These count from the cloud's centre: at a distance d from there C is off by about eps (d / r)^2.
+    """
     points = upcast(points.detach())
     centered = points - points.mean(1, keepdim=True)
-    x, y, z = centered.unbind(-1)
     powers = points.new_zeros(*points.shape[:2], _COLUMNS)
-    for column, power in enumerate((torch.ones_like(x), x, y, z, x * x, x * y, x * z, y * y, y * z, z * z)):
-        powers[..., column] = power
+    powers[..., 0], powers[..., 1:4], powers[..., 4:MOMENTS] = 1, centered, _products(centered)
     sums = points.new_empty(*points.shape[:2], scales, MOMENTS)
     for b, i, sqdist in sqdist_blocks(points, points):
         for scale in range(scales):
-            weights = torch.rsub(sqdist, (radius / 2.0**scale) ** 2).clamp_min_(0).square_()  # times r^4
+            weights = torch.rsub(sqdist, 1, alpha=4.0**scale / radius / radius).clamp_min_(0).square_()
             sums[b, i, scale] = (weights @ powers[b])[..., :MOMENTS]
     radii = radius / 2.0 ** torch.arange(scales, device=points.device, dtype=points.dtype)[:, None]
     total = sums[..., :1]
     mean, second = sums[..., 1:4] / total, sums[..., 4:] / total
-    spread = (second - mean[..., [0, 0, 0, 1, 1, 2]] * mean[..., [0, 1, 2, 1, 2, 2]]) / radii.square()
-    return torch.cat([(total / radii**4).log(), (mean - centered[:, :, None]) / radii, spread], -1)
+    spread = (second - _products(mean)) / radii / radii  # their squares may overflow
+    return torch.cat([total.log(), (mean - centered[:, :, None]) / radii, spread], -1)
+
+
+def _products(x: Float[Tensor, "... 3"]) -> Float[Tensor, "... 6"]:
+    """xx, xy, xz, yy, yz, zz"""
+    return torch.cat([x[..., i : i + 1] * x[..., i:] for i in range(3)], -1)
 
 
 @triton.jit
@@ -142,5 +142,5 @@ def local_moments(
         raise ValueError(f"radius: expected a number > 0, got {radius!r}")
     scales = check_integer("scales", scales, least=1)
     if not use_triton(impl, points):
-        return local_moments_reference(points, radius, scales)
+        return local_moments_reference(points, float(radius), scales)
     return _local_moments_op(points.detach(), float(radius), scales)
