@@ -36,7 +36,8 @@ def local_moments_reference(points: Float[Tensor, "B N 3"], radius: float, scale
     points = upcast(points.detach())
     centered = points - points.mean(1, keepdim=True)
     powers = points.new_zeros(*points.shape[:2], _COLUMNS)
-    powers[..., 0], powers[..., 1:4], powers[..., 4:MOMENTS] = 1, centered, _products(centered)
+    powers[..., 0].fill_(1)
+    powers[..., 1:4], powers[..., 4:MOMENTS] = centered, _products(centered)
     sums = points.new_empty(*points.shape[:2], scales, MOMENTS)
     for b, i, sqdist in sqdist_blocks(points, points):
         for scale in range(scales):
