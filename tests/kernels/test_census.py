@@ -17,7 +17,7 @@ from tests import fresh
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """For one GPU and bfloat16; ``make census`` does it for all. Triton 3.6 lets two variants spill 2 and 12 accesses."""
+    """For one GPU and bfloat16; ``make census`` does it for all. Triton 3.6 lets two variants spill, 2 and 12 times."""
     result = fresh.python("-m", "lion_triton.kernels.census", "sm_90", "--check", "--brief", "--dtype", "bfloat16")
     faults = {line.split()[1] for line in result.stderr.splitlines() if line.startswith("sm_90 ")}
     older = triton.__version__.startswith("3.6.")
