@@ -209,7 +209,8 @@ class FeaturePropagation(nn.Module):
 
 
 def _options(network: UNet) -> tuple[Any, ...]:
-    return network.config.attention, network.config.skip, network.config.residual
+    config = network.config
+    return config.attention, config.skip, config.residual, config.moments
 
 
 class PlainPointPrior(nn.Module):
@@ -222,7 +223,7 @@ class PlainPointPrior(nn.Module):
         super().__init__()
         ours, time_dim = prior.network, prior.config.time_dim
         unconditional = prior.class_embedding is None and prior.clip_projection is None
-        if not isinstance(ours, UNet) or not unconditional or _options(ours) != ("linear", "input", False):
+        if not isinstance(ours, UNet) or not unconditional or _options(ours) != ("linear", "input", False, 0):
             raise ValueError(
                 f"prior: expected the published kind, without conditions but its style, got {prior.config}"
             )

@@ -511,6 +511,20 @@ def three_nn_eager(points: Tensor, centers: Tensor, sqdist: SquaredDistances = c
     return w / w.sum(-1, keepdim=True), idx.int()
 
 
+def local_moments_eager(points: Tensor, radius: float, sqdist: SquaredDistances = cdist_squared) -> Tensor:
+    offsets, d = points[:, None] - points[:, :, None], sqdist(points, points)
+    moments = []
+    for r in (radius, radius / 2, radius / 4):
+        w = (1 - d / r**2).relu().square()
+        total = w.sum(2, keepdim=True)
+        mean = (w[:, :, None] @ offsets)[:, :, 0] / total / r
+        second = offsets.mT @ (w[..., None] * offsets) / total[..., None] / r**2
+        spread = second - mean[..., None] * mean[..., None, :]
+        i, j = torch.triu_indices(3, 3, device=points.device)
+        moments.append(torch.cat([total.log(), mean, spread[..., i, j]], -1))
+    return torch.stack(moments, 2)
+
+
 def group_eager(features: Tensor, idx: Tensor) -> Tensor:
     return features[torch.arange(len(features), device=features.device)[:, None, None], idx.long()]
 
@@ -703,6 +717,18 @@ NEIGHBORS = (
         exact={"sqdist": direct_squared},
         forward=lambda s: Cost(_cloud_bytes(s) + 24 * s.B * s.N, 8 * _pairs(s)),
         peers={name: _three_nn_by(knn) for name, knn in KNN.items()},
+    ),
+    Op(
+        "local_moments",
+        ("tests/kernels/test_moments.py",),
+        (Shape(32, 2048), Shape(32, 1024), Shape(512, 2048)),
+        Shape(2, 256),
+        inputs=lambda s, draw: (draw.points(s.B, s.N), 0.8),
+        ours=kernels.local_moments,
+        eager=local_moments_eager,
+        exact={"sqdist": direct_squared},
+        # The distance once; at each radius the weight 4, its sum 1, means 6, second moments 12.
+        forward=lambda s: Cost(s.B * s.N * (12 + 120), (7 + 3 * 23) * s.B * s.N**2),
     ),
     Op(
         "group",

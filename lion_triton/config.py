@@ -209,6 +209,7 @@ def quickstart() -> TrainConfig:
         dropout=0.0,
         skip="convolved",
         residual=True,
+        moments=1.0,
     )
     classes = 5
     return TrainConfig(

@@ -38,6 +38,7 @@ Spacing = Literal["uniform", "quadratic", "trailing"]
 Data = Float[Tensor, "B ..."]
 PerCloud = Float[Tensor, " B"]
 Times = Int64[Tensor, " B"]
+Residuals = Float[Tensor, "S B ..."]
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> like x_t
 Callback = Callable[[int, int, Tensor], None]  # (step from 1, t that it left, the sample it made)
 
@@ -380,11 +381,14 @@ def _sample(
     steps: Steps,
     clip: float | None,
     callback: Callback | None,
+    residuals: Tensor | None = None,
 ) -> Tensor:
     chain = Chain(eps_model, x_T, schedule.num_train_timesteps, clip)
     chain.start(x_T, steps, key)
     for i, t in enumerate(steps.times.tolist(), 1):
         chain.step()
+        if residuals is not None:
+            chain.x.copy_(chain.x + residuals[i - 1])
         if callback is not None:
             callback(i, t, chain.x.clone())
     return chain.x
@@ -418,13 +422,19 @@ def ddim(
     eta: float = 0.0,
     spacing: Spacing = "uniform",
     clip: float | None = None,
+    residuals: Residuals | None = None,
     callback: Callback | None = None,
 ) -> Data:
     """DDIM sampling (DDIM eq. 12 and 16): ``eta`` 0 is deterministic, 1 is ``ddpm`` with "fixed_small".
 
-    Times from ``timesteps``; all else as in ``ddpm``.
+    Times from ``timesteps``; ``residuals``, those of a ``Trajectory``, are added after each step; all else as in
+    ``ddpm``. Raises ``ValueError`` for residuals of another shape.
     """
-    return _sample(eps_model, x_T, schedule, key, ddim_steps(schedule, steps, eta, spacing), clip, callback)
+    chosen = ddim_steps(schedule, steps, eta, spacing)
+    if residuals is not None and residuals.shape != (steps, *x_T.shape):
+        expected, got = (tuple(shape) for shape in ((steps, *x_T.shape), residuals.shape))
+        raise ValueError(f"residuals: expected shape {expected}, got {got}")
+    return _sample(eps_model, x_T, schedule, key, chosen, clip, callback, residuals)
 
 
 @torch.no_grad()
@@ -537,6 +547,27 @@ def slerp(a: Data, b: Data, weight: PerCloud) -> Data:
     return _over(of_a, a) * a + _over(of_b, b) * b
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """How a deterministic sampler comes to a sample: the noise it starts from, and what is added after each step.
+
+    ``residuals`` are what DDIM's steps miss on the way to the sample that this is the inverse of; None: nothing.
+    Float64, in which the difference of two float32 numbers is exact: the way back ends bit for bit where it began.
+    """
+
+    noise: Data
+    residuals: Residuals | None = None
+
+    def towards(self, other: Trajectory, weight: PerCloud) -> Trajectory:
+        """What lies between: noises on the arc (see ``slerp``), residuals on the line."""
+        noise, residuals = slerp(self.noise, other.noise, weight), None
+        ends = [(self.residuals, 1 - weight), (other.residuals, weight)]
+        shares = [_over(share, noise).to(r) * r for r, share in ends if r is not None]
+        if shares:
+            residuals = sum(shares[1:], shares[0])
+        return Trajectory(noise, residuals)
+
+
 @torch.no_grad()
 def ddim_inverse(
     eps_model: Model,
@@ -546,49 +577,45 @@ def ddim_inverse(
     steps: int = 50,
     spacing: Spacing = "uniform",
     clip: float | None = None,
-    iterations: int = 5,
+    iterations: int = 3,
     callback: Callback | None = None,
-) -> Data:
-    """The x_T from which ``ddim`` with ``eta`` 0 and the same steps, spacing and clip makes x_0.
+) -> Trajectory:
+    """The noise and the residuals from which ``ddim`` with ``eta`` 0 and the same steps, spacing and clip makes x_0.
 
-    A step of DDIM gives x_s from x_t; its inverse is the solution of ``step(x_t) = x_s``. That takes ``iterations``
-    evaluations of the network per step, each of which adds to x_t what is missing of x_s, divided by ``alpha_t alpha_s
-    + sigma_t sigma_s``: the slope of a step where the data are standard normal, so that there one evaluation is exact.
-    (The first is DDIM section 4.3, which takes eps at x_s for that at x_t.) Where a sample comes no nearer, as networks
-    that choose points make it happen, it goes on from the nearest with half of that.
+    A step of DDIM gives x_s from x_t; its inverse is the solution of ``step(x_t) = x_s``. It is sought by
+    ``iterations`` evaluations of the network per step, from x_s (DDIM section 4.3) on. Each but the last adds to x_t
+    what is missing of x_s, divided by the slope of a step where the data are standard normal, so that there the second
+    is exact. Where a sample comes no nearer, as networks that choose points make it happen, it goes on from the nearest
+    with half of that. What is still missing at the nearest is the step's residual.
 
     ``callback`` gets (step from 1, t that it reached, the sample there). Float32 (float64 if x_0 is), no gradient.
     Raises ``ValueError`` for fewer than one iteration.
     """
     if iterations < 1:
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
-    ts = timesteps(schedule.num_train_timesteps, steps, spacing).flip(0)
-    log_t = schedule.log_abar[ts]
-    log_s = torch.cat([torch.zeros_like(log_t[:1]), log_t[:-1]])
-    alphas_and_sigmas = [f for log in (log_t, log_s) for f in ((log / 2).exp(), (-torch.expm1(log)).sqrt())]
-    x = _at_least_float32(x_0)
-    rows = torch.stack(alphas_and_sigmas, 1).to(x)
-    times = ts.to(x.device)[:, None].expand(-1, x.shape[0]).contiguous()
-    for i, t in enumerate(ts.tolist()):
-        alpha_t, sigma_t, alpha_s, sigma_s = rows[i]
-        x_s, slope = x, alpha_t * alpha_s + sigma_t * sigma_s
-        best = missing = x
-        least, step = x.new_full((len(x),), torch.inf), x.new_ones(len(x))
+    chosen, x = ddim_steps(schedule, steps, 0.0, spacing), _at_least_float32(x_0)
+    coef_x, coef_eps, _, _, sigma = chosen.coefficients.T
+    slopes = (coef_x - coef_eps * sigma).tolist()  # where the data are standard normal: eps is sigma_t x_t
+    chain, residuals = Chain(eps_model, x, schedule.num_train_timesteps, clip), []
+    key = torch.zeros(2, dtype=torch.int64, device=x.device)  # of noise that eta 0 multiplies by 0
+    for i in reversed(range(steps)):
+        step = Steps(chosen.times[i : i + 1], chosen.coefficients[i : i + 1])
+        x_s, best, residual = x, x, torch.zeros_like(x, dtype=torch.float64)
+        least, share = residual.new_full((len(x),), torch.inf), residual.new_ones(len(x))
         for _ in range(iterations):
-            eps = eps_model(x, times[i]).to(x.dtype)
-            x_0 = (x - sigma_t * eps) / alpha_t
-            if clip is not None:
-                x_0 = x_0.clamp(-clip, clip)
-                eps = (x - alpha_t * x_0) / sigma_t
-            now = (x_s - alpha_s * x_0 - sigma_s * eps) / slope
-            norm = now.flatten(1).norm(dim=1)
-            better, enough = norm < least, norm < (1 - step / 4) * least
-            best, missing = (torch.where(_over(better, x), new, old) for new, old in ((x, best), (now, missing)))
-            least, step = torch.where(better, norm, least), torch.where(enough, step, step / 2)
-            x = best + _over(step, x) * missing
+            chain.start(x, step, key)
+            chain.step()
+            missing = x_s - chain.x.double()
+            norm = missing.flatten(1).norm(dim=1)
+            better, enough = norm < least, norm < (1 - share / 4) * least
+            best, residual = (torch.where(_over(better, x), new, old) for new, old in ((x, best), (missing, residual)))
+            least, share = torch.where(better, norm, least), torch.where(enough, share, share / 2)
+            x = (best + _over(share, x) * residual / slopes[i]).to(x.dtype)
+        x = best
+        residuals.append(residual)
         if callback is not None:
-            callback(i + 1, t, x)
-    return x
+            callback(steps - i, int(chosen.times[i]), x)
+    return Trajectory(x, torch.stack(residuals[::-1]))
 
 
 def diffuse_denoise(

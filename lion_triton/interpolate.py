@@ -27,11 +27,10 @@ from lion_triton.generation.inputs import (
     read_given_or_seed,
     reconstruct,
 )
-from lion_triton.generation.latents import between, decode, from_noise, match, seed_noise, to_noise
+from lion_triton.generation.latents import Noise, between, decode, from_noise, match, seed_noise, to_noise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
 from lion_triton.generation.progress import Begin, progress_bar
 from lion_triton.generation.prompts import Prompt, PromptArguments, own_prompts, read_prompts
-from lion_triton.models.lion import Latents
 from lion_triton.pictures import grid
 from lion_triton.runs import Run, open_run
 from lion_triton.sample import SampleArguments, by_distilled, resolved
@@ -82,7 +81,7 @@ class InterpolateArguments(PromptArguments):
 class End:
     """One end of the way: a noise, what it is denoised as, and the shape that it was made of, if any."""
 
-    noise: Latents  # of one cloud
+    noise: Noise  # of one cloud
     label: int | None
     prompt: Prompt | None
     given: Given | None = None
@@ -114,7 +113,7 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     a, b = (read_given_or_seed(o, text, run, num_points, args.seed) for o, text in (("a", args.a), ("b", args.b)))
     prompts = read_prompts(run, args, most=2)
     shapes = sum(isinstance(x, Given) for x in (a, b))
-    settings = deterministic(run, args.sampler, args.steps, clipped=shapes == 0)
+    settings = deterministic(run, args.sampler, args.steps)
 
     model = open_model(args.run, args.checkpoint)
     distilled = shapes == 0 and by_distilled(model.lion, settings)
@@ -149,12 +148,8 @@ def interpolate(args: InterpolateArguments) -> Interpolation:
     return Interpolation(points, out)
 
 
-def deterministic(
-    run: Run, sampler: Literal["ddim", "ode"] | None, steps: int | None, *, clipped: bool = True
-) -> SamplingConfig:
+def deterministic(run: Run, sampler: Literal["ddim", "ode"] | None, steps: int | None) -> SamplingConfig:
     """How to sample without randomness: as asked for, or as the run does, by DDIM where that is not deterministic.
-
-    clipped: clamp predictions as the run does. A latent beyond that has no noise that leads to it.
 
     Raises:
         ValueError: options that this run cannot be sampled with.
@@ -162,8 +157,7 @@ def deterministic(
     own = run.config.sampling.sampler
     chosen = sampler or ("ddim" if own == "ddpm" else own)
     eta = 0.0 if chosen == "ddim" else None
-    found = resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
-    return found if clipped else replace(found, clip_x0=None)
+    return resolved(run, SampleArguments(run.folder, sampler=chosen, steps=steps, eta=eta))
 
 
 def ends_of(

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from lion_triton import __version__
 from lion_triton.cli import run_cli
 from lion_triton.config import check_seed
+from lion_triton.data.find import safe_name
 from lion_triton.devices import best_device
-from lion_triton.evaluation.sets import fingerprint, open_clouds
+from lion_triton.evaluation.sets import fingerprint
+from lion_triton.generation.inputs import numbered, read_clouds
 from lion_triton.generation.output import check_finite, check_out, whole_folder
 from lion_triton.generation.prompts import PromptArguments, read_prompts
 from lion_triton.pictures import mesh_grid
@@ -30,7 +32,7 @@ from lion_triton.surface.storage import load_surface
 RECORD = "meshes.json"
 SHOWN = 64  # meshes in the picture
 STREAM = 10  # of random numbers: which points of a cloud are taken; 0 to 9 are taken elsewhere
-DEFAULT_SIGMA = 0.01  # without a network, which knows its own
+DEFAULT_POINTS, DEFAULT_SIGMA = 8192, 0.01  # drawn of a mesh, and blur, without a network, which knows its own
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class MeshArguments(PromptArguments):
 
     A run generates the clouds, and its surface network (``train PRESET --stage surface``) denoises them and tells their
     normals. Clouds from elsewhere need normals that are estimated, which takes dense clouds of solid shapes; or a run
-    whose surface network knows clouds like these.
+    whose surface network knows clouds like these. Of a mesh points are drawn from the surface.
 
     Examples, of a run's own samples, and of clouds that it made before:
         python -m lion_triton.mesh runs/quickstart --num-samples 16
@@ -49,7 +51,8 @@ class MeshArguments(PromptArguments):
 
     Attributes:
         clouds_or_run: a run folder or the name of a model that comes with the package; or clouds: a folder of clouds, a
-            folder written by sample, a .npz or .npy of (S, P, 3).
+            folder written by sample, a .npz or .npy of (S, P, 3), a file of one shape (obj, ply, off, stl, glb, gltf,
+            npy, npz, xyz, txt), FILE:3 for one of several, procedural:3 for one of the embedded shapes.
         num_samples: clouds to generate of a run, of each text, image and embedding if any is given; default 16.
         label: class of every cloud of a run; default: classes in turn.
         checkpoint: of the run, which generates; default the newest.
@@ -84,15 +87,16 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     is_run = (target / "config.json").is_file()
     _check(args, target, is_run)
     folder = open_run(target).results if is_run else target
-    out = args.out or (target.with_name(f"{target.stem}-meshes") if target.is_file() else folder / "meshes")
+    name = target.stem if target.is_file() else safe_name(target.name)  # of a file, or of one in it
+    out = args.out or (folder / "meshes" if target.is_dir() else target.with_name(f"{name}-meshes"))
     check_out(out, RECORD)
     mesher, needed, record = _mesher(args, is_run)
     if is_run:
         clouds, args, generated = _generated(args)
         record |= generated
     else:
-        given = open_clouds("clouds", str(target), "test")
-        clouds = [_points(given[i], i, needed, args.seed) for i in range(len(given))]
+        given = read_clouds("clouds", str(target), needed or DEFAULT_POINTS, args.seed)
+        clouds = [_points(cloud, i, needed, args.seed) for i, cloud in enumerate(given)]
     meshes = []
     for i, cloud in enumerate(tqdm(clouds, "meshes", unit="mesh", disable=None)):
         try:
@@ -116,7 +120,7 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
 
 
 def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
-    if not target.exists():
+    if not target.exists() and numbered(str(target)) is None:
         raise ValueError(f"clouds: {args.clouds_or_run} does not exist: expected a run folder, or clouds")
     check_seed(args.seed)
     if not 16 <= args.resolution <= 512:

@@ -20,7 +20,16 @@ from accelerate import Accelerator
 
 from lion_triton.capture import why_uncaptured
 from lion_triton.cli import run_cli
-from lion_triton.config import PRESETS, EncoderTraining, TrainConfig, check, with_classes, with_clip, with_networks
+from lion_triton.config import (
+    PRESETS,
+    EncoderTraining,
+    TrainConfig,
+    check,
+    differences,
+    with_classes,
+    with_clip,
+    with_networks,
+)
 from lion_triton.data.clouds import Normalization, check_all, fixed_batch
 from lion_triton.data.embeddings import write_embeddings
 from lion_triton.data.sources import Sources
@@ -56,6 +65,7 @@ from lion_triton.training.stopping import Stop
 from lion_triton.training.surface import train_surface
 
 SHIPPED_MODEL, SHIPPED_STEPS = "furniture", 8  # distilled: in a blink
+LATER_STAGES = ("surface", "encoder", "distill")  # of a run that is trained
 KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with where no words are given
 
 
@@ -92,10 +102,15 @@ def train(args: Arguments) -> None:
     """Run the command; see :class:`Arguments`.
 
     Raises:
-        ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite.
+        ValueError: bad data, a run folder of another configuration, damaged checkpoints, a loss that is not finite,
+            options of another stage.
     """
+    for line in differences(args.encoder, EncoderTraining(), "encoder."):
+        if args.stage != "encoder":
+            option = line.partition(":")[0].replace("_", "-")
+            raise ValueError(f"{option}: expected the stage encoder, got {args.stage}")
     processes = Processes.join()  # before the data are read, which may take one of them longer
-    if args.stage in ("surface", "encoder", "distill"):
+    if args.stage in LATER_STAGES:
         train_part(args, processes)
         return
     config = with_networks(args.config, args.attention, args.denoiser)
@@ -115,11 +130,11 @@ def train(args: Arguments) -> None:
 def train_part(args: Arguments, processes: Processes) -> None:
     """A stage that adds something to a run that is trained."""
     run = open_run(run_folder(args))
-    free = {name: getattr(args.config, name) for name in ("log_every", "checkpoint_every", "on_nonfinite")}
-    run = replace(run, config=replace(run.config, **free))
+    run = replace(run, config=with_free_options(run.config, args.config))
     check(run.config)
-    if args.dry_run:
-        raise ValueError(f"dry-run: expected the stages vae, priors or all, got {args.stage}")
+    for name, given in (("dry-run", args.dry_run), ("strict", args.strict)):
+        if given:
+            raise ValueError(f"{name}: expected the stages vae, priors or all, got {args.stage}")
     if args.stage != "encoder" and processes.count > 1:
         raise ValueError(f"stage: {args.stage} trains in one process, got {processes.count}")
     if args.stage == "distill" and run.config.preset != args.config.preset:  # whose settings of distill these are
@@ -131,6 +146,41 @@ def train_part(args: Arguments, processes: Processes) -> None:
         train_encoders(run, args.encoder, accelerator)
     else:
         distill(run, args.config.distill, accelerator)
+
+
+def with_free_options(config: TrainConfig, asked: TrainConfig) -> TrainConfig:
+    """A run's configuration with those options of ``asked`` that a later stage is free to choose."""
+    free = {name: getattr(asked, name) for name in ("log_every", "checkpoint_every", "on_nonfinite")}
+    return replace(config, **free)
+
+
+def check_later_stage(args: Arguments, default: TrainConfig) -> None:
+    """Refuse options that a later stage has from its run, where they say otherwise.
+
+    default: what ``args.config`` was before any option was given.
+
+    Raises:
+        ValueError: naming the first of them, or that there is no run.
+    """
+    run = open_run(run_folder(args))
+    kept, asked = with_free_options(run.config, args.config), args.config
+    if args.stage == "distill":
+        kept = replace(kept, distill=asked.distill)
+    given = {line.partition(": ")[0] for line in differences(asked, default)}
+    for line in differences(asked, kept):
+        name, _, values = line.partition(": ")
+        if name in given:
+            got, was = values.rsplit(", was ", 1)
+            option = name.replace("_", "-")
+            raise ValueError(f"{option}: the stage {args.stage} has it from {run.folder}, expected {was}, got {got}")
+    others = {
+        "clip": args.clip and with_clip(kept) != kept,
+        "attention": with_networks(kept, args.attention, None) != kept,
+        "denoiser": with_networks(kept, None, args.denoiser) != kept,
+    }
+    for name, differs in others.items():
+        if differs:
+            raise ValueError(f"{name}: the stage {args.stage} has its networks from {run.folder}, which has others")
 
 
 def train_stages(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator, stop: Stop) -> None:
@@ -283,7 +333,11 @@ def shipped_clouds(count: int) -> np.ndarray:
 
 
 def parse(args: list[str]) -> Arguments:
-    """``[PRESET|RUN] [options]``; the preset, or the configuration of the run, decides the defaults of all options."""
+    """``[PRESET|RUN] [options]``; the preset, or the configuration of the run, decides the defaults of all options.
+
+    Raises:
+        ValueError: no such preset or run, or options that a later stage has from its run.
+    """
     name = "quickstart"
     if args and not args[0].startswith("-"):
         name, *args = args
@@ -293,13 +347,16 @@ def parse(args: list[str]) -> Arguments:
         default = Arguments(open_run(Path(name)).config, out=Path(name))
     else:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, or a run folder, got {name}")
-    return tyro.cli(
+    parsed = tyro.cli(
         Arguments,
         default=default,
         args=args,
         prog=f"python -m lion_triton.train {name}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if parsed.stage in LATER_STAGES:
+        check_later_stage(parsed, default.config)
+    return parsed
 
 
 def main(args: list[str] | None = None) -> None:

@@ -47,7 +47,9 @@ def test_ours_is_eager_on_the_small_shape(op: Op) -> None:
     assert op.backward is None or op.wrt
 
 
-@pytest.mark.parametrize("name", ["nearest_neighbor", "chamfer_distance", "ball_query", "three_nn", "pairwise_chamfer"])
+@pytest.mark.parametrize(
+    "name", ["nearest_neighbor", "chamfer_distance", "ball_query", "three_nn", "local_moments", "pairwise_chamfer"]
+)
 def test_the_timed_baseline_is_the_exact_one_but_for_rounding(name: str) -> None:
     op = OP[name]
     inputs = op.inputs(op.cpu, driver.Draw(CPU, 0))

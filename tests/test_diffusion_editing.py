@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lion_triton.diffusion import (
     Model,
     Schedule,
+    Trajectory,
     ddim,
     ddim_inverse,
     diffuse_denoise,
@@ -77,28 +79,71 @@ def test_slerp_of_parallel_and_opposite_vectors_is_the_line(factor: float) -> No
     assert slerp(0 * a, a, torch.tensor([0.5])).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
-@pytest.mark.parametrize("clip", [None, 4.0])
+def jumping(schedule: Schedule) -> Model:
+    """Another eps wherever a cloud's mean is above 0: no x_t leads to some of the x_s."""
+    smooth = curved(schedule)
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        above = (x.flatten(1).mean(1) > 0).reshape(-1, *[1] * (x.ndim - 1))
+        return smooth(x, t) + 0.3 * above
+
+    return eps
+
+
+@pytest.mark.parametrize(
+    ("kind", "spacing", "clip"),
+    [("linear", "uniform", 4.0), ("warmup_constant", "quadratic", 4.0), ("cosine", "uniform", None)],
+)
 def test_ddim_run_backwards_leads_back(kind: str, spacing: str, clip: float | None) -> None:
     schedule = Schedule(kind, 200)  # type: ignore[arg-type]
     x_0, options = 0.3 + 0.7 * noise(3, 5), {"steps": 20, "spacing": spacing, "clip": clip}
-    for model, iterations in ((exact(schedule, 0.3, 0.7), 12), (curved(schedule), 60)):
-        x_T = ddim_inverse(model, x_0, schedule, iterations=iterations, **options)  # type: ignore[arg-type]
-        assert x_T.dtype == torch.float64
-        torch.testing.assert_close(ddim(model, x_T, schedule, KEY, **options), x_0, rtol=1e-7, atol=1e-7)  # type: ignore[arg-type]
+    for model, iterations in ((exact(schedule, 0.3, 0.7), 12), (curved(schedule), 30)):
+        found = ddim_inverse(model, x_0, schedule, iterations=iterations, **options)  # type: ignore[arg-type]
+        assert found.noise.dtype == torch.float64
+        torch.testing.assert_close(ddim(model, found.noise, schedule, KEY, **options), x_0, rtol=1e-7, atol=1e-7)  # type: ignore[arg-type]
 
 
-def test_each_iteration_leads_nearer_and_one_suffices_for_standard_normal_data() -> None:
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("network", [curved, jumping])
+def test_residuals_lead_back_bit_for_bit(network: Callable[[Schedule], Model], iterations: int) -> None:
+    schedule, x_0 = Schedule("cosine", 200), noise(6, 5, 3).float()
+    model = network(schedule)
+    found = ddim_inverse(model, x_0, schedule, steps=20, iterations=iterations)
+    assert found.residuals is not None and found.residuals.shape == (20, 6, 5, 3)
+    assert torch.equal(ddim(model, found.noise, schedule, KEY, steps=20, residuals=found.residuals), x_0)
+    without = ddim(model, found.noise, schedule, KEY, steps=20)
+    assert (without - x_0).abs().max() > 0.003
+
+
+def test_between_two_trajectories_lie_their_ends() -> None:
+    one, other = (Trajectory(noise(1, 5, seed=i), noise(4, 1, 5, seed=i + 2)) for i in (0, 1))
+    weight = torch.tensor([0.0, 0.25, 1.0])
+    way = one.towards(other, weight)
+    assert torch.equal(way.noise, slerp(one.noise, other.noise, weight))
+    assert way.residuals is not None and one.residuals is not None and other.residuals is not None
+    torch.testing.assert_close(way.residuals[:, :1], one.residuals, rtol=0, atol=0)
+    torch.testing.assert_close(way.residuals[:, 1:2], 0.75 * one.residuals + 0.25 * other.residuals)
+    torch.testing.assert_close(way.residuals[:, 2:], other.residuals, rtol=0, atol=0)
+    bare = Trajectory(other.noise)  # as of a seed, where nothing is missed
+    half = torch.tensor([0.5])
+    for a, b in ((one, bare), (bare, one)):
+        found = a.towards(b, half).residuals
+        assert found is not None
+        torch.testing.assert_close(found, 0.5 * one.residuals)
+    assert bare.towards(bare, half).residuals is None
+
+
+def test_each_iteration_leads_nearer_and_two_suffice_for_standard_normal_data() -> None:
     schedule = Schedule("cosine", 200)
     x_0 = noise(3, 5)
 
-    def error(model: Model, iterations: int) -> float:
-        x_T = ddim_inverse(model, x_0, schedule, steps=20, iterations=iterations)
-        return float((ddim(model, x_T, schedule, KEY, steps=20) - x_0).abs().max())
+    def missing(model: Model, iterations: int) -> float:
+        residuals = ddim_inverse(model, x_0, schedule, steps=20, iterations=iterations).residuals
+        assert residuals is not None
+        return float(residuals.abs().max())
 
-    assert error(exact(schedule, 0.0, 1.0), 1) < 1e-12
-    errors = [error(curved(schedule), n) for n in (1, 2, 3, 5, 8)]
+    assert missing(exact(schedule, 0.0, 1.0), 2) < 1e-12
+    errors = [missing(curved(schedule), n) for n in (1, 2, 3, 5, 8)]
     assert all(after < 0.6 * before for before, after in zip(errors, errors[1:], strict=False))
 
 
@@ -109,7 +154,7 @@ def test_a_network_too_steep_for_whole_steps_is_inverted_by_halves() -> None:
     def steep(x: Tensor, t: Tensor) -> Tensor:
         return exact(schedule, 0.0, 1.0)(x, t) - torch.tanh(40 * x) * (t < 100)[:, None]
 
-    x_T = ddim_inverse(steep, x_0, schedule, steps=20, iterations=80)
+    x_T = ddim_inverse(steep, x_0, schedule, steps=20, iterations=80).noise
     torch.testing.assert_close(ddim(steep, x_T, schedule, KEY, steps=20), x_0, rtol=1e-5, atol=1e-5)
 
 
@@ -123,12 +168,14 @@ def test_ddim_inverse_reports_the_times_that_it_reaches() -> None:
         calls += 1
         return exact(schedule, 0.0, 1.0)(x, t)
 
-    last = ddim_inverse(model, x_0, schedule, steps=5, iterations=2, callback=lambda i, t, x: seen.append((i, t)))
+    found = ddim_inverse(model, x_0, schedule, steps=5, iterations=2, callback=lambda i, t, x: seen.append((i, t)))
     assert seen == list(enumerate(timesteps(50, 5).tolist()[::-1], 1))
     assert calls == 10
-    assert not torch.equal(last, x_0)
+    assert not torch.equal(found.noise, x_0)
     with pytest.raises(ValueError, match=r"iterations: expected at least 1, got 0"):
         ddim_inverse(model, x_0, schedule, iterations=0)
+    with pytest.raises(ValueError, match=r"residuals: expected shape \(4, 2, 3\), got \(5, 2, 3\)"):
+        ddim(model, found.noise, schedule, KEY, steps=4, residuals=found.residuals)
 
 
 def test_the_probability_flow_leads_there_and_back() -> None:

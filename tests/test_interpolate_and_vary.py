@@ -74,10 +74,10 @@ def test_interpolating_writes_frames_pictures_and_a_record(
         assert animation.info["loop"] == 0
     written = record(out)
     assert written["checkpoint"] == "step-00000008"
-    assert written["sampling"] == {"sampler": "ddim", "steps": 8, "eta": 0.0, "clip_x0": None, "guidance": 0.0}
-    # The ends come back: nearly as the reconstruction is, far from the frames between.
+    assert written["sampling"] == {"sampler": "ddim", "steps": 8, "eta": 0.0, "clip_x0": 5.0, "guidance": 0.0}
+    # The ends come back as the reconstruction is.
     for row, frame, number in zip(written["given"], (0, 3), (0, 2), strict=True):  # type: ignore[call-overload]
-        assert row["chamfer"] < 2 * row["reconstruction_chamfer"]
+        assert row["chamfer"] == pytest.approx(row["reconstruction_chamfer"], rel=1e-5)
         assert row["points"] == POINTS
         shape = procedural_clouds(3, 2048, 1)[number]
         whole, cloud = (np.ascontiguousarray(x[None], dtype=np.float32) for x in (shape, found["points"][frame]))
@@ -110,9 +110,11 @@ def test_seeds_are_the_clouds_of_sample(run: Path, tmp_path: Path, label: str | 
 def test_a_seed_and_a_shape_can_be_the_ends(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cloud = np.random.default_rng(0).uniform(-0.4, 0.4, (100, 3)).astype(np.float32)
     np.savetxt(tmp_path / "mine.xyz", cloud)
-    interpolate.main([str(run), "3", str(tmp_path / "mine.xyz"), "--frames", "2", "--out", str(tmp_path / "out")])
-    assert clouds(tmp_path / "out").shape == (2, POINTS, 3)
+    interpolate.main([str(run), "3", str(tmp_path / "mine.xyz"), "--frames", "3", "--out", str(tmp_path / "out")])
+    assert clouds(tmp_path / "out").shape == (3, POINTS, 3)
     assert "taken for class" in capsys.readouterr().out
+    sample.main([str(run), "--num-samples", "1", "--seed", "3", "--out", str(tmp_path / "3")])
+    assert np.array_equal(clouds(tmp_path / "3")[0], clouds(tmp_path / "out")[0])
 
 
 @pytest.mark.usefixtures("drawn")

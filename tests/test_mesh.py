@@ -84,6 +84,27 @@ def test_clouds_without_a_network_keep_their_units(balls: Path) -> None:
     assert len(set(record["clouds_sha256"])) == 3
 
 
+def test_one_shape_is_one_mesh_whatever_file_it_lies_in(balls: Path, tmp_path: Path) -> None:
+    cloud = np.load(balls)["points"][1]
+    np.save(tmp_path / "one.npy", cloud)
+    np.savetxt(tmp_path / "one.xyz", cloud, fmt="%.9g")
+    made = {}
+    for name in (str(tmp_path / "one.npy"), str(tmp_path / "one.xyz"), f"{balls}:1", "procedural:2"):
+        out = tmp_path / f"out-{len(made)}"
+        mesh.main([name, "--resolution", "24", "--out", str(out)])
+        made[name] = files(out)
+        assert sorted(p.name for p in (out / "ply").iterdir()) == ["0000.ply"]
+    first, *others, furniture = made.values()
+    assert all(other["ply/0000.ply"] == first["ply/0000.ply"] for other in others)
+    assert json.loads(furniture["meshes.json"])["meshes"][0]["watertight"]
+    trimesh.creation.icosphere(radius=2).export(tmp_path / "ball.off")
+    mesh.main([str(tmp_path / "ball.off"), "--resolution", "24"])
+    again = trimesh.load_mesh(tmp_path / "ball-meshes" / "ply" / "0000.ply")
+    assert np.linalg.norm(again.vertices, axis=1).mean() == pytest.approx(2, abs=0.1)
+    mesh.main([f"{balls}:2", "--resolution", "24"])
+    assert (balls.parent / "balls.npz-2-meshes" / "ply" / "0000.ply").is_file()
+
+
 def test_a_network_takes_as_many_points_as_it_was_trained_on(folder: Path, balls: Path, tmp_path: Path) -> None:
     options = ("--network", str(folder), "--resolution", "24")
     mesh.main([str(balls), *options, "--out", str(tmp_path / "a")])
@@ -98,6 +119,7 @@ def test_a_network_takes_as_many_points_as_it_was_trained_on(folder: Path, balls
     ("options", "message"),
     [
         (["missing"], "clouds: missing does not exist: expected a run folder, or clouds"),
+        (["{balls}:3"], "clouds: expected a cloud 0 to 2 of {balls}, got 3"),
         (["{balls}", "--num-samples", "2"], "num-samples: is for a run folder, {balls} is not one"),
         (["{balls}", "--class", "chair"], "class: is for a run folder, {balls} is not one"),
         (["{balls}", "--normals", "network"], "normals: a network needs --network RUN, whose surface network is used"),

@@ -78,7 +78,7 @@ def test_every_tensor_is_made_where_the_inputs_are() -> None:
 
 
 def test_options_that_were_not_published_are_refused() -> None:
-    for prior in (tiny(residual=True), tiny(skip="convolved"), tiny(attention="softmax")):
+    for prior in (tiny(residual=True), tiny(skip="convolved"), tiny(attention="softmax"), tiny(moments=0.5)):
         with pytest.raises(ValueError, match="prior: expected the published kind"):
             plain.PlainPointPrior(prior)
 

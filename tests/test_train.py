@@ -201,9 +201,32 @@ def test_configs_survive_json(name: str) -> None:
 
 def test_a_later_stage_is_checked_before_it_begins(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("surface", "encoder", "distill"):
-        for option in ("--log-every 0", "--checkpoint-every -2", "--dry-run"):
+        for option in ("--log-every 0", "--checkpoint-every -2", "--dry-run", "--strict"):
             line = fails(capsys, train.main, [str(finished), "--stage", stage, *option.split()])
             assert line.startswith(f"error: {option.split()[0].removeprefix('--')}: expected ")
+    assert not any((finished / name).exists() for name in ("surface", "encoders", "distilled"))
+
+
+def test_a_later_stage_refuses_what_it_has_from_its_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_preset, of_run = ["quickstart", "--out", str(finished)], [str(finished)]
+    config = train.parse([*of_preset, *TINY, "--stage", "surface", "--log-every", "3"]).config  # as the run was made
+    assert (config.vae.steps, config.log_every) == (4, 3)
+    assert train.parse([*of_run, "--stage", "distill", "--distill.steps", "7"]).config.distill.steps == 7
+    for command, stage, option, words in (
+        (of_run, "surface", "--vae.steps 300", "from {run}, expected 4, got 300"),  # the preset's, and not the run's
+        (of_preset, "encoder", "--priors.batch-size 300", "from {run}, expected 4, got 300"),
+        (of_preset, "distill", "--data.num-points 200", "from {run}, expected 130, got 200"),
+        (of_run, "distill", "--init-from nowhere", "from {run}, expected None, got nowhere"),
+        (of_run, "encoder", "--distill.steps 7", "from {run}, expected 300, got 7"),
+        (of_run, "surface", "--clip", "its networks from {run}, which has others"),
+        (of_run, "encoder", "--attention softmax", "its networks from {run}, which has others"),
+    ):
+        line = fails(capsys, train.main, [*command, "--stage", stage, *option.split()])
+        assert line.startswith(f"error: {option.split()[0].removeprefix('--')}: the stage {stage} has ")
+        assert line.endswith(words.format(run=finished))
+    for stage in ("surface", "all"):
+        line = fails(capsys, train.main, [*of_run, "--encoder.batch-size", "3", "--stage", stage])
+        assert line == f"error: encoder.batch-size: expected the stage encoder, got {stage}"
     assert not any((finished / name).exists() for name in ("surface", "encoders", "distilled"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from lion_triton.data.clouds import Clouds, draw
 from lion_triton.data.degraded import InputKind, VoxelGrid, add_noise, cut
 from lion_triton.kernels import nearest_neighbor, pairwise_chamfer
 from lion_triton.models.vae import VAE
-from lion_triton.parts import create_part, open_part
+from lion_triton.parts import Part
 from lion_triton.runs import Run, load_checkpoint, load_state
 
 TYPICAL_SHAPES = 256  # enough for their mean place
@@ -45,16 +44,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class EncoderRun:
-    """What ``config.json`` says; ``run`` is the run itself with RUN/encoders/INPUT as its folder."""
+class EncoderRun(Part):
+    """Encoders for one kind of input."""
 
-    run: Run
     training: EncoderTraining
     place: Place
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -64,29 +58,18 @@ class EncoderRun:
         return found
 
 
-def create_encoders(run: Run, training: EncoderTraining, place: Place, vae: str | None) -> None:
-    """Make the folder; ``vae`` names the checkpoint whose decoder the encoders are trained for."""
-    create_part(run, f"encoders/{training.input}", vae, training=training, place=place)
-
-
-def open_encoders(run: Run, kind: InputKind) -> EncoderRun | None:
-    """The run's for such inputs, or None if it has none yet.
-
-    Raises:
-        ValueError: a ``config.json`` that is damaged or of another version's form.
-    """
-    found = open_part(run, f"encoders/{kind}", training=EncoderTraining, place=Place)
-    return None if found is None else EncoderRun(found[0], **found[1])
+def part_name(kind: InputKind) -> str:
+    """Of the encoders for such inputs."""
+    return f"encoders/{kind}"
 
 
 def trained_encoders(run: Run, kind: InputKind) -> EncoderRun:
     """Raises ``ValueError`` where the run has none for such inputs, or their training is not finished."""
-    encoders = open_encoders(run, kind)
-    checkpoint = None if encoders is None else encoders.run.checkpoint()
+    encoders = EncoderRun.open(run, part_name(kind))
     command = f"train {run.folder} --stage encoder --encoder.input {kind}"
-    if encoders is None or checkpoint is None:
+    if encoders is None or encoders.run.checkpoint() is None:
         raise ValueError(f"run: {run.folder} has no encoders for the input {kind} yet: {command}")
-    if checkpoint.name != f"step-{encoders.training.steps:08d}":
+    if not encoders.trained:
         raise ValueError(f"run: the encoders of {encoders.folder} are not trained to the end: {command} goes on")
     return encoders
 

@@ -20,8 +20,10 @@ from lion_triton.data.containers import Container
 from lion_triton.data.degraded import VoxelGrid
 from lion_triton.data.find import one_line
 from lion_triton.data.meshes import SetOfShapes, read_shape
+from lion_triton.data.procedural import CLASSES, oriented_furniture
+from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
 from lion_triton.devices import autocast, best_device
-from lion_triton.evaluation.sets import open_clouds
+from lion_triton.evaluation.sets import TENSOR_SUFFIXES, open_clouds
 from lion_triton.generation.encoders import EncoderRun
 from lion_triton.generation.latents import Condition, decode, encode, likeliest
 from lion_triton.generation.prompts import Prompt, own_prompts
@@ -137,12 +139,8 @@ def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> 
     Raises:
         ValueError: naming ``option``: nothing there, nothing that can be read, no such cloud.
     """
-    found = re.fullmatch(r"(.+):(\d+)", text)
-    if found is not None and not Path(text).exists():
-        cloud, name = _of_set(option, found[1], int(found[2]))
-        label = run.classes.index(name) if name in run.classes else None
-    else:
-        cloud, label = _of_file(option, Path(text), num_points, seed), None
+    cloud, name = _read_cloud(option, text, num_points, seed)
+    label = run.classes.index(name) if name in run.classes else None
     if len(cloud) < num_points:
         print(f"{option}: {text} has only {len(cloud)} points: some are taken twice")
     rng = np.random.default_rng(seed)
@@ -153,6 +151,34 @@ def read_given(option: str, text: str, run: Run, num_points: int, seed: int) -> 
     if run.normalization.kind == "global" and not 1 / UNLIKE < size < UNLIKE:
         print(f"{option}: {text} is {size:.2g} times as large as the shapes that the model knows: in other units?")
     return Given(text, points, label if run.config.model.shape_prior.num_classes else None, seed)
+
+
+def read_clouds(option: str, text: str, num_points: int, seed: int) -> list[Float32[np.ndarray, "P 3"]]:
+    """The clouds of a folder or file of several, in data units; else the one that ``text`` stands for, as of
+    :func:`read_given`, of a mesh ``num_points`` points.
+
+    Raises:
+        ValueError: as :func:`read_given`.
+    """
+    path = Path(text)
+    if not path.is_dir() and path.suffix.lower() not in TENSOR_SUFFIXES:
+        try:
+            return [_read_cloud(option, text, num_points, seed)[0]]
+        except SetOfShapes:
+            pass
+    return list(open_clouds(option, text, "test"))
+
+
+def numbered(text: str) -> tuple[str, int] | None:
+    """What FILE:3 stands for; None of anything else, as a file of that name."""
+    found = re.fullmatch(r"(.+):(\d+)", text)
+    return None if found is None or Path(text).exists() else (found[1], int(found[2]))
+
+
+def _read_cloud(option: str, text: str, num_points: int, seed: int) -> tuple[Float32[np.ndarray, "P 3"], str]:
+    """The cloud that ``text`` stands for, and the name of its class, "" if unknown."""
+    one = numbered(text)
+    return (_of_file(option, Path(text), num_points, seed), "") if one is None else _of_set(option, *one)
 
 
 def read_voxels(option: str, path: Path, encoders: EncoderRun, num_points: int, seed: int) -> Given:
@@ -177,7 +203,10 @@ def read_voxels(option: str, path: Path, encoders: EncoderRun, num_points: int, 
 
 def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 3"], str]:
     """Cloud ``index`` of a set, and the name of its class, "" if unknown."""
-    clouds = open_clouds(option, path, "test", count=index + 1)
+    if path == "procedural":  # of which only this one is made
+        points, _ = oriented_furniture(index, PROCEDURAL_POINTS, PROCEDURAL_SEEDS["held_out"])
+        return points, CLASSES[index % len(CLASSES)]
+    clouds = open_clouds(option, path, "test")
     if index >= len(clouds):
         raise ValueError(f"{option}: expected a cloud 0 to {len(clouds) - 1} of {path}, got {index}")
     name = clouds.clouds.classes[clouds.clouds.labels[index]]
@@ -197,10 +226,11 @@ def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarr
     try:
         shape = read_shape(Container(path.parent), path.name)
         return shape.sample(count, seed) if shape.is_mesh else shape.coordinates.astype(np.float32)
+    except SetOfShapes as error:
+        which = f": give one of them, as {path}:0" if path.suffix in (".npy", ".npz") else ""
+        raise SetOfShapes(f"{option}: {path}: {error}{which}") from None
     except Exception as error:  # whatever a parser makes of a bad file
-        one_of_them = isinstance(error, SetOfShapes) and path.suffix in (".npy", ".npz")
-        which = f": give one of them, as {path}:0" if one_of_them else ""
-        raise ValueError(f"{option}: {path}: {one_line(error)}{which}") from None
+        raise ValueError(f"{option}: {path}: {one_line(error)}") from None
 
 
 def described(model: Model, given: Given, label: int | None, prompt: Prompt | None = None) -> Given:

@@ -1,8 +1,7 @@
 """A LION's latents as editing needs them: taken to noise and back, between two noises, varied, classified.
 
-Shapes: B clouds, N points. All latents here are standardised (``LION.standardize``), as the priors take them; a noise
-is a pair of latents at time T. Interpolation in the priors' Gaussian space and diffuse-denoise: Zeng et al. 2022,
-section 3.1.
+Shapes: B clouds, N points. All latents here are standardised (``LION.standardize``), as the priors take them.
+Interpolation in the priors' Gaussian space and diffuse-denoise: Zeng et al. 2022, section 3.1.
 """
 
 from __future__ import annotations
@@ -71,6 +70,15 @@ class Condition:
         return blended
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What the deterministic sampler makes latents of: for h and for z a noise and, if it was found by the sampler run
+    backwards, what each step misses."""
+
+    h: diffusion.Trajectory
+    z: diffusion.Trajectory
+
+
 def encode(lion: LION, points: Float[Tensor, "B N 3"], seed: int = 0) -> Latents:
     """Latents of clouds in the model's units, drawn from the posteriors: the priors have seen no means of these."""
     return lion.standardize(lion.encode(points, generator=torch.Generator().manual_seed(seed)))
@@ -81,33 +89,30 @@ def decode(lion: LION, latents: Latents) -> Float32[Tensor, "B N 3"]:
     return lion.decode(*lion.unstandardize(latents)).float()
 
 
-def seed_noise(lion: LION, seed: int, num_points: int, sampler: Literal["ddim", "ode"]) -> Latents:
+def seed_noise(lion: LION, seed: int, num_points: int, sampler: Literal["ddim", "ode"]) -> Noise:
     """The noise from which ``LION.sample`` makes its cloud when it makes one, by this sampler, with a generator of this
     seed."""
     generator, device = torch.Generator().manual_seed(seed), lion.z_mean.device
     z = normal_noise((1, lion.config.vae.shape_dim), new_key(device, generator))
     if sampler == "ddim":
         new_key(device, generator)  # of the steps, which make no noise
-    return Latents(normal_noise((1, num_points, lion.config.vae.point_dim), new_key(device, generator)), z)
+    h = normal_noise((1, num_points, lion.config.vae.point_dim), new_key(device, generator))
+    return Noise(diffusion.Trajectory(h), diffusion.Trajectory(z))
 
 
 def to_noise(
     lion: LION, latents: Latents, settings: SamplingConfig, condition: Condition, progress: Progress | None = None
-) -> Latents:
-    """The noise from which :func:`from_noise` makes these latents: the deterministic sampler run backwards.
-
-    h is taken to noise given the z that comes back, not the z that was, so that its error is not added to.
-    """
-    advance = _parts(progress, 3, settings.steps)
-    z = _solve(condition.shape(lion, settings.guidance), latents.z, lion, settings, advance(0), inverse=True)
-    z_again = _solve(condition.shape(lion, settings.guidance), z, lion, settings, advance(1))
-    h = _solve(condition.points(lion, z_again, settings.guidance), latents.h, lion, settings, advance(2), inverse=True)
-    return Latents(h, z)
+) -> Noise:
+    """The noise from which :func:`from_noise` makes these latents: the deterministic sampler run backwards."""
+    advance = _parts(progress, 2, settings.steps)
+    z = _inverse(condition.shape(lion, settings.guidance), latents.z, lion, settings, advance(0))
+    h = _inverse(condition.points(lion, latents.z, settings.guidance), latents.h, lion, settings, advance(1))
+    return Noise(h, z)
 
 
 def from_noise(
     lion: LION,
-    noise: Latents,
+    noise: Noise,
     settings: SamplingConfig,
     condition: Condition,
     progress: Progress | None = None,
@@ -128,9 +133,9 @@ def from_noise(
     return Latents(_solve(condition.points(lion, z, settings.guidance), noise.h, lion, settings, advance_and_watch), z)
 
 
-def between(a: Latents, b: Latents, weight: Float[Tensor, " B"]) -> Latents:
-    """On the arc from noise a to noise b (one cloud each) at ``weight`` (B,) in [0, 1], z and h each on its own."""
-    return Latents(diffusion.slerp(a.h, b.h, weight), diffusion.slerp(a.z, b.z, weight))
+def between(a: Noise, b: Noise, weight: Float[Tensor, " B"]) -> Noise:
+    """On the way from a to b (one cloud each) at ``weight`` (B,) in [0, 1], z and h each on its own."""
+    return Noise(a.h.towards(b.h, weight), a.z.towards(b.z, weight))
 
 
 def diffuse_denoise(
@@ -199,23 +204,41 @@ def match(a: Float[np.ndarray, "N 3"], b: Float[np.ndarray, "N 3"]) -> Int[np.nd
 
 def _solve(
     eps_model: diffusion.Model,
-    x: Tensor,
+    start: diffusion.Trajectory,
     lion: LION,
     settings: SamplingConfig,
     callback: diffusion.Callback,
-    inverse: bool = False,
 ) -> Tensor:
-    """One deterministic sampler over the whole schedule, from noise or (``inverse``) to it."""
+    """What a deterministic sampler makes of a noise."""
     if settings.sampler == "ode":
-        return diffusion.probability_flow(eps_model, x, lion.schedule, inverse=inverse)
-    steps, clip = _ddim_steps(settings), settings.clip_x0
-    if inverse:
-        return diffusion.ddim_inverse(
-            eps_model, x, lion.schedule, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
-        )
-    key = torch.zeros(2, dtype=torch.int64, device=x.device)  # of noise that eta 0 multiplies by 0
+        return diffusion.probability_flow(eps_model, start.noise, lion.schedule)
     return diffusion.ddim(
-        eps_model, x, lion.schedule, key, steps=steps, spacing=lion.spacing, clip=clip, callback=callback
+        eps_model,
+        start.noise,
+        lion.schedule,
+        torch.zeros(2, dtype=torch.int64, device=start.noise.device),  # of noise that eta 0 multiplies by 0
+        steps=_ddim_steps(settings),
+        spacing=lion.spacing,
+        clip=settings.clip_x0,
+        residuals=start.residuals,
+        callback=callback,
+    )
+
+
+def _inverse(
+    eps_model: diffusion.Model, x: Tensor, lion: LION, settings: SamplingConfig, callback: diffusion.Callback
+) -> diffusion.Trajectory:
+    """That of which :func:`_solve` makes x."""
+    if settings.sampler == "ode":
+        return diffusion.Trajectory(diffusion.probability_flow(eps_model, x, lion.schedule, inverse=True))
+    return diffusion.ddim_inverse(
+        eps_model,
+        x,
+        lion.schedule,
+        steps=_ddim_steps(settings),
+        spacing=lion.spacing,
+        clip=settings.clip_x0,
+        callback=callback,
     )
 
 

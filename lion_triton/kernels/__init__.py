@@ -17,6 +17,7 @@ from lion_triton.kernels.group_mlp import Style, group_mlp_max
 from lion_triton.kernels.knn import knn
 from lion_triton.kernels.linear_attention import linear_attention
 from lion_triton.kernels.losses import gaussian_kl, noise_mse
+from lion_triton.kernels.moments import local_moments
 from lion_triton.kernels.nearest import chamfer_distance, nearest_neighbor
 from lion_triton.kernels.neighborhood import group_offsets
 from lion_triton.kernels.noise import normal_noise
@@ -48,6 +49,7 @@ __all__ = [
     "group_offsets",
     "knn",
     "linear_attention",
+    "local_moments",
     "nearest_neighbor",
     "noise_mse",
     "normal_noise",

@@ -72,6 +72,7 @@ NORMALIZED = {
     for c in channels
     for dropout in ((True, False) if (p, channels) in _GRIDS or (p, c) == (2048, 128) else (False,))
 }
+DESCRIBED = (2048, 1024)  # points of the clouds whose local moments are taken
 LATENTS = ((2048 * 4,), (128,))  # of points and of shape
 NEAREST = ((3, 8), (3, 32), (64, 64))  # (dimensions, neighbours) of the drop-in modules
 
@@ -200,6 +201,9 @@ def run_ops(device: torch.device, dtypes: Sequence[torch.dtype] = tuple(FEATURE_
     for dtype in dtypes:
         backward(kernels.dropout(features(2048, dtype=dtype), 0.3, key, impl="triton"))
     backward(kernels.adagn(features(2048, 32), None, None, None, None, 8, impl="triton"))
+
+    for n in DESCRIBED:
+        kernels.local_moments(cloud(n), 0.8, impl="triton")
 
     # A whole cloud of ShapeNet.
     kernels.furthest_point_sample(cloud(15_000), 2048, impl="triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -117,7 +118,9 @@ def _recipe(config: dict[str, Any]) -> str:
         f"prediction of {diffusion['prediction']}, EMA {config['priors']['ema_decay']:g} of the priors' weights",
         f"seed {config['seed']}. The whole configuration is in `config.json`.",
     ]
-    return f"{_table(('', 'VAE', 'priors'), rows)}\n\n{', '.join(sentences)}"
+    start = config.get("init_from")
+    before = "" if start is None else f"Started from the weights of `{Path(start).name}`. "
+    return f"{_table(('', 'VAE', 'priors'), rows)}\n\n{before}{', '.join(sentences)}"
 
 
 def _figures(about: dict[str, Any]) -> str:

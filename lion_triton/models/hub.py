@@ -211,13 +211,19 @@ def finished_parts(folder: Path) -> dict[str, tuple[dict[str, Any], list[Path]]]
     found = {}
     for part in sorted(path for pattern in PARTS for path in folder.glob(pattern)):
         about, figures = _read_json(part / CONFIG), _read_json(part / "figures.json")
-        newest = max(part.glob("checkpoints/step-*"), default=None)
         training = (about or {}).get("training", {})
-        if newest is not None and newest.name == f"step-{training.get('steps', 0):08d}":
-            files = [part / CONFIG, part / "figures.json", newest / "state.json", *sorted(newest.glob("*.safetensors"))]
+        last = last_checkpoint(part, training.get("steps", 0))
+        if last is not None:
+            files = [part / CONFIG, part / "figures.json", last / "state.json", *sorted(last.glob("*.safetensors"))]
             what = {"training": training, "figures": figures or {}}
             found[part.relative_to(folder).as_posix()] = what, [path for path in files if path.is_file()]
     return found
+
+
+def last_checkpoint(part: Path, steps: int) -> Path | None:
+    """That of a network which is trained to the end, for so many steps; None before."""
+    path = part / "checkpoints" / f"step-{steps:08d}"
+    return path if path.is_dir() else None
 
 
 def distilled_files(folder: Path, checkpoint: str) -> dict[int, Path]:

@@ -23,12 +23,16 @@ from lion_triton.kernels import (
     adagn_max_neighbors,
     group_mlp_max,
     group_offsets,
+    local_moments,
     three_interpolate,
 )
+from lion_triton.kernels.moments import MOMENTS
 from lion_triton.kernels.voxel_conv import conv3d, voxelize_conv3d_moments
 from lion_triton.models.attention import Attention
 from lion_triton.models.modulation import GROUPS, Norm, NormPlace, normalize
 from lion_triton.models.plan import LevelPlan
+
+SCALES = 3  # radii of a point's moments
 
 
 def sinusoidal_embedding(t: Float[Tensor, " B"], dim: int) -> Float[Tensor, "B dim"]:
@@ -180,6 +184,33 @@ class SetAbstraction(nn.Module):
             y, norm = linear(normalize(y, norm)), following
         offset, scale, shift, _ = norm
         return adagn_max_neighbors(y, scale, shift, GROUPS, offset=offset)
+
+
+class PointMoments(nn.Module):
+    """What a cloud looks like around each of its points (``local_moments``), for features of each of ``channels``.
+
+    Voxels and coarse centres see where a surface is; how far a point lies off it, these do. Zero before training.
+    """
+
+    WIDTHS = (64, 32)
+    units: Tensor
+
+    def __init__(self, radius: float, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.radius = radius
+        # Of a plane in all directions C is r^2 / 8 in its directions: what is told is in units of that spread.
+        units = torch.tensor([1.0] + [8**0.5] * 3 + [8.0] * 6)
+        self.register_buffer("units", units, persistent=False)
+        first, last = self.WIDTHS
+        self.embed = nn.Sequential(nn.Linear(SCALES * MOMENTS, first), nn.SiLU(), nn.Linear(first, last), nn.SiLU())
+        self.outputs = nn.ModuleList(nn.Linear(last, width, bias=False) for width in channels)
+        for linear in self.outputs:
+            nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+
+    def forward(self, points: Float[Tensor, "B N 3"], dtype: torch.dtype) -> list[Float[Tensor, "B N C"]]:
+        moments = local_moments(points, self.radius, SCALES) * self.units
+        embedded = self.embed(moments.flatten(2).to(dtype))
+        return [linear(embedded) for linear in self.outputs]
 
 
 class FeaturePropagation(nn.Module):

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from lion_triton.kernels.noise import Key
 from lion_triton.models.attention import Attention, AttentionKind
-from lion_triton.models.layers import MLP, FeaturePropagation, PVConv, SetAbstraction, sinusoidal_embedding
+from lion_triton.models.layers import (
+    MLP,
+    FeaturePropagation,
+    PointMoments,
+    PVConv,
+    SetAbstraction,
+    sinusoidal_embedding,
+)
 from lion_triton.models.modulation import Modulation, Norm, NormPlace, dropout_key, keep_apart
 from lion_triton.models.plan import LevelGeometry, PointPlan, SetAbstractionGeometry, plan_points
 from lion_triton.models.precision import compute_dtype
@@ -59,6 +66,8 @@ class UNetConfig:
     without the coordinates, so what is known of a point must come back through its three nearest centres), or
     ``convolved``, what the level's convolutions made of them.
     ``residual``: feature propagation's MLPs add their input to every layer that is as wide as it.
+    ``moments``: the largest radius, in units of the input's coordinates, of the neighbourhoods whose moments every
+    point is told (``local_moments``); 0 for none.
     """
 
     down: tuple[DownLevel, ...]
@@ -70,6 +79,7 @@ class UNetConfig:
     attention: AttentionKind = "linear"
     skip: Literal["input", "convolved"] = "input"
     residual: bool = False
+    moments: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.up) != len(self.down) or not self.down:
@@ -184,6 +194,11 @@ class UNet(nn.Module):
             blocks += [f"propagations.{i}", *convolutions.names(f"up_convolutions.{i}")]
             channels = convolutions.out_channels
 
+        # Added where the points first and last have features of their own.
+        first, last = config.down[0].convolutions, config.up[-1]
+        told = (first.channels if first.blocks else in_channels, last.widths[-1])
+        self.moments = PointMoments(config.moments, told) if config.moments else None
+
         self.head = MLP(channels, (config.head_width,), dropout=config.dropout)
         self.out = nn.Linear(config.head_width, out_channels)
         self.modulation = _modulation(self, [*blocks, "head"], style_dim)
@@ -213,9 +228,14 @@ class UNet(nn.Module):
 
     def _run(self, x: Tensor, plan: PointPlan, norms: Iterator[list[Norm]], time: Tensor | None) -> Tensor:
         skips = []
+        first = last = None
+        if self.moments is not None:
+            first, last = self.moments(plan.levels[0].points, x.dtype)
         for level, (convolve, abstract) in enumerate(zip(self.down_convolutions, self.set_abstractions, strict=True)):
             skip, shared = (x, time) if level > 0 else (x[..., 3:], None)
             x = convolve(x, plan, level, norms, shared)
+            if level == 0 and first is not None:
+                x = x + first
             skips.append(x if self.config.skip == "convolved" else skip)
             x = abstract(x, plan.levels[level], next(norms), None if convolve.blocks else shared)
 
@@ -224,6 +244,8 @@ class UNet(nn.Module):
         for propagate, convolve in zip(self.propagations, self.up_convolutions, strict=True):
             level = len(skips) - 1
             x = propagate(x, skips.pop(), plan.levels[level], next(norms), time)
+            if level == 0 and last is not None:
+                x = x + last
             x = convolve(x, plan, level, norms)
 
         return self.out(self.head(x, next(norms)))

@@ -1,42 +1,23 @@
-"""The folder RUN/surface, in which a run keeps its surface network: config.json, and checkpoints as a run's own."""
+"""The folder RUN/surface, in which a run keeps its surface network: see ``lion_triton.parts``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from lion_triton.parts import create_part, open_part
+from lion_triton.parts import Part
 from lion_triton.runs import Run, load_checkpoint, load_state
 from lion_triton.surface.config import SurfaceConfig, SurfaceTraining
 from lion_triton.surface.network import SurfaceNetwork
 
+FOLDER = "surface"
+
 
 @dataclass(frozen=True)
-class SurfaceRun:
-    """What ``config.json`` says; ``run`` is the run itself with RUN/surface as its folder, for its checkpoints."""
+class SurfaceRun(Part):
+    """A surface network."""
 
-    run: Run
-    config: SurfaceConfig
     training: SurfaceTraining
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
-
-
-def create_surface(run: Run, config: SurfaceConfig, training: SurfaceTraining, vae: str) -> SurfaceRun:
-    """Make the folder; ``vae`` names the checkpoint whose VAE the network learns from."""
-    return SurfaceRun(create_part(run, "surface", vae, config=config, training=training), config, training)
-
-
-def open_surface(run: Run) -> SurfaceRun | None:
-    """The run's, or None if it has none yet.
-
-    Raises:
-        ValueError: a ``config.json`` that is damaged or of another version's form.
-    """
-    found = open_part(run, "surface", config=SurfaceConfig, training=SurfaceTraining)
-    return None if found is None else SurfaceRun(found[0], **found[1])
+    config: SurfaceConfig
 
 
 def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
@@ -45,7 +26,7 @@ def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
     Raises:
         ValueError: no checkpoint yet, a damaged one, or one of another architecture.
     """
-    surface = open_surface(run)
+    surface = SurfaceRun.open(run, FOLDER)
     newest = None if surface is None else surface.run.checkpoint()
     if surface is None or newest is None:
         raise ValueError(

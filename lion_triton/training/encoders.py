@@ -20,11 +20,10 @@ from lion_triton.data.sources import load_sources
 from lion_triton.generation.encoders import (
     EncoderRun,
     Place,
-    create_encoders,
     degrade,
     from_given,
     load_tuned,
-    open_encoders,
+    part_name,
     tuned_modules,
     use_encoders,
 )
@@ -34,7 +33,6 @@ from lion_triton.generation.progress import progress_bar
 from lion_triton.generation.prompts import own_prompts
 from lion_triton.kernels import chamfer_distance
 from lion_triton.models.lion import LION
-from lion_triton.parts import check_same_settings
 from lion_triton.pictures import draw_grid
 from lion_triton.runs import Run, load_model, set_damaged_aside, write_text
 from lion_triton.sample import SampleArguments, resolved
@@ -136,15 +134,16 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
     newest = run.checkpoint()
     name = None if newest is None else newest.name
     lion, sources = load_model(run, name), load_sources(run.config.data, JUDGED)
-    started = open_encoders(run, training.input) is not None
+    part = part_name(training.input)
+    started = EncoderRun.open(run, part) is not None
     accelerator.wait_for_everyone()  # all have looked
     if not started and accelerator.is_main_process:
-        create_encoders(run, training, Place.of(sources.train), name)
+        EncoderRun.create(run, part, name, training=training, place=Place.of(sources.train))
     accelerator.wait_for_everyone()
-    encoders = open_encoders(run, training.input)
+    encoders = EncoderRun.open(run, part)
     assert encoders is not None
-    check_same_settings(encoders.run, training, encoders.training, "encoder.")
-    if _finished(encoders):
+    encoders.check_same_settings(training, "encoder.")
+    if encoders.finished:
         accelerator.print(f"{encoders.folder} is trained to the end, in {training.steps} steps")
         return
     with accelerator.main_process_first():
@@ -180,12 +179,6 @@ def train_encoders(run: Run, training: EncoderTraining, accelerator: Accelerator
         )
     if accelerator.is_main_process:
         _finish(open_model(run.folder, name), encoders, sources.held_out)
-
-
-def _finished(encoders: EncoderRun) -> bool:
-    newest = encoders.run.checkpoint()
-    last = newest is not None and newest.name == f"step-{encoders.training.steps:08d}"
-    return last and (encoders.folder / "figures.json").is_file()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lion_triton.runs import Run, load_checkpoint, load_model, open_run
 
 # The latents' statistics belong to the priors, which know standardised latents alone.
 PARTS = {"VAE": ("vae.",), "priors": ("shape_prior.", "point_prior.", "z_mean", "z_std", "h_mean", "h_std")}
+OPTIONAL = ".moments."  # of a network, and without effect before they are trained
 CLASS_EMBEDDINGS = ("shape_prior.class_embedding.weight", "point_prior.class_embedding.weight")
 
 
@@ -40,7 +41,7 @@ def initial_weights(name: str, model: LIONConfig, classes: tuple[str, ...], norm
     """The weights of a run (averaged), a folder of ``save_pretrained`` or a published checkpoint, for a new run.
 
     A part (the VAE; both priors) is taken whole or not at all, except for the rows of classes: each class takes that of
-    the same name, and one that is new there the mean of all.
+    the same name, and one that is new there the mean of all. Moments (``UNetConfig``) may be new.
 
     Args:
         name: a run folder, a folder of ``save_pretrained``, the name of a shipped model, or the file of a published
@@ -65,7 +66,8 @@ def initial_weights(name: str, model: LIONConfig, classes: tuple[str, ...], norm
         found = {key: value for key, value in theirs.items() if key.startswith(prefixes)}
         problems[part] = [] if found else [f"{name} has none"]
         if found:
-            problems[part] += [f"{key} is missing" for key in needed.keys() - found.keys()]
+            missing = {key for key in needed.keys() - found.keys() if OPTIONAL not in key}
+            problems[part] += [f"{key} is missing" for key in missing]
             problems[part] += [f"{key} is unknown here" for key in found.keys() - needed.keys()]
             problems[part] += [
                 f"{key} is {tuple(found[key].shape)}, expected {tuple(shape)}"

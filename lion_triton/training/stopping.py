@@ -22,12 +22,17 @@ class Stop:
     def __init__(self) -> None:
         self.signal = 0  # the last that came
         self._at_once = True
+        self._ending = False  # whether it was told to end at once
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         previous = {s: signal.signal(s, self._receive) for s in SIGNALS}
         try:
             yield
+        except Exception:
+            if self._ending:  # C code that tries one thing after the other may have taken the end for a failed attempt
+                self.now()
+            raise
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
@@ -52,6 +57,7 @@ class Stop:
 
     def now(self) -> NoReturn:
         """End the program as the signal wants it."""
+        self._ending = True
         if self.signal == signal.SIGTERM:
             raise SystemExit(0)
         raise KeyboardInterrupt

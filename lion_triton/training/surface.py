@@ -17,7 +17,6 @@ from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.kernels.noise import later_key
 from lion_triton.models.lion import LION
-from lion_triton.parts import check_same_settings
 from lion_triton.pictures import mesh_grid
 from lion_triton.runs import Run, load_checkpoint, load_state, set_damaged_aside, vae_trained, write_text
 from lion_triton.surface.config import SurfaceTraining, surface_config
@@ -26,7 +25,7 @@ from lion_triton.surface.network import SurfaceNetwork
 from lion_triton.surface.poisson import PoissonSolver, sample_grid
 from lion_triton.surface.quality import MeshQuality, mesh_quality
 from lion_triton.surface.shapes import OrientedShapes, held_out_shapes, training_shapes
-from lion_triton.surface.storage import SurfaceRun, create_surface, open_surface
+from lion_triton.surface.storage import FOLDER, SurfaceRun
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
 from lion_triton.training.loop import fit
@@ -110,15 +109,20 @@ def train_surface(run: Run, training: SurfaceTraining, accelerator: Accelerator)
     lion, vae_checkpoint = trained_vae(run, device)
     sources = load_sources(run.config.data, run.config.evaluate_shapes)
     shapes, held_out = training_shapes(run, sources), held_out_shapes(run, sources)
-    surface = open_surface(run)
+    surface = SurfaceRun.open(run, FOLDER)
     if surface is None:
-        surface = create_surface(run, surface_config(run.config.data.num_points), training, vae_checkpoint)
-    check_same_settings(surface.run, training, surface.training, "surface.")
+        config = surface_config(run.config.data.num_points)
+        surface = SurfaceRun.create(run, FOLDER, vae_checkpoint, training=training, config=config)
+    surface.check_same_settings(training, "surface.")
     torch.manual_seed(seed)
     network = SurfaceNetwork(surface.config).to(device)
     checkpoint = set_damaged_aside(surface.run)
     if checkpoint is not None:
         load_state(network, checkpoint.model, surface.run)
+    if surface.finished:
+        print(f"{surface.folder} is trained to the end, in {training.steps} steps")
+        return network
+    if checkpoint is not None:
         print(f"continuing {surface.folder}: {checkpoint.step} steps are done")
     context = Context(surface.run, sources, accelerator, lion)
 
@@ -141,9 +145,7 @@ def train_surface(run: Run, training: SurfaceTraining, accelerator: Accelerator)
             key=torch.tensor([seed, 0], device=device),
             state=network.state_dict,
         )
-    unfinished = checkpoint is None or checkpoint.step < training.steps
-    if unfinished or not (surface.folder / "figures.json").is_file():
-        _finish(run, surface, network, lion, held_out, device)
+    _finish(run, surface, network, lion, held_out, device)
     return network
 
 

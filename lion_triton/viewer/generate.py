@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cached_property
 
 import numpy as np
@@ -90,9 +89,7 @@ class Generator:
         shapes = sum(isinstance(x, Given) for x in (a, b))
         progress, parts = self.page.progress("Interpolate"), num_batches(FRAMES) + shapes
         begin = begin_parts(lambda done: progress(done, parts))
-        if shapes:  # to noise and back again, which distilled priors and clamping do not allow
-            settings = dataclasses.replace(settings, clip_x0=None)
-        else:
+        if not shapes:  # no noise is known from which distilled priors make a given shape
             model = model.few_step(settings)
         asked = [None if isinstance(x, Given) else prompt for x in (a, b)]
         ends = ends_of(model, a, b, num_points, None if shapes else label, settings, begin, asked)

@@ -99,9 +99,15 @@ def test_one_of_several_knows_its_class(run: Run, tmp_path: Path, cloud: np.ndar
     assert read_given("a", f"{tmp_path / 'clouds.npz'}:0", run, POINTS, 0).label == run.classes.index("lamp")
     np.savez(tmp_path / "other.npz", points=clouds, labels=np.array([0, 0]), classes=np.array(["boat"]))
     assert read_given("a", f"{tmp_path / 'other.npz'}:0", run, POINTS, 0).label is None
-    held_out = read_given("a", "procedural:3", run, 2048, 0)
-    np.testing.assert_allclose(in_data_units(run, held_out.points), procedural_clouds(4, 2048, 1)[3], atol=1e-6)
+
+
+def test_one_embedded_shape_is_that_of_the_whole_set_and_made_alone(run: Run) -> None:
+    own = replace(run, normalization=Normalization("global", (0.0, 0.0, 0.0), 1.0))
+    held_out = read_given("a", "procedural:3", own, 2048, 0)
+    assert np.array_equal(held_out.points, procedural_clouds(4, 2048, 1)[3])
     assert held_out.label == run.classes.index("lamp")
+    far = read_given("a", "procedural:1000000001", own, 2048, 0)  # or this would not end
+    assert far.label == run.classes.index("table")
 
 
 def test_each_cloud_its_own_units_where_the_run_has_it_so(run: Run, tmp_path: Path, cloud: np.ndarray) -> None:

@@ -80,6 +80,7 @@ BATCHED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "knn": (lambda *a, impl: kernels.knn(*a, 3, impl=impl), (cloud(5, 4), cloud(6, 4))),
     "auction_emd": (lambda *a, impl: kernels.auction_emd(*a, 0.1, 3, impl=impl), (cloud(5, 3), cloud(5, 3))),
     "ball_query": (lambda *a, impl: kernels.ball_query(*a, 0.5, 3, impl=impl), (cloud(4, 3), cloud(5, 3))),
+    "local_moments": (lambda x, impl: kernels.local_moments(x, 0.5, impl=impl), (cloud(5, 3),)),
     "three_nn": (kernels.three_nn, (cloud(5, 3), cloud(4, 3))),
     "group": (kernels.group, (cloud(5, 6), index(4, 3))),
     "group_offsets": (

@@ -151,10 +151,13 @@ def test_the_licence_of_the_data_is_the_one_given(run: Path, tmp_path: Path) -> 
     (data / "index.json").write_text(json.dumps({"objects": objects}))
     config = json.loads((run / "config.json").read_text())
     config["config"]["data"]["source"] = str(data)
+    config["config"]["init_from"] = "runs/first"
     LION.from_pretrained(run).save_pretrained(tmp_path / "b")
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     LION.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
-    assert "| licence of the data | CC-BY 3.0, Free Art |" in (tmp_path / "c" / "README.md").read_text()
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "| licence of the data | CC-BY 3.0, Free Art |" in card
+    assert "Started from the weights of `first`. Diffusion: " in card
 
 
 def test_a_model_without_a_run_is_saved_in_its_own_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,8 @@ def test_every_parameter_is_trained(lion: LION, clouds: Tensor) -> None:
         occupancy_weight=1.0,
     ).loss.backward()
     labels = torch.tensor([0, 1])
+    for linear in lion.point_prior.network.moments.outputs:
+        torch.nn.init.normal_(linear.weight)  # zero at first, and then no gradient goes through
     prior_loss(lion, posterior(lion.vae, clouds, key), key, labels).loss.backward()
     for name, parameter in lion.named_parameters():
         assert parameter.grad is not None, name
@@ -371,6 +373,23 @@ def test_unet_needs_as_many_levels_up_as_down() -> None:
     down = DownLevel(Convolutions(1, 8, 4), SetAbstractionGeometry(8, 1.0, 4), (8,))
     with pytest.raises(ValueError, match="^up: expected one level for each of the 1 of down, got 2$"):
         UNetConfig(down=(down,), up=(UpLevel((8,), Convolutions(0)),) * 2)
+
+
+def test_moments_change_nothing_before_they_are_trained(clouds: Tensor) -> None:
+    level = DownLevel(Convolutions(1, 16, 4), SetAbstractionGeometry(32, 0.8, 8), (16,))
+    config = UNetConfig((level,), (UpLevel((24, 16), Convolutions(1, 16, 4)),), head_width=16)
+    without, told = (UNet(c, 3, 5, style_dim=7).eval() for c in (config, replace(config, moments=0.8)))
+    missing, unknown = told.load_state_dict(without.state_dict(), strict=False)
+    assert missing and all(name.startswith("moments.") for name in missing) and not unknown
+    style = torch.randn(2, 7)
+    out = without(clouds, style)
+    assert torch.equal(out, told(clouds, style))
+    assert told.moments is not None
+    torch.nn.init.normal_(told.moments.outputs[0].weight)
+    first = told(clouds, style)
+    assert not torch.allclose(out, first)
+    torch.nn.init.normal_(told.moments.outputs[1].weight)
+    assert not torch.allclose(first, told(clouds, style))
 
 
 @pytest.mark.parametrize("skip", ["input", "convolved"])

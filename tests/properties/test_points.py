@@ -103,6 +103,12 @@ def test_three_nn(draw: Draw) -> str:
 
 
 @property_of(8)
+def test_local_moments(draw: Draw) -> str:
+    arguments = [clouds(draw)[0], one_of(draw, 0.5, 1, 1e-15, 1e15, 1e30), size(draw, 1, 4)]
+    return both(draw, kernels.local_moments, arguments)
+
+
+@property_of(8)
 def test_furthest_point_sample(draw: Draw) -> str:
     x, _ = clouds(draw)
 

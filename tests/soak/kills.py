@@ -71,7 +71,8 @@ class Processes:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.log = out.with_suffix(".log")
-        self.logged = self.log.stat().st_size if self.log.exists() else 0
+        self.log.touch()
+        self.logged = self.log.stat().st_size
         self.codes: dict[int, int] = {}
         self.checkpoints = out / "checkpoints"
         self.pids = [_fork(config, out, self.log, rank, count, port) for rank in range(count)]
@@ -147,8 +148,8 @@ def _fork(config: TrainConfig, out: Path, log: Path, rank: int, count: int, port
 def results(out: Path) -> dict[str, str]:
     """What a finished run is, as digests and text."""
     run = open_run(out)
-    found: dict[str, str] = {"checkpoints": " ".join(folder.name for folder in run.checkpoints())}
-    newest = run.checkpoints()[-1]
+    newest = run.checkpoints()[-1]  # of those before, one may be of the step at which it was asked to stop
+    found: dict[str, str] = {"checkpoint": newest.name}
     state = json.loads((newest / "state.json").read_text())
     found |= {name: file["sha256"] for name, file in state["files"].items() if name != "optimizer.pt"}
     found["optimizer"] = _digest(torch.load(newest / "optimizer.pt", weights_only=True))

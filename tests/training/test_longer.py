@@ -152,6 +152,19 @@ def test_what_does_not_fit_is_named(whole: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_moments_may_be_new(whole: Path) -> None:
+    model = config(1).model
+    network: Any = model.point_prior.network
+    told = replace(model, point_prior=replace(model.point_prior, network=replace(network, moments=0.8)))
+    given = initial_weights(str(whole), told, tuple(CLASSES), "global")
+    assert given.parts == ("VAE", "priors")
+    lion, theirs = LION(told), load_model(open_run(whole))
+    given.load(lion)
+    h, t, z, label = torch.randn(1, 48, 4), torch.tensor([500]), torch.randn(1, 8), torch.tensor([1])
+    outputs = [one.point_prior.eval()(h, t, z, None, label) for one in (lion, theirs)]
+    assert torch.equal(*outputs)
+
+
 def test_classes_are_taken_by_their_names(whole: Path) -> None:
     model = config(1).model
     two = replace(
