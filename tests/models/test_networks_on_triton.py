@@ -26,11 +26,12 @@ def tiny() -> LIONConfig:
     """The quickstart's parts, as small as they go: the interpreter is slow."""
     model = quickstart().model
     level = SetAbstractionGeometry(centers=8, radius=0.8, neighbors=4)
-    down = (DownLevel(Convolutions(1, 16, 3), level, (16,)),)
+    down = (DownLevel(Convolutions(1, 16, 4), level, (16,)),)  # whole cubes of 4^3 voxels
+    encoder = (replace(down[0], widths=(16, 16)),)  # two layers
     prior = model.point_prior
     assert isinstance(prior.network, UNetConfig)
     unet = replace(prior.network, down=down, up=(UpLevel((16,), Convolutions(1, 16, 3)),), head_width=16)
-    vae = replace(model.vae, shape_encoder=down, point_encoder=unet, decoder=unet, occupancy_resolution=3)
+    vae = replace(model.vae, shape_encoder=encoder, point_encoder=unet, decoder=unet, occupancy_resolution=3)
     return replace(model, vae=vae, point_prior=replace(prior, network=unet))
 
 
