@@ -137,6 +137,7 @@ def adagn(
     if act not in ("silu", None):
         raise ValueError(f'act: expected "silu" or None, got {act!r}')
     if offset is not None:
+        check_float("offset", offset)
         check_shape("offset", offset, (C,) if offset.ndim == 1 else (B, C), x)
         offset = offset.expand(B, C)
     keep_threshold(dropout)
@@ -145,6 +146,7 @@ def adagn(
     if key is not None:
         check_key(key, x)
     if moments is not None:
+        check_float("moments", moments)
         _check_moments(moments, x)
     scale, shift = fold_affine(scale, shift, weight, bias, x)
     if not use_triton(impl, x):

@@ -705,6 +705,6 @@ def _group_mlp_max_bwd_op(
 def _group_mlp_max_backward(needs: Needs, grad: Tensor, x: Tensor, index: Tensor, *saved: Any) -> Gradients:
     arguments: Any = (grad, x, index, *saved, needs[2])
     of_rows, *gradients = _group_mlp_max_bwd_op(*arguments)
-    rows = row_index(index, x.shape[1]).view(-1, 1)
+    rows = row_index(index, x.shape[1]).reshape(-1, 1)
     dx = take_rows_backward(of_rows, rows, None, x[..., 0].numel()).view(x.shape) if needs[0] else None
     return dx, None, *(d if needed else None for d, needed in zip(gradients, needs[2:], strict=False))

@@ -31,7 +31,7 @@ def _inputs(
     """idx; features, offsets, weight, scale, shift, offset, matrix, scale2, shift2, offset2; groups."""
     B, N, M, K, C, C2, groups = sizes
     torch.manual_seed(0)
-    idx = torch.randint(N, (B, M, K), device=DEVICE, dtype=torch.int32)
+    idx = torch.randint(N, (M, B, K), device=DEVICE, dtype=torch.int32).transpose(0, 1)  # not contiguous
     styles = [[1 + 0.5 * torch.randn(B, c), torch.randn(B, c), torch.randn(B, c)] for c in (C, C2)]
     first = [torch.randn(B, N, C), 0.3 * torch.randn(B, M, K, 3), torch.randn(C, 3), *styles[0]]
     inputs: Inputs = [t.to(DEVICE, dtype) for t in (*first, torch.randn(C2, C) / C**0.5, *styles[1])]

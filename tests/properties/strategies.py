@@ -194,6 +194,13 @@ def doubled(x: Any) -> Any:
     return type(x)(doubled(value) for value in x) if isinstance(x, (list, tuple)) else x
 
 
+def halved(x: Any) -> Any:
+    """Float64 as float32, all else as it is."""
+    if isinstance(x, Tensor) and x.dtype == torch.float64:
+        return x.float()
+    return type(x)(halved(value) for value in x) if isinstance(x, (list, tuple)) else x
+
+
 def agree(
     call: Callable[..., Any],
     specification: Callable[..., Any],
@@ -203,11 +210,13 @@ def agree(
     loose: float = 1,
     same_refusals: bool = True,
     compare: Literal["all", "results", "nothing"] = "all",
+    in_float32: bool = False,
 ) -> str:
     """``call`` and ``specification`` of the same arguments come to the same: "equal" or "refused".
 
     Floating results and gradients may be off the specification's in float64 by ``loose`` x ``TOLERANCE``, or by four
-    times what the specification itself is off in the arguments' own dtype. Integers are equal, or ``ties`` (of the
+    times what the specification itself is off in the arguments' own dtype, or ``in_float32`` where that is float64:
+    of what is 0 but for rounding more cannot be asked. Integers are equal, or ``ties`` (of the
     arguments and of both lists of results) says that the others are as good; then nothing else is compared. A gradient
     that one of them does not have counts as zero. Gradients, or all values, may be left out of what is compared: then
     no more is asked of them than not to be NaN.
@@ -222,6 +231,12 @@ def agree(
     for x, y in zip(got.results, same.results, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype), f"{x.dtype} {tuple(x.shape)}, not {y.dtype} {tuple(y.shape)}"
         assert not finite or not x.isnan().any(), "NaN from finite input"
+    for i, (x, y) in enumerate(zip(got.gradients, same.gradients, strict=False)):
+        assert x is None or y is None or (x.shape, x.dtype) == (y.shape, y.dtype)
+        overflown = y is not None and y.isnan().any()  # infinite terms of a sum over clouds
+        assert not finite or x is None or overflown or not x.isnan().any(), f"gradient {i}: NaN from finite input"
+    if in_float32 and any(x.dtype == torch.float64 for x in all_tensors(arguments)):
+        same = answer(specification, [halved(x) for x in arguments])
     pairs = list(zip(got.results, exact.results, strict=True))
     if any(not x.is_floating_point() and not torch.equal(x, y) for x, y in pairs):
         assert ties is not None and ties(arguments, got.results, exact.results), "other indices"
@@ -233,16 +248,15 @@ def agree(
         given = next((g for g in gradients if g is not None), None)
         if given is not None:
             a, b, c = (torch.zeros_like(given) if g is None else g for g in gradients)
-            assert gradients[0] is None or gradients[1] is None or (a.shape, a.dtype) == (b.shape, b.dtype)
-            assert not finite or not a.isnan().any(), f"gradient {i}: NaN from finite input"
             if compare == "all":
                 check_close(f"gradient {i}", a, b, c, loose)
     return "equal"
 
 
 def both(draw: Draw, op: Callable[..., Any], arguments: list[Any], **options: Any) -> str:
-    """An op by Triton and its reference, of arguments that may be spoiled."""
-    return agree(partial(op, impl="triton"), partial(op, impl="reference"), spoiled(draw, arguments), **options)
+    """An op by Triton, which computes float64 in float32, and its reference, of arguments that may be spoiled."""
+    calls = partial(op, impl="triton"), partial(op, impl="reference")
+    return agree(*calls, spoiled(draw, arguments), in_float32=True, **options)
 
 
 def check_close(what: str, x: Tensor, same: Tensor, exact: Tensor, loose: float = 1) -> None:
