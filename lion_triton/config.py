@@ -266,7 +266,7 @@ def procedural() -> TrainConfig:
         data=replace(base.data, num_points=1024, num_shapes=8000),
         vae=replace(base.vae, steps=900),
         priors=replace(base.priors, steps=16_000, batch_size=16, ema_decay=0.999, cached_draws=1, drop_condition=0.1),
-        distill=replace(base.distill, teacher_steps=32, counts=(8, 4), steps=1600, batch_size=16),
+        distill=replace(base.distill, counts=(8, 4), steps=900, batch_size=16),
         picture_every=5000,
         validate_every=300,
     )
