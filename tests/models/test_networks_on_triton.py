@@ -22,11 +22,11 @@ from lion_triton.training.objectives import prior_loss, vae_loss
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tiny() -> LIONConfig:
+def tiny(resolution: int = 3) -> LIONConfig:
     """The quickstart's parts, as small as they go: the interpreter is slow."""
     model = quickstart().model
     level = SetAbstractionGeometry(centers=8, radius=0.8, neighbors=4)
-    down = (DownLevel(Convolutions(1, 16, 4), level, (16,)),)  # whole cubes of 4^3 voxels
+    down = (DownLevel(Convolutions(1, 16, resolution), level, (16,)),)
     encoder = (replace(down[0], widths=(16, 16)),)  # two layers
     prior = model.point_prior
     assert isinstance(prior.network, UNetConfig)
@@ -37,7 +37,7 @@ def tiny() -> LIONConfig:
 
 def losses_and_gradients() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    lion = LION(tiny()).to(DEVICE).eval()  # no dropout
+    lion = LION(tiny(4)).to(DEVICE).eval()  # whole cubes of 4^3 voxels; no dropout
     clouds = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     key = torch.tensor([3, 0], device=DEVICE)
     first = vae_loss(

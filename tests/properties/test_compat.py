@@ -80,12 +80,12 @@ def both_ways(x: Any, y: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return d1, d2, i1, i2
 
 
-@property_of(8)
+@property_of(5)
 def test_chamfer_3DDist(draw: Draw) -> str:
     return agree(chamfer3d.chamfer_3DDist(), both_ways, spoiled(draw, pair(draw)), ties=any_nearest)
 
 
-@property_of(6)
+@property_of(4)
 def test_fscore(draw: Draw) -> str:
     B = size(draw, 0, 3)
     d1, d2 = (tensor(draw, B, size(draw, 1, 9), kinds=("grid", "normal", "huge")).abs() for _ in "xy")
@@ -97,7 +97,7 @@ def test_fscore(draw: Draw) -> str:
     return agree(chamfer3d.fscore, plain, [d1, d2, one_of(draw, 1e-3, 0.5, 3.0)])
 
 
-@property_of(8)
+@property_of(5)
 def test_chamfer_dist(draw: Draw) -> str:
     x, y = pair(draw)
     x, y = (c if len(c) else c.new_zeros(1, *c.shape[1:]) for c in (x, y))  # means over no clouds are NaN, as theirs
@@ -124,7 +124,7 @@ def plain_of(plain: Any) -> Any:
     return lambda *arguments: plain(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
 
 
-@property_of(6)
+@property_of(4)
 def test_earth_mover_distance(draw: Draw) -> str:
     arguments, transpose = pair(draw), one_of(draw, True, False)
     of_sum, single = one_of(draw, True, False), one_of(draw, True, False)
@@ -144,7 +144,7 @@ def test_earth_mover_distance(draw: Draw) -> str:
     return agree(partial(module.earth_mover_distance, transpose=transpose), plain, spoiled(draw, arguments))
 
 
-@property_of(6)
+@property_of(4)
 def test_auction(draw: Draw) -> str:
     x, _ = pair(draw)
     y = tensor(draw, *x.shape, dtype=x.dtype, kinds=FAR)
@@ -161,7 +161,7 @@ def test_auction(draw: Draw) -> str:
     return agree(emd_auction.emdModule(), plain, [x, y, one_of(draw, 0.05, 0.5), size(draw, 1, 5)], ties=any_bids)
 
 
-@property_of(6)
+@property_of(4)
 def test_expansion_penalty(draw: Draw) -> str:
     """Lengths of edges to the points that are named; nothing else is a number above 0."""
     elements, per, dtype = size(draw, 1, 3), size(draw, 2, 6), dtype_of(draw)
@@ -181,7 +181,7 @@ def test_expansion_penalty(draw: Draw) -> str:
     return agree(ours, plain, [xyz], ties=any_nearest)
 
 
-@property_of(6)
+@property_of(4)
 def test_minimum_density_sample(draw: Draw) -> str:
     B, N = size(draw, 0, 3), size(draw, 1, 12)
     x, npoint = tensor(draw, B, N, 3, dtype=dtype_of(draw)), size(draw, 1, 15)
@@ -197,7 +197,7 @@ def test_minimum_density_sample(draw: Draw) -> str:
     return agree(in_bounds, in_bounds, [x, npoint, length], ties=lambda *_: True)
 
 
-@property_of(8)
+@property_of(5)
 def test_knn_cuda(draw: Draw) -> str:
     dims, transpose_mode, k = size(draw, 1, 5), one_of(draw, True, False), size(draw, 1, 8)
     arguments = pair(draw, dims)
@@ -216,7 +216,7 @@ def test_knn_cuda(draw: Draw) -> str:
     return agree(knn_cuda.KNN(k, transpose_mode), plain, spoiled(draw, arguments), ties=any_nearest)
 
 
-@property_of(8)
+@property_of(5)
 def test_match_cost(draw: Draw) -> str:
     """No dearer than every point's mass at the greatest distance, no cheaper than at the least."""
 
@@ -239,7 +239,7 @@ def test_match_cost(draw: Draw) -> str:
     return agree(ours, plain, spoiled(draw, pair(draw)))
 
 
-@property_of(6)
+@property_of(4)
 def test_nn_distance(draw: Draw) -> str:
     def plain(x: Any, y: Any) -> Any:
         return both_ways(x, y)[:2]
@@ -253,7 +253,7 @@ def test_nn_distance(draw: Draw) -> str:
 # pointnet2 and pvcnn: channels first
 
 
-@property_of(8)
+@property_of(5)
 def test_grouping(draw: Draw) -> str:
     B, C, N, M = size(draw, 0, 3), size(draw, 0, 5), size(draw, 1, 9), size(draw, 0, 9)
     arguments = [tensor(draw, B, C, N, dtype=dtype_of(draw)), index(draw, N, B, M, 2)]
@@ -268,7 +268,7 @@ def test_grouping(draw: Draw) -> str:
     return agree(one_of(draw, pvcnn.grouping, pointnet2.grouping_operation), plain, arguments)
 
 
-@property_of(8)
+@property_of(5)
 def test_three_interpolate(draw: Draw) -> str:
     B, C, N, M = size(draw, 0, 3), size(draw, 1, 5), size(draw, 1, 9), size(draw, 0, 9)
     features, weight = tensor(draw, B, C, N, dtype=dtype_of(draw)), tensor(draw, B, M, 3)
@@ -282,7 +282,7 @@ def test_three_interpolate(draw: Draw) -> str:
     return agree(pointnet2.three_interpolate, plain, [features, index(draw, N, B, M, 3), weight], loose=4)
 
 
-@property_of(8)
+@property_of(5)
 def test_three_nn(draw: Draw) -> str:
     def plain(x: Any, y: Any) -> Any:
         is_cloud(x, y)
@@ -297,7 +297,7 @@ def test_three_nn(draw: Draw) -> str:
     return agree(pointnet2.three_nn, plain, spoiled(draw, pair(draw)), ties=ties)
 
 
-@property_of(8)
+@property_of(5)
 def test_ball_query(draw: Draw) -> str:
     """The first points in the ball, then the first of them again; 0 where there are none."""
     centers, points = pair(draw, kinds=("normal", "grid", "coincident"))
@@ -322,7 +322,7 @@ def test_ball_query(draw: Draw) -> str:
     return agree(op, plain, [centers, points], ties=on_the_edge)
 
 
-@property_of(8)
+@property_of(5)
 def test_furthest_point_sample(draw: Draw) -> str:
     (x, _), count = pair(draw), size(draw, 1, 20)
 
@@ -342,7 +342,7 @@ def test_furthest_point_sample(draw: Draw) -> str:
     return agree(samples, plain, [x], ties=lambda *_: True)  # the op's own property says what is as far
 
 
-@property_of(8)
+@property_of(5)
 def test_voxels_channels_first(draw: Draw) -> str:
     B, C, N, R = size(draw, 0, 3), size(draw, 1, 4), size(draw, 1, 9), size(draw, 1, 4)
     features, coords = tensor(draw, B, C, N, dtype=dtype_of(draw)), index(draw, R, B, 3, N)
@@ -364,7 +364,7 @@ def lengths_of(draw: Draw, cloud: Tensor) -> Tensor | None:
     return index(draw, cloud.shape[1] + 1, len(cloud)) if one_of(draw, False, True) else None
 
 
-@property_of(10)
+@property_of(6)
 def test_knn_points(draw: Draw) -> str:
     x, y = pair(draw, size(draw, 1, 4), least=0)
     lx, ly, K, norm = lengths_of(draw, x), lengths_of(draw, y), size(draw, 1, 6), one_of(draw, 1, 2)
@@ -390,7 +390,7 @@ def test_knn_points(draw: Draw) -> str:
     return agree(ours, plain, [*spoiled(draw, [x, y]), lx, ly], ties=any_nearest, same_refusals=lx is ly is None)
 
 
-@property_of(10)
+@property_of(6)
 def test_chamfer_distance(draw: Draw) -> str:
     x, y = pair(draw, size(draw, 1, 4))
     point = one_of(draw, "mean", "sum", "max", None)
@@ -422,7 +422,7 @@ def test_chamfer_distance(draw: Draw) -> str:
     return agree(detached(ours), detached(plain), spoiled(draw, [x, y]), loose=3)
 
 
-@property_of(8)
+@property_of(5)
 def test_pytorch3d_ball_query(draw: Draw) -> str:
     x, y = pair(draw, size(draw, 1, 4), least=0, kinds=("normal", "grid", "coincident"))
     K, radius = size(draw, 1, 6), one_of(draw, 0.5, 1.0, 2.5)
@@ -452,7 +452,7 @@ def test_pytorch3d_ball_query(draw: Draw) -> str:
     return agree(ours, plain, spoiled(draw, [x, y]), ties=on_the_edge)
 
 
-@property_of(8)
+@property_of(5)
 def test_sample_farthest_points(draw: Draw) -> str:
     """Samples are points, indices -1 and zeros beyond a cloud, and no point comes twice before all came."""
     (x, _), K = pair(draw, size(draw, 1, 5), kinds=("normal", "huge")), size(draw, 1, 20)
@@ -482,7 +482,7 @@ def sizes_of(draw: Draw, least: int = 0) -> list[int]:
     return [size(draw, least, 8) for _ in range(size(draw, 1, 3))]
 
 
-@property_of(8)
+@property_of(5)
 def test_torch_cluster_knn(draw: Draw) -> str:
     sizes, dims, k, dtype = sizes_of(draw), size(draw, 1, 4), size(draw, 1, 5), dtype_of(draw)
     queries = [size(draw, 0, 5) for _ in sizes]
@@ -507,7 +507,7 @@ def test_torch_cluster_knn(draw: Draw) -> str:
     return agree(ours, plain, [x, y, *batches], ties=any_nearest)
 
 
-@property_of(8)
+@property_of(5)
 def test_torch_cluster_radius(draw: Draw) -> str:
     sizes, dims, most = sizes_of(draw), size(draw, 1, 3), size(draw, 1, 5)
     x = tensor(draw, sum(sizes), dims, dtype=dtype_of(draw), kinds=("grid", "normal"))
@@ -528,7 +528,7 @@ def test_torch_cluster_radius(draw: Draw) -> str:
     return agree(ours, plain, [x, batch], ties=on_the_edge)
 
 
-@property_of(8)
+@property_of(5)
 def test_torch_cluster_fps(draw: Draw) -> str:
     """As many of each cloud as the ratio says, none twice."""
     sizes, ratio = sizes_of(draw), one_of(draw, None, 0.1, 0.5, 1.0)
@@ -543,7 +543,7 @@ def test_torch_cluster_fps(draw: Draw) -> str:
     return "equal"
 
 
-@property_of(8)
+@property_of(5)
 def test_pointops_knnquery(draw: Draw) -> str:
     sizes, k = sizes_of(draw, 1), size(draw, 1, 5)
     x = tensor(draw, sum(sizes), 3, dtype=one_of(draw, torch.float32, torch.float64), kinds=FAR)

@@ -30,20 +30,20 @@ def sizes(draw: Draw) -> tuple[int, int, int, int]:
     return size(draw, 0, 3), size(draw, 1, 12), size(draw, 0, 12), one_of(draw, 1, 4, 7, 16)
 
 
-@property_of(8)
+@property_of(5)
 def test_group(draw: Draw) -> str:
     B, N, M, C = sizes(draw)
     return both(draw, kernels.group, [tensor(draw, B, N, C, dtype=dtype_of(draw)), index(draw, N, B, M, 3)])
 
 
-@property_of(8)
+@property_of(5)
 def test_three_interpolate(draw: Draw) -> str:
     B, N, M, C = sizes(draw)
     features, weights = tensor(draw, B, N, C, dtype=dtype_of(draw)), tensor(draw, B, M, 3, dtype=dtype_of(draw))
     return both(draw, kernels.three_interpolate, [features, weights, index(draw, N, B, M, 3)])
 
 
-@property_of(8)
+@property_of(5)
 def test_group_offsets(draw: Draw) -> str:
     B, N, M, C = sizes(draw)
     features, K = tensor(draw, B, N, C, dtype=dtype_of(draw)), size(draw, 1, 4)
@@ -51,7 +51,7 @@ def test_group_offsets(draw: Draw) -> str:
     return both(draw, kernels.group_offsets, [features, index(draw, N, B, M, K), offsets, weight], loose=4)
 
 
-@property_of(6)
+@property_of(4)
 def test_group_mlp_max(draw: Draw) -> str:
     B, N, M, _ = sizes(draw)
     groups, K = size(draw, 1, 2), size(draw, 1, 4)
@@ -70,7 +70,7 @@ def test_group_mlp_max(draw: Draw) -> str:
     return both(draw, op, [*points, drawn(C2, C), groups, *styles], loose=100)
 
 
-@property_of(6)
+@property_of(4)
 def test_linear_attention(draw: Draw) -> str:
     B, N, _, _ = sizes(draw)
     x = tensor(draw, B, N, 3, size(draw, 1, 3), size(draw, 1, 5), dtype=dtype_of(draw), kinds=("normal", "grid"))
@@ -81,7 +81,7 @@ def coords_of(draw: Draw, B: int, N: int) -> Tensor:
     return tensor(draw, B, N, 3, dtype=one_of(draw, torch.float32, torch.float64))
 
 
-@property_of(8)
+@property_of(5)
 def test_avg_voxelize(draw: Draw) -> str:
     B, N, _, C = sizes(draw)
     coords, R = coords_of(draw, B, N), size(draw, 1, 4)
@@ -92,7 +92,7 @@ def test_avg_voxelize(draw: Draw) -> str:
     return both(draw, op, [tensor(draw, B, N, C, dtype=dtype_of(draw)), coords, R])
 
 
-@property_of(8)
+@property_of(5)
 def test_voxelize_conv3d(draw: Draw) -> str:
     """What ``auto`` takes, at times without the empty voxels, against the whole grid."""
     B, N, _, _ = sizes(draw)
@@ -107,7 +107,7 @@ def test_voxelize_conv3d(draw: Draw) -> str:
     return agree(partial(op, impl="auto"), partial(op, impl="reference"), arguments, loose=30)
 
 
-@property_of(8)
+@property_of(5)
 def test_trilinear_devoxelize(draw: Draw) -> str:
     B, N, _, C = sizes(draw)
     R = size(draw, 1, 4)
@@ -115,7 +115,7 @@ def test_trilinear_devoxelize(draw: Draw) -> str:
     return both(draw, kernels.trilinear_devoxelize, arguments)
 
 
-@property_of(8)
+@property_of(5)
 def test_plan_voxels(draw: Draw) -> str:
     """A plan that is shared gives what each op makes of the coordinates itself."""
     B, N, _, C = sizes(draw)
@@ -135,7 +135,7 @@ def test_plan_voxels(draw: Draw) -> str:
     return agree(planned, alone, arguments, same_refusals=False)
 
 
-@property_of(10)
+@property_of(6)
 def test_adagn(draw: Draw) -> str:
     """To the digit for tame values; what is normalised away from 1e15, or of one value, is rounding: never NaN."""
     B, N, M, _ = sizes(draw)
@@ -169,7 +169,7 @@ def comparable(x: Tensor, groups: int, offset: Tensor | None) -> Literal["all", 
     return "results" if offset is not None and x.shape[-1] == groups else "all"
 
 
-@property_of(6)
+@property_of(4)
 def test_adagn_devoxelize(draw: Draw) -> str:
     """To the digit as that of ``adagn``."""
     B, N, _, _ = sizes(draw)
@@ -195,7 +195,7 @@ def test_adagn_devoxelize(draw: Draw) -> str:
     return both(draw, op, arguments, loose=30, compare=comparable(x, groups, offset) if tame else "nothing")
 
 
-@property_of(6)
+@property_of(4)
 def test_adagn_max_neighbors(draw: Draw) -> str:
     B, M, K, _ = sizes(draw)
     groups = size(draw, 1, 2)

@@ -29,7 +29,7 @@ def refuse_unless_sets(a: Any, b: Any) -> None:
         raise ValueError("nothing to compare")
 
 
-@property_of(10)
+@property_of(6)
 def test_all_distances(draw: Draw) -> str:
     def ours(a: Any, b: Any) -> Any:
         d = metrics.all_distances(a, b)
@@ -44,7 +44,7 @@ def test_all_distances(draw: Draw) -> str:
     return agree(ours, plain, spoiled(draw, sets(draw, 0)), loose=3)
 
 
-@property_of(10)
+@property_of(6)
 def test_figures_of_distances(draw: Draw) -> str:
     """Coverage, MMD and 1-NNA, looked up one by one, ties and all."""
     S, R = size(draw, 1, 6), size(draw, 1, 6)
@@ -69,7 +69,7 @@ def test_figures_of_distances(draw: Draw) -> str:
     return agree(ours, plain, [ss, sr, rr])
 
 
-@property_of(8)
+@property_of(5)
 def test_evaluate(draw: Draw) -> str:
     """All figures are numbers in their bounds, those of the distances; or the sets are refused."""
     emd = one_of(draw, None, "approx", "exact")
@@ -95,7 +95,7 @@ def test_evaluate(draw: Draw) -> str:
     return agree(ours, plain, spoiled(draw, sets(draw, 0)), loose=100)
 
 
-@property_of(8)
+@property_of(5)
 def test_jensen_shannon_divergence(draw: Draw) -> str:
     """Of a set and itself 0, of two that share no place 1, and of half of each a half."""
     (a, _), resolution = sets(draw), one_of(draw, 4, 8, 28)
@@ -106,7 +106,7 @@ def test_jensen_shannon_divergence(draw: Draw) -> str:
     return "equal"
 
 
-@property_of(8)
+@property_of(5)
 def test_f_score(draw: Draw) -> str:
     batch, n, m, dtype = size(draw, 0, 3), size(draw, 1, 12), size(draw, 1, 12), dtype_of(draw)
     arguments: list[Any] = [tensor(draw, batch, k, 3, dtype=dtype, kinds=("normal", "grid", "huge")) for k in (n, m)]
@@ -123,7 +123,7 @@ def test_f_score(draw: Draw) -> str:
     return agree(metrics.f_score, plain, arguments)
 
 
-@property_of(8)
+@property_of(5)
 def test_reconstruction(draw: Draw) -> str:
     emd = one_of(draw, None, "approx", "exact")
 
@@ -144,7 +144,7 @@ def test_reconstruction(draw: Draw) -> str:
     return agree(ours, plain, spoiled(draw, sets(draw, 0)), loose=100)
 
 
-@property_of(6)
+@property_of(4)
 def test_chance_accuracy(draw: Draw) -> str:
     S, R = size(draw, 1, 50), size(draw, 1, 50)
     own = [(S - 1) / (S + R - 1)] * S + [(R - 1) / (S + R - 1)] * R

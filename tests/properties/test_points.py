@@ -51,12 +51,12 @@ def as_near(arguments: list[Any], got: list[Tensor], exact: list[Tensor]) -> boo
     return bool(((a - b).abs() <= 1e-5 * b + 1e-37).all())
 
 
-@property_of(8)
+@property_of(5)
 def test_nearest_neighbor(draw: Draw) -> str:
     return both(draw, kernels.nearest_neighbor, clouds(draw), ties=as_near)
 
 
-@property_of(8)
+@property_of(5)
 def test_chamfer_distance(draw: Draw) -> str:
     # Seen from far away, any point is as near as another, and gets the gradient.
     tame = one_of(draw, True, False)
@@ -64,7 +64,7 @@ def test_chamfer_distance(draw: Draw) -> str:
     return both(draw, kernels.chamfer_distance, arguments, compare="all" if tame else "results")
 
 
-@property_of(8)
+@property_of(5)
 def test_knn(draw: Draw) -> str:
     x, y = clouds(draw, least=0, dims=size(draw, 1, 5))
     lengths = index(draw, y.shape[1] + 1, len(x)) if one_of(draw, False, True) else None
@@ -77,14 +77,14 @@ def test_knn(draw: Draw) -> str:
     return agree(partial(op, impl="triton"), partial(op, impl="reference"), arguments, ties=as_near)
 
 
-@property_of(6)
+@property_of(4)
 def test_knn_on_a_cpu(draw: Draw) -> str:
     """Trees and products find what comparing all points finds."""
     arguments = spoiled(draw, [*clouds(draw, least=0, dims=one_of(draw, 1, 3, 20)), size(draw, 1, 12)])
     return agree(kernels.knn, partial(kernels.knn, impl="reference"), arguments, ties=as_near)
 
 
-@property_of(8)
+@property_of(5)
 def test_ball_query(draw: Draw) -> str:
     arguments = [*clouds(draw), one_of(draw, 0.5, 1, 1e-30, 1e15, 1e30), size(draw, 1, 12)]
 
@@ -98,18 +98,18 @@ def test_ball_query(draw: Draw) -> str:
     return both(draw, kernels.ball_query, arguments, ties=as_near_the_edge)
 
 
-@property_of(8)
+@property_of(5)
 def test_three_nn(draw: Draw) -> str:
     return both(draw, kernels.three_nn, clouds(draw), ties=as_near, loose=10)
 
 
-@property_of(8)
+@property_of(5)
 def test_local_moments(draw: Draw) -> str:
     arguments = [clouds(draw)[0], one_of(draw, 0.5, 1, 1e-15, 1e15, 1e30), size(draw, 1, 4)]
     return both(draw, kernels.local_moments, arguments)
 
 
-@property_of(8)
+@property_of(5)
 def test_furthest_point_sample(draw: Draw) -> str:
     x, _ = clouds(draw)
 
@@ -124,12 +124,12 @@ def test_furthest_point_sample(draw: Draw) -> str:
     return both(draw, kernels.furthest_point_sample, [x, size(draw, 1, x.shape[1])], ties=as_far)
 
 
-@property_of(6)
+@property_of(4)
 def test_approx_emd(draw: Draw) -> str:
     return both(draw, kernels.approx_emd, clouds(draw), loose=10)
 
 
-@property_of(6)
+@property_of(4)
 def test_auction_emd(draw: Draw) -> str:
     arguments: list[Any] = [*clouds(draw, same_size=True), one_of(draw, 0.05, 0.5), size(draw, 1, 6)]
 
@@ -143,7 +143,7 @@ def test_auction_emd(draw: Draw) -> str:
     return both(draw, kernels.auction_emd, arguments, ties=in_bounds)
 
 
-@property_of(6)
+@property_of(4)
 def test_exact_emd(draw: Draw) -> str:
     """No dearer than any other assignment that is tried, and that of one cloud to itself is free."""
     arguments = spoiled(draw, clouds(draw, same_size=one_of(draw, True, True, False)))
@@ -198,13 +198,13 @@ def sets(draw: Draw) -> list[Tensor]:
     return [tensor(draw, size(draw, 0, 3), k, 3, dtype=dtype) for k in (n, m)]
 
 
-@property_of(6)
+@property_of(4)
 def test_voxel_coords(draw: Draw) -> str:
     x, _ = clouds(draw)
     return both(draw, kernels.voxel_coords, [x, size(draw, 1, 9)])
 
 
-@property_of(6)
+@property_of(4)
 def test_check_finite(draw: Draw) -> str:
     """Refuses just what is not finite."""
     (x,) = spoiled(draw, clouds(draw)[:1])
