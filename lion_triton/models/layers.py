@@ -178,7 +178,7 @@ class SetAbstraction(nn.Module):
         x = F.linear(x, of_features)
         if len(self.mlp.linears) == 2:
             matrix: Tensor = self.mlp.linears[1].weight  # type: ignore[assignment]
-            return group_mlp_max(x, *neighborhoods, norm.style, matrix, norms[1].style, GROUPS)
+            return group_mlp_max(x, *neighborhoods, norm.style(), matrix, norms[1].style(), GROUPS)
         y = group_offsets(x, *neighborhoods)
         for linear, following in zip(list(self.mlp.linears)[1:], norms[1:], strict=True):
             y, norm = linear(normalize(y, norm)), following

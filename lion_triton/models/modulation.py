@@ -28,8 +28,7 @@ class Norm(NamedTuple):
     shift: Float[Tensor, "B C"]
     key: Key | None  # of its dropout
 
-    @property
-    def style(self) -> Style:
+    def style(self) -> Style:  # no property: torch.compile of PyTorch 2.10 does not see those of a tuple
         return Style(self.scale, self.shift, self.offset)
 
 
