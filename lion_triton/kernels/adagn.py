@@ -146,7 +146,6 @@ def adagn(
     if key is not None:
         check_key(key, x)
     if moments is not None:
-        check_float("moments", moments)
         _check_moments(moments, x)
     scale, shift = fold_affine(scale, shift, weight, bias, x)
     if not use_triton(impl, x):
@@ -293,6 +292,7 @@ def _check_pair(x: Tensor, shape: tuple[int, ...], **pair: Tensor | None) -> Non
 
 
 def _check_moments(moments: Tensor, x: Tensor) -> None:
+    check_float("moments", moments)
     (B, *positions, C), parts = x.shape, moments.shape[1] if moments.ndim == 4 else 1
     check_shape("moments", moments, (B, parts, 2, C), x)
     if parts == 0 or math.prod(positions) % parts or moments.dtype != torch.float32:

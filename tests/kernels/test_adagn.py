@@ -407,6 +407,8 @@ X, STYLE, CHANNEL = torch.zeros(2, 5, 8), torch.zeros(2, 8), torch.zeros(8)
             lambda: adagn(X, STYLE, STYLE, None, None, 4, offset=X),
             "offset: expected shape (2, 8), got (2, 5, 8)",
         ),
+        (lambda: adagn(X, STYLE, STYLE, None, None, 4, offset=1.0), "offset: expected a tensor, got float"),  # type: ignore[arg-type]
+        (lambda: adagn(X, STYLE, STYLE, None, None, 4, moments=1.0), "moments: expected a tensor, got float"),  # type: ignore[arg-type]
         (
             lambda: adagn(X, STYLE, STYLE, None, None, 4, dropout=1.0),
             "dropout: expected a probability in [0, 1), got 1.0",
