@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lion_triton.kernels import _checks, _op
+from lion_triton.kernels.census import TARGETS, standing_in
 from lion_triton.models import LION, LIONConfig
 
 _NOTHING = {
@@ -91,7 +92,7 @@ def counting(dtype: torch.dtype | None = None) -> Iterator[Launches]:
 
     with (
         patch.object(JITFunction, "run", skip),
-        patch.object(_checks, "interpreting", lambda: True),
+        standing_in(TARGETS["sm_90"]),
         patch.object(_checks, "on_gpu", lambda x: True),
         patch.object(_op, "_traced", lambda args: False),  # what an op launches is to be seen, not the op
         patch.object(torch.amp, "is_autocast_available", lambda device_type: True),

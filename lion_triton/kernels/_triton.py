@@ -34,6 +34,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@torch.compiler.assume_constant_result
+def warp_size() -> int:
+    """Threads of a warp of the GPU that kernels are compiled for; 32 where they are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return int(triton.runtime.driver.active.get_current_target().warp_size)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a kernel on the device of its first argument; where there is nothing to do, nothing is run."""
     if 0 not in grid:
@@ -41,4 +49,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
 
 
-__all__ = ["cdiv", "launch", "tl", "triton"]
+__all__ = ["cdiv", "launch", "tl", "triton", "warp_size"]

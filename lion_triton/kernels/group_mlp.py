@@ -36,7 +36,7 @@ from lion_triton.kernels._checks import Impl, check_float, use_triton
 from lion_triton.kernels._dot import by_matrix_units, dot, factors_like, precise_dot
 from lion_triton.kernels._groups import RowChunks, load, locate, per_cloud
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
-from lion_triton.kernels._triton import launch, tl, triton
+from lion_triton.kernels._triton import launch, tl, triton, warp_size
 from lion_triton.kernels.adagn import act, act_backward, adagn, check_groups, check_shape
 from lion_triton.kernels.adagn_max_neighbors import (
     adagn_max_neighbors,
@@ -51,11 +51,11 @@ from lion_triton.kernels.neighborhood import check_group_offsets, group_offsets
 from lion_triton.kernels.rows import take_rows_backward
 
 # Chosen by machine code, not by timing: rows of a tile (with more, products are made by groups of four warps, which
-# have too few registers); channels at most, and hidden ones where there is a backward (the pass for dV spills with 64
-# for compute capability 8.0); about how many programs there are where each has a part of a sum, and partial sums that
-# one combines at once.
-_ROWS, _MOST_CHANNELS, _MOST_DIFFERENTIATED = 32, 128, 32
-_PROGRAMS, _PARTIALS = 512, 1024
+# have too few registers); channels at most, and hidden ones where there is a backward, by warp size (AMD's GPUs spill
+# with more); hidden channels up to which four warps do; rows of dV that one program sums up; about how
+# many programs there are where each has a part of a sum, and partial sums that one combines at once.
+_ROWS, _MOST_CHANNELS, _MOST_DIFFERENTIATED = 32, 128, {32: 128, 64: 32}
+_THREADS, _FEW_CHANNELS, _MATRIX_ROWS, _PROGRAMS, _PARTIALS = 256, 64, 64, 512, 1024
 
 
 class Style(NamedTuple):
@@ -118,9 +118,9 @@ def group_mlp_max(
     matrix = matrix.to(features.dtype)
     tensors = (features, offsets, weight, matrix, *style, *style2)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    most = _MOST_DIFFERENTIATED if differentiated else _MOST_CHANNELS
-    fits = most >= C and C2 <= _MOST_CHANNELS and idx.shape[2] <= _ROWS and 0 not in idx.shape
-    if not use_triton(impl, features) or not fits or not by_matrix_units(features, "matmul"):
+    fits = max(C, C2) <= _MOST_CHANNELS and idx.shape[2] <= _ROWS and 0 not in idx.shape
+    fused = use_triton(impl, features) and fits and by_matrix_units(features, "matmul")
+    if not fused or (differentiated and _MOST_DIFFERENTIATED[warp_size()] < C):
         return group_mlp_max_reference(features, idx, offsets, weight, style, matrix, style2, num_groups, eps, impl)
     arguments: Any = (features, idx, offsets, weight, *style, matrix, *style2, num_groups, float(eps))
     return _group_mlp_max_op(*arguments)[0]
@@ -178,9 +178,8 @@ def _statistics_gradient(means_ptr, center, cloud, channel, channels):  # type: 
 
 @triton.jit
 def _matrix(matrix_ptr, o, c, C2, C):  # type: ignore[no-untyped-def]
-    """V^T, (C, C2)."""
-    mask = (o < C2)[None, :] & (c < C)[:, None]
-    return tl.load(matrix_ptr + o[None, :] * C + c[:, None], mask=mask, other=0.0)
+    """V, of o and c as rows and columns or the other way round."""
+    return tl.load(matrix_ptr + o * C + c, mask=(o < C2) & (c < C), other=0.0)
 
 
 @triton.jit
@@ -223,7 +222,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     o, channels = tl.arange(0, COLUMNS), C
     if matrix_ptr is not None:
         channels = C2
-        matrix = _matrix(matrix_ptr, o, c, C2, C)
+        matrix = _matrix(matrix_ptr, o[None, :], c[:, None], C2, C)
         slope, intercept, _ = _affine((stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride), cloud, c, C)
     mean = tl.zeros((COLUMNS,), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
@@ -286,7 +285,7 @@ def _maxima_kernel(  # type: ignore[no-untyped-def]
     cloud = (tl.program_id(0) // tiles).to(tl.int64)
     begin = tl.program_id(0) % tiles * CENTERS
     c, o = tl.arange(0, CHANNELS), tl.arange(0, COLUMNS)
-    matrix = _matrix(matrix_ptr, o, c, C2, C)
+    matrix = _matrix(matrix_ptr, o[None, :], c[:, None], C2, C)
     norm = (stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     norm2 = (stats2_ptr, scale2_ptr, shift2_ptr, scale2_stride, shift2_stride)
     slope, intercept, _ = _affine(norm, cloud, c, C)
@@ -319,6 +318,7 @@ def _tile_gradients(  # type: ignore[no-untyped-def]
     cloud,
     begin,
     end,
+    matrix_ptr,
     matrix,
     norm,
     statistics2,
@@ -351,7 +351,9 @@ def _tile_gradients(  # type: ignore[no-untyped-def]
     k2, l2 = statistics2
     dx2 = tl.where(live[:, None], of_maximum + k2[None, :] * x2 + l2[None, :], 0.0)
 
-    dh = dot(dx2, tl.trans(matrix), tl.zeros(x.shape, tl.float32), FACTOR, PRECISION)
+    # Read again, and not transposed: that would be held in registers all along.
+    matrix = _matrix(matrix_ptr, o[:, None], c[None, :], C2, C)
+    dh = dot(dx2, matrix, tl.zeros(x.shape, tl.float32), FACTOR, PRECISION)
     return r, live, x, h, dx2, act_backward(dh, x, slope, intercept, True)
 
 
@@ -387,15 +389,15 @@ def _bwd_sums_kernel(  # type: ignore[no-untyped-def]
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of a chunk of centres: sums of dz1 and of dz1 (x1 - c1), (B, chunks, 2, C), or its part of dV.
+    """Of a chunk of centres: sums of dz1 and of dz1 (x1 - c1), (B, chunks, 2, C), or its part of some rows of dV.
 
     For both at once there are not enough registers.
     """
     cloud = (tl.program_id(0) // chunks).to(tl.int64)
     first = tl.program_id(0) % chunks * chunk_centers
     end = tl.minimum(first + chunk_centers, M)
-    c, o = tl.arange(0, CHANNELS), tl.arange(0, COLUMNS)
-    matrix = _matrix(matrix_ptr, o, c, C2, C)
+    c, o = tl.arange(0, CHANNELS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    matrix = _matrix(matrix_ptr, o[None, :], c[:, None], C2, C)
     norm = (stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     slope, intercept, center = _affine(norm, cloud, c, C)
     center2 = load(stats2_ptr + cloud * 3 * C2 + o, o < C2)
@@ -411,6 +413,7 @@ def _bwd_sums_kernel(  # type: ignore[no-untyped-def]
             cloud,
             begin,
             end,
+            matrix_ptr,
             matrix,
             (slope, intercept),
             statistics2,
@@ -530,7 +533,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
     cloud = (tl.program_id(0) // tiles).to(tl.int64)
     begin = tl.program_id(0) % tiles * CENTERS
     c, o = tl.arange(0, CHANNELS), tl.arange(0, COLUMNS)
-    matrix = _matrix(matrix_ptr, o, c, C2, C)
+    matrix = _matrix(matrix_ptr, o[None, :], c[:, None], C2, C)
     norm = (stats_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     slope, intercept, center = _affine(norm, cloud, c, C)
     center2 = load(stats2_ptr + cloud * 3 * C2 + o, o < C2)
@@ -543,6 +546,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
         cloud,
         begin,
         M,
+        matrix_ptr,
         matrix,
         (slope, intercept),
         statistics2,
@@ -590,7 +594,7 @@ class _Tiles:
             "COLUMNS": max(triton.next_power_of_2(C2), 16),
             "CENTERS": centers,
             "NEIGHBORS": neighbors,
-            "num_warps": 8,
+            "num_warps": 4 if C <= _FEW_CHANNELS else _THREADS // warp_size(),
             "num_stages": 1,
             **factors_like(x, "matmul"),
         }
@@ -682,8 +686,10 @@ def _group_mlp_max_bwd_op(
     partials = stats.new_empty((tiles.B, tiles.chunks, 2, x.shape[2]))
     of_matrix = stats.new_empty((*tiles.chunk_grid, *matrix.shape))
     sizes = (*strides, *tiles.chunk_sizes)
-    for parts in ((partials, None), (None, of_matrix)):
-        launch(_bwd_sums_kernel, tiles.chunk_grid, *tensors, *parts, *sizes, **tiles.block)
+    columns = min(tiles.block["COLUMNS"], _MATRIX_ROWS)
+    of_blocks = (*tiles.chunk_grid, triton.cdiv(len(matrix), columns))
+    launch(_bwd_sums_kernel, tiles.chunk_grid, *tensors, partials, None, *sizes, **tiles.block)
+    launch(_bwd_sums_kernel, of_blocks, *tensors, None, of_matrix, *sizes, **{**tiles.block, "COLUMNS": columns})
 
     means, channels = torch.empty_like(stats[:, :2]), RowChunks(stats, num_groups, 1).channels
     at_once = max(_PARTIALS // (channels["GROUPS"] * channels["WIDTH"]), 1)

@@ -397,7 +397,9 @@ def _voxelize_conv3d_op(
     rows, channels, grid = block_of_rows(first.numel(), C, features)
     blocks = {"ROWS": rows, "CHANNELS": channels, "num_warps": _WARPS}
     launch(voxelize_kernel, grid, *tensors, first.numel(), C, resolution, **blocks)
-    columns = max(_width(C2), min(triton.next_power_of_2(C2), 2 * _CHANNELS))
+    # All outputs of a voxel at once; of float32 there are too many.
+    most = 2 * _CHANNELS if features.element_size() == 2 else _CHANNELS
+    columns = max(_width(C2), min(triton.next_power_of_2(C2), most))
     launch(
         _conv_kernel,
         (len(features) * moments.shape[1], triton.cdiv(C2, columns)),
@@ -440,13 +442,14 @@ def _voxelize_conv3d_bwd_op(
     (B, N, C), C2, R = features.shape, weight.shape[0], grad.shape[1]
     dfeatures = _empty_conv_bwd(grad, features, weight, moved)[0]
     where, sizes = (coords.contiguous(), order, first, count), (B * N, N, R, C, C2)
-    points = _POINTS if features.element_size() == 2 else _POINTS // 2
+    half = features.element_size() == 2
+    points = _POINTS if half else _POINTS // 2
     blocks = {
         "POINTS": points,
         "CHANNELS": _width(C2),
         "COLUMNS": _width(C),
         "num_warps": _WARPS,
-        "num_stages": 2,
+        "num_stages": 2 if half else 1,
         **factors_like(features, "conv"),
     }
     tiles = triton.cdiv(C, _width(C))

@@ -20,6 +20,7 @@ CASES = [
     (2, 9, 5, 3, 8, 16, 4),
     (1, 7, 3, 32, 24, 20, 4),  # channels that are no powers of two
     (2, 5, 3, 65, 4, 4, 2),  # more neighbours than a program has
+    (1, 6, 2, 9, 72, 80, 8),  # more rows of dV than a program has
 ]
 cases = pytest.mark.parametrize("sizes", CASES, ids=["-".join(map(str, case)) for case in CASES])
 Inputs = list[Tensor | None]
@@ -97,6 +98,16 @@ def test_triton_is_as_good_as_the_reference(sizes: tuple[int, ...]) -> None:
 
 def test_half_precision_by_triton() -> None:
     _assert_as_good_as_the_reference(*_inputs(CASES[1], torch.bfloat16))
+
+
+def test_amd_takes_the_composition_where_a_backward_would_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("lion_triton.kernels.group_mlp.warp_size", lambda: 64)
+    monkeypatch.setattr("lion_triton.kernels.group_mlp.group_mlp_max_reference", lambda *_: called.append(1))
+    idx, inputs, groups = _inputs((1, 3, 2, 2, 40, 8, 8), torch.float32)
+    _call(idx, inputs, groups, "triton")
+    assert called
+    assert _call(idx, [t.detach() for t in inputs], groups, "triton").shape == (1, 2, 8)
 
 
 def test_several_tiles_and_chunks_without_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
