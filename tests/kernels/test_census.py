@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 
 from lion_triton import kernels
 from lion_triton.kernels import census, group_mlp, voxel_conv
@@ -17,12 +17,9 @@ from tests import fresh
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """For one GPU and bfloat16; ``make census`` does it for all. Triton 3.6 lets one variant spill, 12 times."""
+    """For one GPU and bfloat16; ``make census`` does it for all."""
     result = fresh.python("-m", "lion_triton.kernels.census", "sm_90", "--check", "--brief", "--dtype", "bfloat16")
-    faults = {line.split()[1] for line in result.stderr.splitlines() if line.startswith("sm_90 ")}
-    older = triton.__version__.startswith("3.6.")
-    assert faults == ({"knn_kernel"} if older else set()), result.stderr
-    assert result.returncode == bool(faults), result.stderr
+    assert result.returncode == 0, result.stderr
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {name.strip("_") for module in modules for name in vars(module) if name.endswith("_kernel")}
     compiled = {line.split()[0] for line in result.stdout.splitlines() if "warps=" in line}
@@ -66,6 +63,12 @@ def test_spills_and_too_much_shared_memory_fail_the_check(tmp_path: Path, check:
     faults = result.stderr.strip().splitlines()
     assert any("sm_90 greedy_kernel" in line and "accesses to spilled registers" in line for line in faults)
     assert any("sm_90 large_kernel" in line and "bytes of shared memory, 16 at most" in line for line in faults)
+
+
+def test_a_few_spills_below_the_limit_are_the_compilers_choice() -> None:
+    row = census.Row("kernel", "", registers=255, most_registers=255, spills=3, shared=0, loads="", stores="")
+    assert census.faults(row, census.TARGETS["sm_90"]) == ["3 accesses to spilled registers"]
+    assert census.faults(replace(row, registers=72), census.TARGETS["sm_90"]) == []
 
 
 def test_widths_are_read_from_machine_code(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_CASES: list[tuple[int, int, int, int, int, Coords]] = [
     (1, 1, 1, 1, 4, _random),
     (2, 31, 20, 33, 4, _random),
-    (1, 9, 70, 130, 4, _random),  # more channels than a program has
+    (1, 5, 65, 66, 4, _random),  # more channels than a program has
     (2, 24, 3, 5, 4, _one_voxel),
     (2, 13, 5, 4, 4, _corners),
     (3, 11, 4, 3, 4, _not_contiguous),
@@ -174,7 +174,7 @@ def test_triton(
     B: int, N: int, C: int, C2: int, R: int, kind: Coords, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(voxel_conv, "_LEAST_POINTS", 16)  # several parts of the weight's gradient
+    monkeypatch.setattr(voxel_conv, "_LEAST_POINTS", 31)  # of 62 points two parts of the weight's gradient
     inputs = tuple(x.to(DEVICE) for x in _inputs(B, N, C, C2, R, kind, dtype))
     got = _results(voxelize_conv3d, inputs, R, impl="triton")
     again = _results(voxelize_conv3d, inputs, R, impl="triton", plan=plan_voxels(inputs[1], R, impl="triton"))
