@@ -186,8 +186,11 @@ class TrainConfig:
     evaluate_shapes: int = 200
 
 
-def quickstart() -> TrainConfig:
-    """A small LION on the embedded furniture: minutes on two CPU cores."""
+def quickstart(voxels: int = 8) -> TrainConfig:
+    """A small LION on the embedded furniture: minutes on two CPU cores.
+
+    ``voxels``: a side of the grid that the point prior's points are convolved in before the coarse level.
+    """
     # Much of a short training's success is the number of its steps: one coarse level, few channels in the convolutions.
     encoder_level = SetAbstractionGeometry(centers=64, radius=0.6, neighbors=12)
     coarse_level = SetAbstractionGeometry(centers=32, radius=0.8, neighbors=8)
@@ -201,7 +204,7 @@ def quickstart() -> TrainConfig:
         residual=True,
     )
     prior_unet = UNetConfig(
-        down=(DownLevel(Convolutions(1, 32, 8), coarse_level, (64,)),),
+        down=(DownLevel(Convolutions(1, 32, voxels), coarse_level, (64,)),),
         up=(UpLevel((128, 128, 128, 128), Convolutions(1, 32, 8)),),
         middle_heads=4,
         head_width=128,
@@ -258,7 +261,7 @@ def quickstart() -> TrainConfig:
 
 def procedural() -> TrainConfig:
     """The quickstart's networks on twice as many points of more shapes, for longer: the shipped model ``furniture``."""
-    base = quickstart()
+    base = quickstart(voxels=16)  # as the shipped weights were trained with
     return replace(
         base,
         preset="procedural",
