@@ -116,7 +116,21 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     closed = sum(m.is_watertight for m in meshes)
     print(f"{len(meshes)} meshes, {closed} of them watertight: {out / 'ply'}, {out / 'glb'}")
     print(f"picture: {out / 'grid.png'}")
+    if far := [str(i) for i, (made, cloud) in enumerate(zip(meshes, clouds, strict=True)) if _reaches_far(made, cloud)]:
+        which = ", ".join(far[:10]) + (", ..." if len(far) > 10 else "")
+        print(
+            f"warning: {len(far)} of {len(meshes)} meshes reach far beyond their clouds ({which}): their normals' sides "
+            "disagree, as estimated ones do where parts are thinner than points are apart; --network RUN knows them",
+            file=sys.stderr,
+        )
     return meshes
+
+
+def _reaches_far(made: trimesh.Trimesh, cloud: np.ndarray) -> bool:
+    """By more than a twentieth of the cloud's longest side."""
+    low, high = cloud.min(0), cloud.max(0)
+    beyond = max((low - made.bounds[0]).max(), (made.bounds[1] - high).max())
+    return bool(beyond > (high - low).max() / 20)
 
 
 def _check(args: MeshArguments, target: Path, is_run: bool) -> None:

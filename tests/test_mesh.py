@@ -84,6 +84,14 @@ def test_clouds_without_a_network_keep_their_units(balls: Path) -> None:
     assert len(set(record["clouds_sha256"])) == 3
 
 
+def test_meshes_far_larger_than_their_clouds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Normals of a table's thin legs and top, estimated: their sides disagree."""
+    mesh.main(["procedural:1", "--resolution", "32", "--out", str(tmp_path / "out")])
+    assert "1 of 1 meshes reach far beyond their clouds (0)" in capsys.readouterr().err
+    with np.load(tmp_path / "out" / "clouds.npz") as file:
+        assert file["points"].shape[0] == 1
+
+
 def test_one_shape_is_one_mesh_whatever_file_it_lies_in(balls: Path, tmp_path: Path) -> None:
     cloud = np.load(balls)["points"][1]
     np.save(tmp_path / "one.npy", cloud)

@@ -75,6 +75,8 @@ class Mesher:
         else:
             points, normals = (x.flatten(1, 2) for x in self.network(points))
         indicator = self.solver(to_cube(points), normals)
+        if self.network is None and indicator[:, 0].mean() > 0:  # parts outweigh each other, or sides disagree
+            indicator = -indicator
         mesh = indicator_to_mesh(indicator[0].cpu().numpy())
         vertices = (mesh.vertices - 0.5) * (2 * MARGIN * frame.half.item()) + frame.center[0].numpy()
         mesh.vertices = vertices.astype(np.float32)

@@ -16,7 +16,8 @@ def estimate_normals(points: Float[Tensor, "B N 3"], k: int = 10) -> Float[Tenso
 
     The normal of a point is the direction in which its k nearest points (itself one of them) spread least. Sides are
     carried along the minimum spanning tree of the neighbours' graph, whose edges cost 1 - |cos| of the angle between
-    two normals, from the highest point (largest y), where up is out; each connected part of the graph has its own.
+    two normals, from the highest point (largest y), where up is out, unless the volume that they then enclose, the sum
+    of (p - center) . normal, is negative; each connected part of the graph has its own.
 
     points: (B, N, 3), floating point, N >= 3. k: 3 to N. Returns the like of points; no gradient. Computed on the CPU
     in float64. Parts thinner than the distance between neighbours get meaningless normals: no plane fits there.
@@ -54,4 +55,7 @@ def _oriented(points: Float[np.ndarray, "N 3"], k: int) -> Float[np.ndarray, "N 
         for i in order[1:]:
             if normals[i] @ normals[before[i]] < 0:
                 normals[i] *= -1
+        heights = ((points[members] - points[members].mean(0)) * normals[members]).sum(1)
+        if heights.sum() < -1e-6 * np.abs(heights).sum() - 1e-12:  # of a flat patch it is 0 but for rounding
+            normals[members] *= -1
     return normals

@@ -30,6 +30,15 @@ def test_parts_far_apart_are_each_turned_outwards() -> None:
     assert ((normals * sphere.repeat(1, 2, 1)).sum(-1) > 0.9).all()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_upright_pipe_whose_highest_point_tells_nothing_is_turned_outwards(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    angle, height = torch.rand(2, 1500, generator=generator, dtype=torch.float64)
+    points = torch.stack(((2 * torch.pi * angle).cos(), 2 * height, (2 * torch.pi * angle).sin()), -1)
+    normals = estimate_normals(points[None])[0]
+    assert ((normals * points)[:, [0, 2]].sum(1) > 0.9).all()
+
+
 def test_a_flat_patch_faces_up_whatever_its_order() -> None:
     points = torch.rand(1, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     points[..., 1] = 0
