@@ -47,8 +47,9 @@ from lion_triton.evaluation.sets import (
     in_units_of,
     open_clouds,
 )
+from lion_triton.models.hub import find_run
 from lion_triton.processes import ALONE, Processes
-from lion_triton.runs import BEST, find_run, note_best, open_run
+from lion_triton.runs import BEST, note_best, open_run
 from lion_triton.sample import SampleArguments, resolved
 
 
@@ -136,7 +137,8 @@ def check(args: EvaluateArguments, is_run: bool) -> None:
             if getattr(args, name) is not None:
                 raise ValueError(f"{name.replace('_', '-')}: is for a run folder, {args.run_or_samples} is not one")
         if args.reference is None:
-            raise ValueError("reference: expected the clouds to compare with, as --reference DATA")
+            what = f"expected the clouds to compare {args.run_or_samples} with, which is no run, as --reference DATA"
+            raise ValueError(f"reference: {what}")
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,14 @@ class InterpolateArguments(PromptArguments):
     """Generate what lies between two shapes: both are taken to the noise that the model makes them of, and the shapes
     of the noises between are generated, each point on its way from one to the other.
 
-    A and B are each a file (obj, ply, off, stl, glb, gltf, npy, npz, xyz, txt), FILE:3 for one of several clouds,
-    procedural:3 for one of the embedded shapes, or a number: the seed of a shape that the model generates, as
-    lion_triton.sample does with --num-samples 1.
+    A and B are each a file (obj, ply, off, stl, glb, gltf, npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one
+    of several clouds, procedural:3 for one of the embedded shapes, or a number: the seed of a shape that the model
+    generates, as lion_triton.sample does with --num-samples 1.
     Writes OUT/clouds.npz, OUT/ply/*.ply, OUT/grid.png, OUT/animation.gif and OUT/samples.json.
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
+        a, b: the two shapes, see above.
         frames: clouds to generate, A and B included.
         label: class of both; default: that of a file that knows it, otherwise the likeliest; of a seed, the first.
             Runs trained with --clip take one text, image or embedding of both or one of each instead; default: that of
@@ -60,7 +61,7 @@ class InterpolateArguments(PromptArguments):
             priors that are distilled for so many steps, where the run has such.
         num_points: points per cloud; default as in training.
         seed: decides which points of A and B are taken, and which latents of them.
-        checkpoint: one of the run's, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
 

@@ -23,8 +23,9 @@ from lion_triton.evaluation.sets import fingerprint
 from lion_triton.generation.inputs import numbered, read_clouds
 from lion_triton.generation.output import check_finite, check_out, whole_folder
 from lion_triton.generation.prompts import PromptArguments, read_prompts
+from lion_triton.models.hub import find_run
 from lion_triton.pictures import mesh_grid
-from lion_triton.runs import commit, find_run, load_model, open_run
+from lion_triton.runs import commit, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 from lion_triton.surface.meshing import RESOLUTION, Mesher
 from lion_triton.surface.storage import load_surface
@@ -52,10 +53,11 @@ class MeshArguments(PromptArguments):
     Attributes:
         clouds_or_run: a run folder or the name of a model that comes with the package; or clouds: a folder of clouds, a
             folder written by sample, a .npz or .npy of (S, P, 3), a file of one shape (obj, ply, off, stl, glb, gltf,
-            npy, npz, xyz, txt), FILE:3 for one of several, procedural:3 for one of the embedded shapes.
+            npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one of several, procedural:3 for one of the embedded
+            shapes.
         num_samples: clouds to generate of a run, of each text, image and embedding if any is given; default 16.
         label: class of every cloud of a run; default: classes in turn.
-        checkpoint: of the run, which generates; default the newest.
+        checkpoint: of the run, which generates, as step-00001000, or best; default the newest.
         network: the run whose surface network is used; default of a run: itself.
         normals: of a network, or estimated from neighbours; default: of a network if there is a run.
         resolution: nodes per side of the grid.
@@ -119,8 +121,9 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     if far := [str(i) for i, (made, cloud) in enumerate(zip(meshes, clouds, strict=True)) if _reaches_far(made, cloud)]:
         which = ", ".join(far[:10]) + (", ..." if len(far) > 10 else "")
         print(
-            f"warning: {len(far)} of {len(meshes)} meshes reach far beyond their clouds ({which}): their normals' sides "
-            "disagree, as estimated ones do where parts are thinner than points are apart; --network RUN knows them",
+            f"warning: {len(far)} of {len(meshes)} meshes reach far beyond their clouds ({which}): their normals' "
+            "sides disagree, as estimated ones do where parts are thinner than points are apart; --network RUN knows "
+            "them",
             file=sys.stderr,
         )
     return meshes

@@ -40,14 +40,23 @@ from torch import Tensor, nn
 from lion_triton import __version__
 from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
+from lion_triton.models import hub
 from lion_triton.models.files import partial_of, save_tensors, write_whole
-from lion_triton.models.hub import CONFIG, DISTILLED, EMBEDDINGS, WEIGHTS, distilled_files, read_distilled
+from lion_triton.models.hub import (
+    CONFIG,
+    DISTILLED,
+    EMBEDDINGS,
+    WEIGHTS,
+    distilled_files,
+    find_run,
+    read_distilled,
+    shipped_models,
+)
 from lion_triton.models.lion import LION
 
 Stage = Literal["vae", "priors", "surface", "encoder", "distill"]
 KEPT_CHECKPOINTS = 2
 BEST = "best"  # instead of a checkpoint's name
-SHIPPED = Path(__file__).parent / "pretrained"  # models that come with the package, each a folder of save_pretrained
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Run:
     @property
     def results(self) -> Path:
         """Where commands write: the folder itself, or runs/NAME for a shipped model."""
-        return Path("runs") / self.folder.name if self.folder.parent == SHIPPED else self.folder
+        return Path("runs") / self.folder.name if self.folder.parent == hub.SHIPPED else self.folder
 
     @property
     def samples(self) -> Path:
@@ -99,7 +108,8 @@ class Run:
         if name == BEST:
             best = self.best("priors") or self.best("vae")
             if best is None:
-                raise ValueError(f"checkpoint: none of {self.folder} is known as the best, as none was measured")
+                reason = "it has none" if self.pretrained else "none was measured"
+                raise ValueError(f"checkpoint: none of {self.folder} is known as the best, as {reason}")
             return best
         if name not in folders:
             raise ValueError(f"checkpoint: expected one of {', '.join(folders) or 'none yet'}, got {name}")
@@ -168,11 +178,6 @@ def change_config(run: Run, config: TrainConfig, note: str) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def find_run(name: Path) -> Path:
-    """The folder that ``name`` stands for: itself, or where there is none the shipped model of that name."""
-    return SHIPPED / name if not name.exists() and (SHIPPED / name / CONFIG).is_file() else name
-
-
 def open_run(name: Path) -> Run:
     """Read a run folder, a folder of ``LION.save_pretrained``, or the shipped model of that name.
 
@@ -182,8 +187,7 @@ def open_run(name: Path) -> Run:
     folder = find_run(name)
     path = folder / CONFIG
     if not path.is_file():
-        shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}")))
-        known = f", nor a shipped model: {shipped}" if shipped else ""
+        known = f", nor a shipped model: {shipped_models()}"
         raise ValueError(f"run: {folder} is not a run folder (it has no config.json){known}")
     try:
         content = json.loads(path.read_text())

@@ -35,13 +35,12 @@ from lion_triton.data.embeddings import write_embeddings
 from lion_triton.data.sources import Sources
 from lion_triton.devices import best_device, resolve_precision
 from lion_triton.models.attention import AttentionKind
-from lion_triton.models.hub import CONFIG
+from lion_triton.models.hub import CONFIG, SHIPPED
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.processes import Processes
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import (
-    SHIPPED,
     Run,
     check_same_run,
     create_run,
@@ -58,7 +57,7 @@ from lion_triton.training.compiling import check_compiler, compile_bar, compile_
 from lion_triton.training.context import Context, training_sources
 from lion_triton.training.distill import distill
 from lion_triton.training.encoders import train_encoders
-from lion_triton.training.initial import initial_weights
+from lion_triton.training.initial import Initial, initial_weights
 from lion_triton.training.longer import change_steps
 from lion_triton.training.stages import fit_priors, fit_vae
 from lion_triton.training.stopping import Stop
@@ -116,15 +115,23 @@ def train(args: Arguments) -> None:
     config = with_networks(args.config, args.attention, args.denoiser)
     config = with_clip(config) if args.clip else config
     check(config)
+    folder = run_folder(args)
+    if folder.is_file():
+        raise ValueError(f"out: expected a folder, got the file {folder}")
+    if args.stage == "priors" and config.init_from is None and not (folder / "config.json").exists():
+        raise no_vae(folder)
     sources = training_sources(config)
     config = with_classes(config, len(sources.train.classes))
+    initial = None
+    if config.init_from is not None and not any((folder / "checkpoints").glob("step-*")):
+        initial = initial_weights(config.init_from, config.model, sources.train.classes, config.data.normalization)
     if args.dry_run:
         report.dry_run(config, sources)
         return
     accelerator = start_processes(config)
     stop = Stop()
     with stop.listening():
-        train_stages(args, config, sources, accelerator, stop)
+        train_stages(args, config, sources, initial, accelerator, stop)
 
 
 def train_part(args: Arguments, processes: Processes) -> None:
@@ -183,12 +190,16 @@ def check_later_stage(args: Arguments, default: TrainConfig) -> None:
             raise ValueError(f"{name}: the stage {args.stage} has its networks from {run.folder}, which has others")
 
 
-def train_stages(args: Arguments, config: TrainConfig, sources: Sources, accelerator: Accelerator, stop: Stop) -> None:
-    """Both stages, or the one asked for, from where the run is."""
+def train_stages(
+    args: Arguments,
+    config: TrainConfig,
+    sources: Sources,
+    initial: Initial | None,
+    accelerator: Accelerator,
+    stop: Stop,
+) -> None:
+    """Both stages, or the one asked for, from where the run is; a new one from the weights of ``initial``."""
     folder = run_folder(args)
-    initial = None
-    if config.init_from is not None and not any((folder / "checkpoints").glob("step-*")):
-        initial = initial_weights(config.init_from, config.model, sources.train.classes, config.data.normalization)
     initial_vae = initial is not None and "VAE" in initial.parts
     if args.stage == "priors" and not initial_vae and not (folder / "config.json").exists():
         raise no_vae(folder)
@@ -326,7 +337,7 @@ def finish(context: Context) -> None:
 
 def shipped_clouds(count: int) -> np.ndarray:
     """What the model that comes with the package, trained for far longer on more such shapes, makes: (count, P, 3)."""
-    run = open_run(SHIPPED / SHIPPED_MODEL)
+    run = open_run(SHIPPED / SHIPPED_MODEL)  # whatever is called so in this folder
     args = SampleArguments(run.folder, num_samples=count, steps=SHIPPED_STEPS)
     clouds = generate(run, load_model(run).to(best_device()), args, class_labels(run, args), title="shipped model")
     return run.normalization.invert(clouds)

@@ -52,7 +52,8 @@ class VaryArguments(PromptArguments):
     """Generate variations of a shape by diffuse-denoise: its latents are noised to a share of the schedule and denoised
     again.
 
-    SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, xyz, txt), FILE:3 for one of several clouds, or
+    SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one of
+    several clouds, or
     procedural:3 for one of the embedded shapes. With the run's encoders for such inputs (train RUN --stage encoder)
     it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a noisy cloud or a part.
     Writes OUT/clouds.npz (with the shape and its reconstruction), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
@@ -69,7 +70,7 @@ class VaryArguments(PromptArguments):
         eta: DDIM's stochasticity, 0 to 1; default as the run's configuration.
         num_points: points per cloud; default as in training.
         seed: decides the noise, which points of the shape are taken, and which latents of it.
-        checkpoint: one of the run's, as step-00001000; default the newest.
+        checkpoint: one of the run's, as step-00001000, or best, on its validation shapes; default the newest.
         out: folder for the results; default RUN/samples/<the options>.
     """
 

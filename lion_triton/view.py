@@ -13,7 +13,8 @@ import tyro
 from lion_triton.cli import run_cli
 from lion_triton.generation.inputs import open_model
 from lion_triton.generation.prompts import PromptArguments, read_prompts
-from lion_triton.runs import find_run, open_run
+from lion_triton.models.hub import find_run
+from lion_triton.runs import open_run
 
 if TYPE_CHECKING:
     from lion_triton.viewer.page import Page

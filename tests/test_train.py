@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lion_triton
 from lion_triton import runs, sample, train
+from lion_triton.__main__ import COMMANDS
 from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
 from lion_triton.models.priors import TransformerConfig
 from lion_triton.training import loop
@@ -186,6 +188,28 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     for word in ("M parameters", "stage vae", "stage priors", "GiB", "time in all", "softmax attention by "):
         assert word in out
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: tuple[str, ...]
+) -> None:
+    file, nowhere = tmp_path / "file", tmp_path / "nowhere"
+    file.touch()
+    for preset, options, message in (
+        ("quickstart", ["--out", str(file)], f"out: expected a folder, got the file {file}"),
+        ("quickstart", ["--init-from", str(nowhere)], f"init-from: {nowhere} is not a run folder"),
+        ("quickstart", ["--stage", "priors", "--out", str(nowhere)], "has no trained VAE yet; run --stage vae first"),
+        ("quickstart", ["--data.source", str(nowhere)], f"data.source: {nowhere} is not a folder: python -m lion_"),
+    ):
+        assert message in fails(capsys, train.main, [preset, *TINY, *options, *dry])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_list_of_commands_has_them_all() -> None:
+    package = Path(lion_triton.__file__).parent
+    commands = {path.stem for path in package.glob("*.py") if "\ndef main(" in path.read_text()}
+    assert commands - {"__main__"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -361,9 +385,9 @@ def write_clouds(root: Path, count: int = 4, points: int = 150) -> Path:
 def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "clouds", tmp_path / "out"
     given = ["--data.source", str(source)]
-    assert "error: root" in fails(capsys, run, out, *given)
+    assert "error: data.source: " in fails(capsys, run, out, *given)
     source.mkdir()
-    assert "error: root" in fails(capsys, run, out, *given)
+    assert "error: data.source: " in fails(capsys, run, out, *given)
     write_clouds(source)
     bad = source / "chair" / "train" / "2.npy"
     cloud = np.load(bad)

@@ -154,16 +154,16 @@ def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = N
             splits, or no cloud in the split (with ``categories``, in one of them).
     """
     root, splits = Path(root), get_args(Split)
+    hint = "python -m lion_triton.prepare makes <category>/<split>/<id>.npy of meshes and clouds"
     if split not in splits:
         raise ValueError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     if not root.is_dir():
-        raise ValueError(f"root: {root} is not a folder")
+        raise ValueError(f"root: {root} is not a folder: {hint}")
     inside = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
     divided = {f.name for f in inside if any((f / s).is_dir() for s in splits)}
     undivided = {f.name for f in inside if f.name not in divided and _list_npy(f)}
     if undivided and not divided and undivided <= set(splits):
         raise ValueError(f"root: {root} is a single category: give the folder above it")
-    hint = "python -m lion_triton.prepare makes <category>/<split>/<id>.npy of meshes and clouds"
     folders = sorted(divided | undivided)
     if not folders:
         raise ValueError(f"root: no <category>/{split}/<id>.npy in {root}: {hint}")

@@ -67,6 +67,8 @@ def trained_encoders(run: Run, kind: InputKind) -> EncoderRun:
     """Raises ``ValueError`` where the run has none for such inputs, or their training is not finished."""
     encoders = EncoderRun.open(run, part_name(kind))
     command = f"train {run.folder} --stage encoder --encoder.input {kind}"
+    if run.pretrained and encoders is None:
+        raise ValueError(f"run: {run.folder} has no encoders for the input {kind}, and only a run can get them")
     if encoders is None or encoders.run.checkpoint() is None:
         raise ValueError(f"run: {run.folder} has no encoders for the input {kind} yet: {command}")
     if not encoders.trained:

@@ -221,8 +221,9 @@ def _of_set(option: str, path: str, index: int) -> tuple[Float32[np.ndarray, "P 
 def _of_file(option: str, path: Path, count: int, seed: int) -> Float32[np.ndarray, "P 3"]:
     """A mesh's surface, drawn from ``count`` times; a whole cloud."""
     if not path.is_file():
-        what = "a file of a shape, FILE:3 for one of several clouds, procedural:3"
-        raise ValueError(f"{option}: expected {what}, got {path}")
+        what = "a file of a shape, FILE:3 or FOLDER:3 for one of several clouds, procedural:3"
+        found = "a folder" if path.is_dir() else "which does not exist"
+        raise ValueError(f"{option}: expected {what}, got {path}, {found}")
     try:
         shape = read_shape(Container(path.parent), path.name)
         return shape.sample(count, seed) if shape.is_mesh else shape.coordinates.astype(np.float32)

@@ -42,7 +42,18 @@ CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "pict
 DISTILLED = "distilled"
 PARTS = ("surface", "encoders/*")  # see ``lion_triton.parts``
 UNKNOWN = "unknown"  # in place of the data, of a model without a run
+SHIPPED = Path(__file__).parents[1] / "pretrained"  # models that come with the package, each a folder like these
 P = TypeVar("P", bound="Pretrained")
+
+
+def find_run(name: Path) -> Path:
+    """The folder that ``name`` stands for: itself, or where there is none the shipped model of that name."""
+    return SHIPPED / name if not name.exists() and (SHIPPED / name / CONFIG).is_file() else name
+
+
+def shipped_models() -> str:
+    """Their names, in a line."""
+    return ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}")))
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -65,17 +76,18 @@ class Pretrained(PyTorchModelHubMixin):
         """Read a model, in evaluation mode, on the CPU.
 
         Args:
-            folder_or_id: a folder written by ``save_pretrained``, a run folder, or else the id of a model on a hub, as
-                "name/model". Only for an id a network is used.
+            folder_or_id: a folder written by ``save_pretrained``, a run folder, the name of a model that comes with the
+                package, or else the id of a model on a hub, as "name/model". Only for an id a network is used.
             download: options of ``huggingface_hub.snapshot_download`` for an id, as ``revision`` and ``token``.
 
         Raises:
             ValueError: neither folder nor id, no trained priors yet, damaged or foreign files.
         """
-        folder = Path(folder_or_id)
+        folder = find_run(Path(folder_or_id))
         if not folder.is_dir():
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_id)):
-                what = "a run folder, a folder written by save_pretrained, or an id as name/model"
+                what = "a run folder, a folder written by save_pretrained, the name of a shipped model"
+                what += f" ({shipped_models()}), or an id as name/model"
                 raise ValueError(f"folder_or_id: expected {what}, got {folder_or_id}")
             files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS, *(f"{part.removesuffix('/*')}/*" for part in PARTS)]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))

@@ -29,9 +29,10 @@ def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
     surface = SurfaceRun.open(run, FOLDER)
     newest = None if surface is None else surface.run.checkpoint()
     if surface is None or newest is None:
-        raise ValueError(
-            f"run: {run.folder} has no surface network yet: train it with --stage surface, or give --normals estimated"
-        )
+        how = "train it with --stage surface, or give --normals estimated"
+        if run.pretrained:  # which no stage can be trained of
+            how = "mesh the clouds that sample makes, with the --network of a run that knows such shapes"
+        raise ValueError(f"run: {run.folder} has no surface network yet: {how}")
     checkpoint = load_checkpoint(surface.run, newest.name, with_optimizer=False)
     assert checkpoint is not None
     network = SurfaceNetwork(surface.config)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import trimesh
 
-from lion_triton import runs
 from lion_triton.data.clouds import Normalization, procedural_clouds
 from lion_triton.generation.inputs import (
     described,
@@ -21,6 +20,7 @@ from lion_triton.generation.inputs import (
     read_given_or_seed,
     reconstruct,
 )
+from lion_triton.models import hub
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, open_run
 from tests.tiny import POINTS, tiny_config, tiny_run
@@ -48,7 +48,7 @@ def test_a_model_goes_by_any_of_its_names(run: Run, tmp_path: Path, monkeypatch:
     folder = open_model(tmp_path / "shipped" / "small")
     assert folder.checkpoint is None
     assert folder.run.config == run.config
-    monkeypatch.setattr(runs, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(hub, "SHIPPED", tmp_path / "shipped")
     shipped = open_model("small")
     assert shipped.run.samples == Path("runs/small/samples")  # not in the package
     for other in (folder, shipped):

@@ -124,7 +124,7 @@ def test_the_card_says_what_the_run_says(saved: Path) -> None:
         "![Held-out shapes, reconstructions and generated shapes](picture.png)",
         "| classes | chair, table, sofa, lamp, shelf |",
         "| licence of the data | Apache-2.0, as lion-triton |",
-        "| steps | 300 | 1800 |",
+        "| steps | 300 | 1600 |",
         "On 5 held-out shapes of 48 points, as training ended",
         "| reconstruction, Chamfer distance | 0.00123 |",
         "| 1-NNA of generated shapes, Chamfer distance | 0.75 |",

@@ -8,7 +8,9 @@ import numpy as np
 
 from lion_triton import sample
 from lion_triton.data.procedural import CLASSES
-from lion_triton.runs import SHIPPED, open_run
+from lion_triton.models import LION
+from lion_triton.models.hub import SHIPPED
+from lion_triton.runs import open_run
 
 
 def test_all_shipped_models_are_small() -> None:
@@ -20,6 +22,7 @@ def test_all_shipped_models_are_small() -> None:
 def test_a_class_is_sampled_by_the_models_name(tmp_path: Path) -> None:
     run = open_run(Path("furniture"))
     assert run.classes == tuple(CLASSES)
+    assert sorted(LION.from_pretrained("furniture").distilled_steps) == [4, 8]
     sample.main(["furniture", "--class", "sofa", "--num-samples", "2", "--steps", "4", "--out", str(tmp_path / "out")])
     clouds = np.load(tmp_path / "out" / "clouds.npz")
     assert clouds["points"].shape == (2, 1024, 3)
