@@ -24,8 +24,8 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
-from itertools import repeat
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -219,35 +219,47 @@ def _pairwise_chamfer_products(a: Tensor, b: Tensor, progress: Progress | None) 
     right = torch.cat([-2 * y, torch.ones_like(square_y), square_y], -1).permute(2, 0, 1).contiguous()  # (5, R, M)
     together = max(1, _PRODUCT_COLUMNS // b.shape[1])
 
-    def distances(s: int, partners: range) -> Iterator[float]:
-        for group in right[:, partners.start :].split(together, dim=1):
-            to_y, to_x = x.new_zeros(group.shape[1]), x.new_full(group.shape[1:], torch.inf)
-            for rows in left[s].split(_PRODUCT_ROWS):
-                sqdist = (rows @ group.flatten(1)).view(len(rows), *group.shape[1:])
-                to_y += sqdist.amin(2).clamp_min_(0).sum(0)
-                to_x = torch.minimum(to_x, sqdist.amin(0))
-            yield from (to_y / a.shape[1] + to_x.clamp_min_(0).mean(1)).tolist()
+    def distances(cloud: Tensor, group: Tensor) -> list[float]:
+        to_y, to_x = x.new_zeros(group.shape[1]), x.new_full(group.shape[1:], torch.inf)
+        for rows in cloud.split(_PRODUCT_ROWS):
+            sqdist = (rows @ group.flatten(1)).view(len(rows), *group.shape[1:])
+            to_y += sqdist.amin(2).clamp_min_(0).sum(0)
+            to_x = torch.minimum(to_x, sqdist.amin(0))
+        return (to_y / a.shape[1] + to_x.clamp_min_(0).mean(1)).tolist()
 
-    return _all_pairs(distances, a, b, a is b, progress)
+    def groups(partners: range) -> tuple[Tensor, ...]:
+        return right[:, partners.start :].split(together, dim=1)
+
+    with _threads_of_one() as every:
+        return _all_pairs(
+            lambda s, partners: chain.from_iterable(every(distances, repeat(left[s]), groups(partners))),
+            *(a, b, a is b, progress),
+        )
+
+
+@contextmanager
+def _threads_of_one() -> Iterator[Callable[..., Iterable[list[float]]]]:
+    """A ``map`` by as many threads as PyTorch has, each of which computes alone: several on one piece spend their time
+    meeting each other."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)  # what the workers set, the last of them late, is every new thread's
 
 
 def _pairwise_approx(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
-    """On a CPU one thread for each core and each pair: more threads on one pair spend their time meeting each other."""
     groups = b.split(max(1, block_size(a) // (a.shape[1] * b.shape[1])))
 
     def costs(cloud: Tensor, group: Tensor) -> list[float]:
         return approx_emd_reference(cloud.expand(len(group), -1, -1), group).tolist()
 
-    threads = torch.get_num_threads()
-    if a.device.type != "cpu" or threads == 1:
-        return _all_pairs(lambda s, _: (c for g in groups for c in costs(a[s], g)), a, b, False, progress)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return _all_pairs(
-                lambda s, _: (c for g in pool.map(costs, repeat(a[s]), groups) for c in g), a, b, False, progress
-            )
-    finally:
-        torch.set_num_threads(threads)  # what the workers set, the last of them late, is every new thread's
+    with _threads_of_one() if a.device.type == "cpu" else nullcontext(map) as every:
+        return _all_pairs(lambda s, _: chain.from_iterable(every(costs, repeat(a[s]), groups)), a, b, False, progress)
 
 
 def _pairwise_exact(a: Tensor, b: Tensor, progress: Progress | None) -> Tensor:
