@@ -192,9 +192,13 @@ def by_distilled(lion: LION, settings: SamplingConfig) -> bool:
     if distilled:
         print(f"steps: {settings.steps}, by the priors distilled for so many")
     elif lion.distilled:
-        guidance = ", ".join(f"{w:g}" for w in set(lion.distilled_steps.values()))
-        which = f"{', '.join(lion.distilled)} of ddim with eta 0 and guidance {guidance}"
-        print(f"steps: {settings.steps} of {settings.sampler}, by the priors as trained; distilled ones take {which}")
+        guidances = sorted(set(lion.distilled_steps.values()))
+        options = f"--steps {' or '.join(lion.distilled)}"
+        options += " --sampler ddim" * (settings.sampler != "ddim") + " --eta 0" * (settings.eta != 0)
+        if settings.guidance not in guidances:
+            options += f" --guidance {' or '.join(f'{w:g}' for w in guidances)}"
+        taken = f"steps: {settings.steps} of {settings.sampler}, by the priors as trained"
+        print(f"{taken}; faster by distilled ones: {options}")
     return distilled
 
 
