@@ -159,10 +159,10 @@ TRITON_CASES: list[tuple[int, int, int, int, int, Coords]] = [
     (1, 1, 1, 1, 4, _random),
     (2, 31, 20, 33, 4, _random),
     (1, 5, 65, 66, 4, _random),  # more channels than a program has
-    (2, 24, 3, 5, 4, _one_voxel),
+    (2, 16, 3, 5, 4, _one_voxel),
     (2, 13, 5, 4, 4, _corners),
-    (3, 11, 4, 3, 4, _not_contiguous),
-    (1, 31, 2, 8, 8, _random),  # several cubes
+    (2, 7, 4, 3, 4, _not_contiguous),
+    (1, 13, 2, 8, 8, _random),  # several cubes
 ]
 
 
