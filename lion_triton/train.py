@@ -72,6 +72,9 @@ KEPT_EMBEDDINGS = 256  # shapes whose embeddings a run keeps, to sample with whe
 class Arguments:
     """Train LION on point clouds: the VAE, then both priors.
 
+    The first word is a preset (quickstart, procedural, furniture, furniture_small, lion, lion_all) or the folder of a
+    run to go on with; none stands for quickstart. What follows are its options, with their defaults.
+
     Attributes:
         out: run folder; default runs/PRESET.
         stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes (surface), the

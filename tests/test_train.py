@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -210,6 +211,10 @@ def test_the_list_of_commands_has_them_all() -> None:
     package = Path(lion_triton.__file__).parent
     commands = {path.stem for path in package.glob("*.py") if "\ndef main(" in path.read_text()}
     assert commands - {"__main__"} == set(COMMANDS)
+
+
+def test_the_help_names_every_preset() -> None:
+    assert set(PRESETS) <= set(re.findall(r"\w+", train.Arguments.__doc__ or ""))
 
 
 @pytest.mark.parametrize("name", PRESETS)
