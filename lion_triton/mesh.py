@@ -118,12 +118,12 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
     closed = sum(m.is_watertight for m in meshes)
     print(f"{len(meshes)} meshes, {closed} of them watertight: {out / 'ply'}, {out / 'glb'}")
     print(f"picture: {out / 'grid.png'}")
-    if far := [str(i) for i, (made, cloud) in enumerate(zip(meshes, clouds, strict=True)) if _reaches_far(made, cloud)]:
+    far = [str(i) for i, (made, cloud) in enumerate(zip(meshes, clouds, strict=True)) if _reaches_far(made, cloud)]
+    if far and record["normals"] == "estimated":
         which = ", ".join(far[:10]) + (", ..." if len(far) > 10 else "")
         print(
-            f"warning: {len(far)} of {len(meshes)} meshes reach far beyond their clouds ({which}): their normals' "
-            "sides disagree, as estimated ones do where parts are thinner than points are apart; --network RUN knows "
-            "them",
+            f"warning: {len(far)} of {len(meshes)} meshes reach far beyond their clouds ({which}): the sides of their "
+            "estimated normals disagree, as where parts are thinner than points are apart; --network RUN knows them",
             file=sys.stderr,
         )
     return meshes

@@ -53,9 +53,9 @@ class VaryArguments(PromptArguments):
     again.
 
     SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one of
-    several clouds, or
-    procedural:3 for one of the embedded shapes. With the run's encoders for such inputs (train RUN --stage encoder)
-    it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a noisy cloud or a part.
+    several clouds, or procedural:3 for one of the embedded shapes. With the run's encoders for such inputs (train RUN
+    --stage encoder) it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a noisy
+    cloud or a part.
     Writes OUT/clouds.npz (with the shape and its reconstruction), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
     Attributes:

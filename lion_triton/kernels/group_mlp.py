@@ -52,8 +52,9 @@ from lion_triton.kernels.rows import take_rows_backward
 
 # Chosen by machine code, not by timing: rows of a tile (with more, products are made by groups of four warps, which
 # have too few registers); channels at most, and hidden ones where there is a backward, by warp size (AMD's GPUs spill
-# with more); hidden channels up to which four warps do; rows of dV that one program sums up; about how
-# many programs there are where each has a part of a sum, and partial sums that one combines at once.
+# with more); threads of a program; hidden channels up to which four warps do, as more would make the same products;
+# rows of dV that one program sums up; about how many programs there are where each has a part of a sum, and partial
+# sums that one combines at once.
 _ROWS, _MOST_CHANNELS, _MOST_DIFFERENTIATED = 32, 128, {32: 128, 64: 32}
 _THREADS, _FEW_CHANNELS, _MATRIX_ROWS, _PROGRAMS, _PARTIALS = 256, 64, 64, 512, 1024
 
