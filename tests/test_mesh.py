@@ -92,6 +92,12 @@ def test_meshes_far_larger_than_their_clouds_are_told(tmp_path: Path, capsys: py
         assert file["points"].shape[0] == 1
 
 
+def test_no_mesh_is_inside_out(tmp_path: Path) -> None:
+    """A cloud whose parts enclose positive volumes and yet leave the grid's border inside, as their sides disagree."""
+    (made,) = mesh.mesh(mesh.MeshArguments(Path("procedural:5"), resolution=32, out=tmp_path / "out"))
+    assert made.volume < 0.5 * np.prod(made.bounds[1] - made.bounds[0])
+
+
 def test_one_shape_is_one_mesh_whatever_file_it_lies_in(balls: Path, tmp_path: Path) -> None:
     cloud = np.load(balls)["points"][1]
     np.save(tmp_path / "one.npy", cloud)
