@@ -29,9 +29,9 @@ from lion_triton.generation.inputs import (
 )
 from lion_triton.generation.latents import Noise, between, decode, from_noise, match, seed_noise, to_noise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
-from lion_triton.generation.progress import Begin, progress_bar
 from lion_triton.generation.prompts import Prompt, PromptArguments, own_prompts, read_prompts
 from lion_triton.pictures import grid
+from lion_triton.progress import Begin, progress_bar
 from lion_triton.runs import Run, open_run
 from lion_triton.sample import SampleArguments, by_distilled, resolved
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import trimesh
 import tyro
-from tqdm import tqdm
 
 from lion_triton import __version__
 from lion_triton.cli import run_cli
@@ -25,6 +24,7 @@ from lion_triton.generation.output import check_finite, check_out, whole_folder
 from lion_triton.generation.prompts import PromptArguments, read_prompts
 from lion_triton.models.hub import find_run
 from lion_triton.pictures import mesh_grid
+from lion_triton.progress import ProgressBar
 from lion_triton.runs import commit, load_model, open_run
 from lion_triton.sample import SampleArguments, class_labels, generate, resolved
 from lion_triton.surface.meshing import RESOLUTION, Mesher
@@ -100,7 +100,7 @@ def mesh(args: MeshArguments) -> list[trimesh.Trimesh]:
         given = read_clouds("clouds", str(target), needed or DEFAULT_POINTS, args.seed)
         clouds = [_points(cloud, i, needed, args.seed) for i, cloud in enumerate(given)]
     meshes = []
-    for i, cloud in enumerate(tqdm(clouds, "meshes", unit="mesh", disable=None)):
+    for i, cloud in enumerate(ProgressBar(clouds, "meshes", unit="mesh")):
         try:
             meshes.append(mesher(cloud))
         except ValueError as error:

@@ -33,7 +33,6 @@ import numpy as np
 import tyro
 from jaxtyping import Float16, Float32, UInt8
 from numpy import ndarray
-from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.data.containers import close_archives
@@ -52,6 +51,7 @@ from lion_triton.data.find import (
 )
 from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
 from lion_triton.data.shape import Shape
+from lion_triton.progress import ProgressBar
 
 if TYPE_CHECKING:
     from lion_triton.clip import CLIP
@@ -189,7 +189,7 @@ def _write_all(found: Found, config: PrepareConfig, folder: Path, clip: CLIP | N
     objects: list[dict[str, Any]] = []
     taken: dict[str, str] = {}
     with closing(_prepare_all(found.items, config)) as results:
-        bar = tqdm(results, "preparing", len(found.items), unit="file", disable=None)
+        bar = ProgressBar(results, "preparing", len(found.items), unit="file")
         for result in (result for file in bar for result in file):
             if isinstance(result, Failure):
                 failures.append(result)

@@ -90,9 +90,8 @@ ALONE = Processes()
 
 
 def quiet() -> None:
-    """Say nothing from here on but errors: no line on the standard output, and no progress bars."""
+    """Say nothing from here on but errors: no line on the standard output."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
 
 
 def lost_another(error: RuntimeError) -> bool:

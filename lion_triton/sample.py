@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Float16, Float32, Int64
-from tqdm import tqdm
 
 from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling, check_seed
@@ -23,11 +22,11 @@ from lion_triton.data.find import safe_name
 from lion_triton.devices import autocast, best_device
 from lion_triton.generation.inputs import known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
-from lion_triton.generation.progress import BAR
 from lion_triton.generation.prompts import PromptArguments, own_prompts, read_prompts
 from lion_triton.kernels.noise import new_key
 from lion_triton.models.lion import LION, default_steps, keys_per_batch
 from lion_triton.processes import ALONE, Processes
+from lion_triton.progress import BAR, ProgressBar
 from lion_triton.runs import Run, load_model, note_best, open_run
 
 
@@ -158,7 +157,7 @@ def generate(
         print(f"{len(batches)} of {processes.count} processes have a batch of {args.batch_size} clouds to generate")
     mine = sum(len(batch) for number, batch in enumerate(batches) if processes.mine(number))
     clouds = []
-    with tqdm(total=mine, desc=title, bar_format=BAR, disable=None) as bar:
+    with ProgressBar(total=mine, desc=title, bar_format=BAR) as bar:
         for number, batch in enumerate(batches):
             if not processes.mine(number):
                 for _ in range(keys_per_batch(settings.sampler)):

@@ -30,10 +30,10 @@ from lion_triton.generation.inputs import (
 )
 from lion_triton.generation.latents import Keep, decode, diffuse_denoise
 from lion_triton.generation.output import check_finite, check_out, default_out, record_of, write_results
-from lion_triton.generation.progress import progress_bar
 from lion_triton.generation.prompts import PromptArguments, read_prompts
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import draw_grid
+from lion_triton.progress import progress_bar
 from lion_triton.runs import open_run
 from lion_triton.sample import SampleArguments, resolved
 

@@ -74,7 +74,7 @@ def test_blocks_compile_whole_and_once(monkeypatch: pytest.MonkeyPatch, stage: s
 
     compile_blocks(part, "aot_eager")
     bars = Bars()
-    monkeypatch.setattr(compiling, "tqdm", bars)
+    monkeypatch.setattr(compiling, "ProgressBar", bars)
     with compile_bar(lion):
         got = [step(objective, seed) for seed in range(2)]
         compiled = counters["stats"]["unique_graphs"]

@@ -765,7 +765,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             made.append(self)
 
     for module in (phases, sample):
-        monkeypatch.setattr(module, "tqdm", Shown)
+        monkeypatch.setattr(module, "ProgressBar", Shown)
     return made
 
 

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from lion_triton.data.procedural import CLASSES, furniture
+from lion_triton.progress import ProgressBar
 
 Split = Literal["train", "val", "test"]
 Kind = Literal["global", "box", "sphere"]
@@ -420,7 +420,7 @@ def map_clouds(function: Callable[[int], T], count: int, description: str) -> It
     """``map(function, range(count))``, in order, with a progress bar. Threads, because reading waits."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         results = pool.map(function, range(count))
-        yield from tqdm(results, description, count, unit="cloud", leave=False, disable=None)
+        yield from ProgressBar(results, description, count, unit="cloud", leave=False)
 
 
 def _list_npy(folder: Path) -> list[Path]:

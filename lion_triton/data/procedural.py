@@ -18,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.random import Generator
-from tqdm import tqdm
+
+from lion_triton.progress import ProgressBar
 
 CLASSES: tuple[str, ...] = ("chair", "table", "sofa", "lamp", "shelf")
 
@@ -45,7 +46,7 @@ def furniture(num_shapes: int, num_points: int, seed: int) -> tuple[Float[Array,
     _at_least(1, num_shapes=num_shapes, num_points=num_points)
     clouds = np.empty((num_shapes, num_points, 3), np.float32)
     # With a bar where it lasts: two milliseconds a shape.
-    for i, cloud in enumerate(tqdm(clouds, "making furniture", unit="shape", leave=False, delay=1, disable=None)):
+    for i, cloud in enumerate(ProgressBar(clouds, "making furniture", unit="shape", leave=False, delay=1)):
         cloud[:] = oriented_furniture(i, num_points, seed)[0]
     return clouds, np.arange(num_shapes, dtype=np.int64) % len(CLASSES)
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from tqdm import tqdm
 
 from lion_triton.evaluation.sets import FEWER, FLOOR, SCREEN, TRAINING, Array, CloudSet, Preparation, fingerprint
 from lion_triton.kernels import chamfer_distance, pairwise_chamfer
 from lion_triton.metrics import Progress
+from lion_triton.progress import ProgressBar
 
 SCREEN_POINTS, CANDIDATES = 256, 8  # how the nearest training shape is found
 # A cloud is as near to a shape as two draws of it are to each other: of 512 points these differ by 30% once in 1000, of
@@ -43,7 +43,7 @@ class Training:
         """
         num_points = min(num_points, int(np.median([prepare.available(count) for count in source.num_points()])))
         digest, fingerprints, screen = hashlib.sha256(), [], []
-        for i in tqdm(range(len(source)), "reading training shapes", unit="shape", leave=False, disable=None):
+        for i in ProgressBar(range(len(source)), "reading training shapes", unit="shape", leave=False):
             cloud = source[i]
             digest.update(cloud.astype("<f4").tobytes())
             fingerprints.append(fingerprint(cloud))

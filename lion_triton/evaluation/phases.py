@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from tqdm import tqdm
+from lion_triton.progress import ProgressBar
 
-Bar = Callable[[str, int, str], "tqdm[Any]"]  # title, total, unit
+Bar = Callable[[str, int, str], ProgressBar]  # title, total, unit
 
 
 class Phases:
@@ -19,5 +18,5 @@ class Phases:
     def title(self, name: str) -> str:
         return f"{self.titles.index(name) + 1}/{len(self.titles)} {name}"
 
-    def __call__(self, name: str, total: int, unit: str) -> "tqdm[Any]":
-        return tqdm(total=total, desc=self.title(name), unit=unit, disable=None)
+    def __call__(self, name: str, total: int, unit: str) -> ProgressBar:
+        return ProgressBar(total=total, desc=self.title(name), unit=unit)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lion_triton import diffusion
 from lion_triton.config import SamplingConfig
-from lion_triton.generation.progress import Progress
 from lion_triton.kernels import normal_noise
 from lion_triton.kernels.noise import new_key
 from lion_triton.models.lion import LION, Latents
+from lion_triton.progress import Progress
 
 Keep = Literal["nothing", "shape", "points"]
 

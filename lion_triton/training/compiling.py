@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch._dynamo import callback
-from tqdm import tqdm
 
 from lion_triton.config import TrainConfig
 from lion_triton.models.layers import FeaturePropagation, PVConv, SetAbstraction
 from lion_triton.models.lion import LION
 from lion_triton.models.priors import _TransformerBlock
+from lion_triton.progress import ProgressBar
 from lion_triton.training import report
 
 BLOCKS: tuple[type[nn.Module], ...] = (PVConv, SetAbstraction, FeaturePropagation, _TransformerBlock)
@@ -84,7 +84,7 @@ def compile_bar(module: nn.Module) -> Iterator[None]:
         name = names.setdefault(args.compile_id, running)
         backward = args.callback_trigger == callback.CallbackTrigger.LAZY_BACKWARD
         text = f"compiling {name}{', backward pass' if backward else ''}"
-        bars.append(tqdm(desc=text, bar_format="{desc}", leave=False, disable=None))
+        bars.append(ProgressBar(desc=text, bar_format="{desc}", leave=False))
 
     def end(args: callback.CallbackArgs) -> None:
         if bars:

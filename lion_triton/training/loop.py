@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lion_triton.capture import Captured, why_uncaptured
+from lion_triton.progress import ProgressBar
 from lion_triton.runs import Checkpoint, Stage, save_checkpoint
 from lion_triton.training.batches import Batch, prefetch
 from lion_triton.training.context import Context
@@ -136,12 +136,11 @@ def fit(
     to_stop = [(config.log_every, write), (1, save)]
 
     objective.train()
-    bar = tqdm(
+    bar = ProgressBar(
         total=training.steps,
         initial=start,
         desc=title,
         unit="step",
-        disable=None if accelerator.is_main_process else True,
     )
     with bar, stop.deferred(), nullcontext() if log is None else closing(log.board):
         if watch is not None and watch.missed(start):

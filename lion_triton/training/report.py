@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lion_triton import metrics
 from lion_triton.capture import WARM_UPS, Captured, why_uncaptured
@@ -20,6 +19,7 @@ from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.attention import softmax_operator
 from lion_triton.models.lion import LION, posterior
 from lion_triton.models.priors import CLIP_DIM, TransformerConfig
+from lion_triton.progress import ProgressBar
 from lion_triton.reconstruction import Reconstruction
 from lion_triton.runs import Run, Stage, write_text
 from lion_triton.training.objectives import PriorObjective, VAEObjective
@@ -33,7 +33,7 @@ def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, fl
     b = torch.from_numpy(references).to(device)
     within_references = pairwise_chamfer(b, b)
     figures = {}
-    for name, clouds in tqdm(sets.items(), desc="comparing", unit="set", leave=False, disable=None):
+    for name, clouds in ProgressBar(sets.items(), desc="comparing", unit="set", leave=False):
         a = torch.from_numpy(clouds).to(device)
         figures[name] = metrics.nearest_neighbor_accuracy(
             pairwise_chamfer(a, a), pairwise_chamfer(a, b), within_references

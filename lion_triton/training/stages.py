@@ -8,7 +8,6 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lion_triton.config import PriorTraining, VAETraining
 from lion_triton.data.clouds import TrainingStream, fixed_batch
@@ -16,6 +15,7 @@ from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.models.lion import Posterior, posterior
 from lion_triton.pictures import draw_grid
+from lion_triton.progress import ProgressBar
 from lion_triton.reconstruction import reconstruct
 from lion_triton.runs import Checkpoint, load_checkpoint, load_state
 from lion_triton.sample import SampleArguments, class_labels, generate
@@ -192,7 +192,7 @@ def encode_all(context: Context, draws: int, shapes: int | None = None) -> Poste
     chunks = [chosen[i : i + 64] for i in range(0, count, 64)]
     seed = 2 * config.seed + 1
     rows = []
-    with tqdm(total=draws * count, desc="encoding", unit="cloud", leave=False, disable=None) as bar:
+    with ProgressBar(total=draws * count, desc="encoding", unit="cloud", leave=False) as bar:
         for draw in range(draws):
             parts = []
             for number, chunk in enumerate(chunks, draw * len(chunks)):

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lion_triton.data.sources import load_sources
 from lion_triton.devices import autocast
@@ -18,6 +17,7 @@ from lion_triton.kernels import normal_noise
 from lion_triton.kernels.noise import later_key
 from lion_triton.models.lion import LION
 from lion_triton.pictures import mesh_grid
+from lion_triton.progress import ProgressBar
 from lion_triton.runs import Run, load_checkpoint, load_state, set_damaged_aside, vae_trained, write_text
 from lion_triton.surface.config import SurfaceTraining, surface_config
 from lion_triton.surface.meshing import RESOLUTION, Frame, Mesher, to_cube
@@ -217,7 +217,7 @@ def _finish(
     training, count = surface.training, min(JUDGED, held_out.count)
     mesher = Mesher(network, RESOLUTION, training.sigma, device)
     meshes, judged = [], []
-    for i in tqdm(range(count), "meshes of held-out shapes", unit="mesh", leave=False, disable=None):
+    for i in ProgressBar(range(count), "meshes of held-out shapes", unit="mesh", leave=False):
         drawn, normals = held_out.draw(i, training.dense_points, run.config.seed)
         points = normalized(run, [drawn])
         key = torch.tensor([run.config.seed, -KEYS_PER_STEP * (i + 1)], device=device)

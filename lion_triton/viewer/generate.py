@@ -16,11 +16,11 @@ from lion_triton.evaluation.memorising import Training, nearest_training
 from lion_triton.evaluation.sets import CloudSet, Preparation
 from lion_triton.generation.inputs import Given, Model, check_points, known_label, read_given_or_seed
 from lion_triton.generation.latents import decode, from_noise
-from lion_triton.generation.progress import begin_parts
 from lion_triton.generation.prompts import Prompt, Prompts, own_prompts
 from lion_triton.interpolate import deterministic, end_of, ends_of, frames, num_batches
 from lion_triton.models.lion import Latents
 from lion_triton.pictures import RIGHT
+from lion_triton.progress import begin_parts
 from lion_triton.viewer.page import Page
 
 FRAMES = 17  # on the way between two shapes
