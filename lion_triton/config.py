@@ -26,7 +26,14 @@ from lion_triton.models.vae import VAEConfig, published_vae
 
 @dataclass(frozen=True)
 class ReconstructionWeights:
-    """Weights of the reconstruction terms; each is a sum over the cloud's points (L1, L2: and coordinates)."""
+    """Weights of the reconstruction terms; each is a sum over the cloud's points (L1, L2: and coordinates).
+
+    Attributes:
+        l1: of the absolute differences.
+        l2: of their squares.
+        chamfer: of the Chamfer distance, squared.
+        emd: of the earth mover's distance, by approximate matching.
+    """
 
     l1: float = 1.0
     l2: float = 0.0
@@ -35,12 +42,16 @@ class ReconstructionWeights:
 
 
 @dataclass(frozen=True)
-class VAETraining:
-    """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.training.objectives``.
+class Optimization:
+    """How the weights of a stage are learned, by Adam.
 
-    The KL coefficient rises linearly from ``kl_start`` to ``kl_end`` over the first ``kl_anneal`` of the steps.
-    ``learning_rate_decay``: cosine to zero over the stage, or constant. ``occupancy_weight``: of the occupancy head's
-    cross-entropy, in a VAE that has one.
+    Attributes:
+        steps: updates of the weights.
+        batch_size: clouds in each.
+        learning_rate: at the start.
+        learning_rate_decay: by a cosine to 0 at the last step, or not at all.
+        betas: decay of the averages of gradients and of their squares.
+        max_grad_norm: cut all gradients together to this length; default: never.
     """
 
     steps: int = 100_000
@@ -49,6 +60,21 @@ class VAETraining:
     learning_rate_decay: Literal["constant", "cosine"] = "constant"
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class VAETraining(Optimization):
+    """Stage 1: the hierarchical VAE. Weights are per cloud, see ``lion_triton.training.objectives``.
+
+    Attributes:
+        lambda_z: weight of the KL of the shape latent.
+        lambda_h: weight of the KL of the latent points.
+        kl_start: what both are multiplied by at the first step.
+        kl_end: the same once they have risen.
+        kl_anneal: share of the steps in which they rise, linearly.
+        occupancy_weight: of the occupancy head's cross-entropy, in a VAE that has one.
+    """
+
     reconstruction: ReconstructionWeights = field(default_factory=ReconstructionWeights)
     lambda_z: float = 1 / 32
     lambda_h: float = 1 / 32
@@ -59,22 +85,22 @@ class VAETraining:
 
 
 @dataclass(frozen=True)
-class PriorTraining:
+class PriorTraining(Optimization):
     """Stage 2: both priors together on the frozen VAE's latents.
 
-    ``standardize`` scales the latents to unit variance first; the published priors take them as they are.
-    ``cached_draws`` > 0 encodes so many random draws of points of every shape once and trains on these; 0 encodes
-    anew in every step, as published. ``shape_draws``: noisy copies of each shape latent per step; its denoiser is far
-    cheaper than that of the points, so a short run can afford several. ``drop_condition``: the share of clouds whose
-    class or embedding is withheld, so that the priors can be guided by it (classifier-free guidance).
+    Attributes:
+        ema_decay: of the averaged weights, which sample.
+        standardize: scale the latents to unit variance first; the published priors take them as they are.
+        cached_draws: encode so many random draws of points of every shape once, and train on these; 0: encode anew in
+            every step, as published.
+        shape_draws: noisy copies of each shape latent per step; its denoiser is far cheaper than that of the points, so
+            a short run can afford several.
+        drop_condition: share of the clouds whose class or embedding is withheld, so that the priors can be guided by
+            it (classifier-free guidance).
     """
 
-    steps: int = 100_000
     batch_size: int = 160
     learning_rate: float = 2e-4
-    learning_rate_decay: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float | None = None
     ema_decay: float = 0.9999
     standardize: bool = False
     cached_draws: int = 0
@@ -90,9 +116,11 @@ class DistillTraining:
         teacher_steps: of DDIM, by the run's own priors, for the first round to learn from.
         guidance: w of classifier-free guidance of these, which all rounds learn; default as the run samples.
         counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first of
-            teacher_steps.
-        steps, batch_size, learning_rate: of each round's training; the rate falls to 0, by a cosine. All else is as in
-            the training of the priors.
+            --distill.teacher-steps.
+        steps: of training in each round.
+        batch_size: clouds in each.
+        learning_rate: at the start of each round, from where it falls to 0 by a cosine. All else is as in the training
+            of the priors.
     """
 
     teacher_steps: int = 64
@@ -104,7 +132,7 @@ class DistillTraining:
 
 
 @dataclass(frozen=True)
-class EncoderTraining:
+class EncoderTraining(Optimization):
     """The stage ``encoder``: the encoders of a trained run learn to take degraded shapes for whole ones.
 
     Attributes:
@@ -124,8 +152,6 @@ class EncoderTraining:
     batch_size: int = 16
     learning_rate: float = 2e-3
     learning_rate_decay: Literal["constant", "cosine"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float | None = None
     reconstruction: ReconstructionWeights = field(
         default_factory=lambda: ReconstructionWeights(l1=0.0, chamfer=20.0, emd=2.0)
     )
@@ -135,7 +161,13 @@ class EncoderTraining:
 class SamplingConfig:
     """How the run samples for its pictures and its final figures; also the default of ``lion_triton.sample``.
 
-    ``guidance``: w of classifier-free guidance by class or CLIP embedding, 0 for none.
+    Attributes:
+        sampler: ancestral (ddpm), DDIM, or the probability-flow ODE.
+        steps: network evaluations per prior; default: 50 of ddim, as many as the schedule has of ddpm. Not of ode.
+        eta: DDIM's stochasticity, 0 to 1.
+        clip_x0: clamp each prediction of the clean latents, which have unit variance, to so much either way; default:
+            do not.
+        guidance: w of classifier-free guidance by class or CLIP embedding, 0 for none.
     """
 
     sampler: Literal["ddpm", "ddim", "ode"] = "ddpm"
@@ -158,7 +190,9 @@ class TrainConfig:
             from: the VAE's, the priors' (averaged), or both, whichever fit.
         on_nonfinite: stop at a step whose loss or gradient is not finite, or skip its update (and stop after ten in a
             row).
-        log_every, picture_every, checkpoint_every: in steps; a picture and a checkpoint also end each stage.
+        log_every: steps from one line of metrics to the next.
+        picture_every: steps from one picture to the next; one also ends each stage.
+        checkpoint_every: steps from one checkpoint to the next; one also ends each stage.
         validate_every: steps from one measurement on validation shapes to the next, by which the best checkpoint is
             chosen and kept; 0 for none. One also ends each stage.
         patience: end a stage after so many measurements in a row that were no better than an earlier one; of the VAE

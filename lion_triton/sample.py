@@ -45,7 +45,7 @@ class SampleArguments(PromptArguments):
             are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
         guidance: w of classifier-free guidance by class or words, 0 for none; for runs trained with
-            priors.drop-condition.
+            --priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.

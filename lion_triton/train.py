@@ -80,12 +80,12 @@ class Arguments:
         stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes (surface), the
             encoders of coarse, noisy or partial shapes that ``vary`` takes (encoder), or priors for few steps (distill,
             --distill.*; all else is as the run was trained).
-        encoder: of the stage ``encoder``.
+        encoder: of --stage encoder, in which the encoders learn to take degraded shapes for whole ones.
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.
         clip: condition the priors on CLIP embeddings of the shapes, instead of on classes: those that prepare --clip
-            made, or those of data.embeddings.
-        strict: refuse clouds with fewer points than data.num-points instead of repeating points.
+            made, or those of --data.embeddings.
+        strict: refuse clouds with fewer points than --data.num-points instead of repeating points.
         dry_run: print sizes, parameters, expected time and memory of the VAE and the priors, and stop.
     """
 

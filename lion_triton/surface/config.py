@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lion_triton.config import Optimization
 from lion_triton.models.plan import SetAbstractionGeometry
 from lion_triton.models.unet import Convolutions, DownLevel, UNetConfig, UpLevel
 
@@ -52,7 +53,7 @@ def surface_config(num_points: int) -> SurfaceConfig:
 
 
 @dataclass(frozen=True)
-class SurfaceTraining:
+class SurfaceTraining(Optimization):
     """How a surface network is trained; lengths are shares of the solver's cube.
 
     Attributes:
@@ -70,7 +71,6 @@ class SurfaceTraining:
     batch_size: int = 8
     learning_rate: float = 2e-3
     learning_rate_decay: Literal["constant", "cosine"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = 1.0
     resolution: int = 64
     sigma: float = 0.005

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lion_triton.capture import Captured, why_uncaptured
+from lion_triton.config import Optimization
 from lion_triton.progress import ProgressBar
 from lion_triton.runs import Checkpoint, Stage, save_checkpoint
 from lion_triton.training.batches import Batch, prefetch
 from lion_triton.training.context import Context
 from lion_triton.training.log import Log
 from lion_triton.training.nonfinite import explain
-from lion_triton.training.step import Average, Step, Training
+from lion_triton.training.step import Average, Step
 from lion_triton.training.validation import Measure, Watch
 
 
@@ -25,7 +26,7 @@ def fit(
     context: Context,
     stage: Stage,
     objective: nn.Module,
-    training: Training,
+    training: Optimization,
     batches: Callable[[int], Iterator[Batch]],
     clouds: Callable[[int], list[str]],
     checkpoint: Checkpoint | None,
@@ -81,7 +82,7 @@ def fit(
     def write(done: int) -> None:
         values = dict(zip(losses, torch.stack([x.double() for x in losses.values()]).tolist(), strict=True))
         values["shapes_per_second"] = (done - clock_step) * training.batch_size / (time.perf_counter() - clock)
-        bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['shapes_per_second']:.0f} shapes/s")
+        bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['shapes_per_second']:.0f} shapes/s", refresh=False)
         if log is not None:
             log.write(stage, done, before + done, values)
 

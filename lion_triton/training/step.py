@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_triton.config import EncoderTraining, PriorTraining, VAETraining
+from lion_triton.config import Optimization
 from lion_triton.kernels.noise import later_key
 from lion_triton.runs import Stage
-from lion_triton.surface.config import SurfaceTraining
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
-
-Training = VAETraining | PriorTraining | EncoderTraining | SurfaceTraining
 
 KEYS_PER_STEP = 4  # noise keys that one step may use
 SKIPPED_IN_A_ROW = 10  # steps that are not finite, where one does not end the run
@@ -48,7 +45,7 @@ class Step:
         context: Context,
         stage: Stage,
         objective: nn.Module,
-        training: Training,
+        training: Optimization,
         average: Average | None = None,
     ) -> None:
         device = context.device
@@ -159,7 +156,7 @@ class Late:
         return self.value
 
 
-def learning_rate(training: Training, done: Tensor) -> Tensor:
+def learning_rate(training: Optimization, done: Tensor) -> Tensor:
     """Of the step after ``done`` steps (int64 scalar): float64 scalar."""
     rate = torch.full_like(done, training.learning_rate, dtype=torch.float64)
     if training.learning_rate_decay == "cosine":

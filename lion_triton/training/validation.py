@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lion_triton.config import VAETraining
+from lion_triton.config import Optimization, VAETraining
 from lion_triton.data.clouds import Normalization
 from lion_triton.devices import autocast
 from lion_triton.diffusion import diffusion_loss
@@ -30,7 +30,6 @@ from lion_triton.training.context import Context
 from lion_triton.training.curve import PARTS, PREFIX, Curve
 from lion_triton.training.log import Log
 from lion_triton.training.objectives import VAEObjective
-from lion_triton.training.step import Training
 
 PERTURBATION = 0.1  # of the latents' standard deviations: generated ones are off by about so much, see surface.config
 SAMPLE_EVERY, SAMPLE_STEPS = 10, 25  # measurements; steps of DDIM
@@ -145,7 +144,7 @@ class Watch:
         self,
         context: Context,
         stage: Stage,
-        training: Training,
+        training: Optimization,
         start: int,
         measure: Measure,
     ) -> None:

@@ -1,0 +1,37 @@
+"""Every option of every command says what it does."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+import pytest
+
+from lion_triton.__main__ import COMMANDS
+
+# Its name, and right behind it or on the next line what else would follow its text.
+SILENT = re.compile(r"^│ (-\S+)(?: \S+)*(?:\s*│\n│)? {2,}\((?:default|required)", re.MULTILINE)
+
+
+def helped(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"lion_triton.{command}").main(["--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_say_what_they_do(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # boxes below each other
+    assert SILENT.findall(helped(command, capsys)) == []
+    text = helped(command, capsys)
+    assert [option for option in re.findall(r"(?<![-\w.])(?:data|vae|priors|sampling)\.[a-z]+[-_][a-z-_]+", text)] == []
+
+
+def test_options_without_a_text_are_seen() -> None:
+    assert SILENT.findall("│ --kl-end FLOAT      (default: 1)  │\n│ --eta INT     │\n│      (default: 2)  │\n") == [
+        "--kl-end",
+        "--eta",
+    ]
