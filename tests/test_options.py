@@ -27,7 +27,7 @@ def test_options_say_what_they_do(
     monkeypatch.setenv("COLUMNS", "100")  # boxes below each other
     assert SILENT.findall(helped(command, capsys)) == []
     text = helped(command, capsys)
-    assert [option for option in re.findall(r"(?<![-\w.])(?:data|vae|priors|sampling)\.[a-z]+[-_][a-z-_]+", text)] == []
+    assert re.findall(r"(?<![-\w.])(?:data|vae|priors|sampling)\.[a-z]+[-_][a-z-_]+", text) == []
 
 
 def test_options_without_a_text_are_seen() -> None:
