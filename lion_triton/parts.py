@@ -17,8 +17,9 @@ import dacite
 
 from lion_triton import __version__
 from lion_triton.config import differences
+from lion_triton.models.files import write_text
 from lion_triton.models.hub import last_checkpoint
-from lion_triton.runs import Run, commit, write_text
+from lion_triton.runs import Run, commit
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -21,7 +21,6 @@ interrupted run never leaves half of one.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -41,7 +40,7 @@ from lion_triton import __version__
 from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
 from lion_triton.models import hub
-from lion_triton.models.files import partial_of, save_tensors, write_whole
+from lion_triton.models.files import fingerprint, partial_of, save_tensors, sha256, write_text
 from lion_triton.models.hub import (
     CONFIG,
     DISTILLED,
@@ -237,7 +236,7 @@ def save_checkpoint(run: Run, total_step: int, checkpoint: Checkpoint) -> Path:
         if checkpoint.ema:
             save_tensors(checkpoint.ema, partial / "ema.safetensors")
         _save_pickle(dict(checkpoint.optimizer), partial / "optimizer.pt")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
+        files = {p.name: fingerprint(p) for p in sorted(partial.iterdir())}
         state = {name: getattr(checkpoint, name) for name in ("stage", "step", "loss", "ended")} | {"files": files}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         if target.exists():
@@ -324,7 +323,7 @@ def load_checkpoint(run: Run, name: str | None = None, *, with_optimizer: bool =
             raise _damaged(path, "missing")
         if path.stat().st_size != expected["bytes"]:
             raise _damaged(path, f"{path.stat().st_size} bytes, expected {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise _damaged(path, "its SHA-256 differs from state.json")
     try:
         model = safetensors.torch.load_file(folder / "model.safetensors")
@@ -368,9 +367,9 @@ def weights_sha256(run: Run, name: str | None = None) -> dict[str, str]:
     of what was distilled from that."""
     folder = run.checkpoint(name)
     if folder is None:
-        return {WEIGHTS: _sha256(run.folder / WEIGHTS)}
+        return {WEIGHTS: sha256(run.folder / WEIGHTS)}
     files = json.loads((folder / "state.json").read_text())["files"]
-    distilled = {f"{DISTILLED}/{p.name}": _sha256(p) for p in distilled_files(run.folder, folder.name).values()}
+    distilled = {f"{DISTILLED}/{p.name}": sha256(p) for p in distilled_files(run.folder, folder.name).values()}
     return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")} | distilled
 
 
@@ -380,11 +379,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], run: Run) -> None
         module.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ValueError(f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def append_text(path: Path, text: str) -> None:
@@ -415,14 +409,6 @@ def _line(error: object) -> str:
     """The first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def commit() -> str | None:

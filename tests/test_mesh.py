@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 
 from lion_triton import mesh
@@ -66,6 +67,12 @@ def test_a_runs_samples_become_meshes_and_the_same_seed_the_same_files(folder: P
     mesh.main([str(tmp_path / "kept"), *SMALL])
     kept = files(tmp_path / "kept" / "meshes")
     assert all(kept[name] == first[name] for name in (*expected, "grid.png"))
+    for source in ("kept", "half"):  # where it lies, too
+        LION.from_pretrained(tmp_path / source).save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    weights = "surface/checkpoints/step-00000004/model.safetensors"
+    assert (tmp_path / "half" / weights).stat().st_size < 0.7 * (tmp_path / "kept" / weights).stat().st_size
+    mesh.main([str(tmp_path / "half"), *SMALL])
+    assert set(files(tmp_path / "half" / "meshes")) == set(kept)
     watertight = json.loads((folder / "surface" / "figures.json").read_text())["watertight"]
     assert f"| watertight {watertight:.4g}, chamfer" in (tmp_path / "kept" / "README.md").read_text()
 

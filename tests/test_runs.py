@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lion_triton.data.clouds import Normalization
-from lion_triton.runs import Checkpoint, Run, append_text, create_run, load_checkpoint, save_checkpoint, write_text
+from lion_triton.models.files import write_text
+from lion_triton.runs import Checkpoint, Run, append_text, create_run, load_checkpoint, save_checkpoint
 from tests.tiny import tiny_config
 
 

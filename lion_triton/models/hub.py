@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lion_triton import __version__
 from lion_triton.models.card import model_card
-from lion_triton.models.files import save_tensors, write_whole
+from lion_triton.models.files import fingerprint, save_tensors, write_text, write_whole
 
 CONFIG, WEIGHTS, PICTURE, EMBEDDINGS = "config.json", "model.safetensors", "picture.png", "embeddings.npz"
 DISTILLED = "distilled"
@@ -125,8 +125,8 @@ class Pretrained(PyTorchModelHubMixin):
         """Write the model to a folder.
 
         Args:
-            dtype: of the weights in the file; default: their own. Statistics of the latents and further networks keep
-                theirs, and reading gives float32 again. bfloat16 halves the file.
+            dtype: of the weights in the files; default: their own. Statistics of the latents keep theirs, and reading
+                gives float32 again. bfloat16 halves the files.
             options: those of ``huggingface_hub.PyTorchModelHubMixin``.
 
         Raises:
@@ -147,7 +147,7 @@ class Pretrained(PyTorchModelHubMixin):
         }
         text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         save_tensors(tensors, save_directory / WEIGHTS)
-        write_whole(save_directory / CONFIG, lambda path: path.write_text(text))
+        write_text(save_directory / CONFIG, text)
         for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
             if content is not None:
                 write_whole(save_directory / name, partial(Path.write_bytes, data=content))
@@ -159,11 +159,19 @@ class Pretrained(PyTorchModelHubMixin):
         for name in {*finished_parts(folder), *(self.about or {}).get("parts", ())}:
             if (folder / name / CONFIG).resolve() not in self.parts.values():
                 shutil.rmtree(folder / name, ignore_errors=True)
+        dtype = self._saved_dtype
         for name, source in self.parts.items():
             path = folder / name
-            if path.resolve() != source:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if dtype is not None and path.suffix == ".safetensors":
+                tensors = _read_tensors("folder_or_id", source)
+                save_tensors({k: x.to(dtype) if x.is_floating_point() else x for k, x in tensors.items()}, path)
+            elif path.resolve() != source:
                 write_whole(path, partial(shutil.copyfile, source))
+        for state in (folder / name for name in self.parts if name.endswith("/state.json") and dtype is not None):
+            content = json.loads(state.read_text())
+            content["files"] |= {p.name: fingerprint(p) for p in state.parent.glob("*.safetensors")}
+            write_text(state, json.dumps(content, indent=2) + "\n")
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
         """The card; ``data_licence`` overrides what the index of the run's data says. To give it, pass

@@ -38,13 +38,13 @@ def surface_config(num_points: int) -> SurfaceConfig:
     unet = UNetConfig(
         down=(
             DownLevel(Convolutions(1, 32, 16), fine, (64, 64)),
-            DownLevel(Convolutions(1, 64, 8), coarse, (128,)),
+            DownLevel(Convolutions(1, 32, 8), coarse, (128,)),
         ),
         up=(
-            UpLevel((128, 128), Convolutions(1, 64, 8)),
-            UpLevel((128, 128, 64), Convolutions(1, 32, 16)),
+            UpLevel((64, 32), Convolutions(1, 32, 8)),
+            UpLevel((64, 32), Convolutions(1, 32, 16)),
         ),
-        middle_heads=4,
+        middle_heads=2,
         dropout=0.0,
         skip="convolved",
         residual=True,

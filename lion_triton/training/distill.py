@@ -34,11 +34,11 @@ from lion_triton.config import DistillTraining, check_distill, differences
 from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
 from lion_triton.kernels.noise import later_key
-from lion_triton.models.files import save_tensors
+from lion_triton.models.files import save_tensors, write_text
 from lion_triton.models.hub import CONFIG, DISTILLED
 from lion_triton.models.lion import LION, Posterior
 from lion_triton.pictures import draw_grid
-from lion_triton.runs import Run, commit, load_checkpoint, load_model, set_damaged_aside, write_text
+from lion_triton.runs import Run, commit, load_checkpoint, load_model, set_damaged_aside
 from lion_triton.sample import SampleArguments, class_labels, generate
 from lion_triton.training import report
 from lion_triton.training.context import Context, training_sources

@@ -31,10 +31,11 @@ from lion_triton.generation.inputs import Model, open_model
 from lion_triton.generation.latents import Condition, decode, diffuse_denoise, encode, likeliest
 from lion_triton.generation.prompts import own_prompts
 from lion_triton.kernels import chamfer_distance
+from lion_triton.models.files import write_text
 from lion_triton.models.lion import LION
 from lion_triton.pictures import draw_grid
 from lion_triton.progress import progress_bar
-from lion_triton.runs import Run, load_model, set_damaged_aside, write_text
+from lion_triton.runs import Run, load_model, set_damaged_aside
 from lion_triton.sample import SampleArguments, resolved
 from lion_triton.training import report
 from lion_triton.training.batches import Batch, read

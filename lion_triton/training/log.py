@@ -7,7 +7,8 @@ import math
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lion_triton.runs import Run, Stage, append_text, write_text
+from lion_triton.models.files import write_text
+from lion_triton.runs import Run, Stage, append_text
 
 
 class Log:

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lion_triton.runs import Stage, write_text
+from lion_triton.models.files import write_text
+from lion_triton.runs import Stage
 from lion_triton.training.batches import Batch
 from lion_triton.training.context import Context
 from lion_triton.training.step import Step

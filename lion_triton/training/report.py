@@ -17,11 +17,12 @@ from lion_triton.data.sources import Sources
 from lion_triton.devices import autocast, best_device, resolve_precision
 from lion_triton.kernels import pairwise_chamfer
 from lion_triton.models.attention import softmax_operator
+from lion_triton.models.files import write_text
 from lion_triton.models.lion import LION, posterior
 from lion_triton.models.priors import CLIP_DIM, TransformerConfig
 from lion_triton.progress import ProgressBar
 from lion_triton.reconstruction import Reconstruction
-from lion_triton.runs import Run, Stage, write_text
+from lion_triton.runs import Run, Stage
 from lion_triton.training.objectives import PriorObjective, VAEObjective
 
 SHOWN = 8  # clouds in a row of a picture

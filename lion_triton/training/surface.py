@@ -15,10 +15,11 @@ from lion_triton.data.sources import load_sources
 from lion_triton.devices import autocast
 from lion_triton.kernels import normal_noise
 from lion_triton.kernels.noise import later_key
+from lion_triton.models.files import write_text
 from lion_triton.models.lion import LION
 from lion_triton.pictures import mesh_grid
 from lion_triton.progress import ProgressBar
-from lion_triton.runs import Run, load_checkpoint, load_state, set_damaged_aside, vae_trained, write_text
+from lion_triton.runs import Run, load_checkpoint, load_state, set_damaged_aside, vae_trained
 from lion_triton.surface.config import SurfaceTraining, surface_config
 from lion_triton.surface.meshing import RESOLUTION, Frame, Mesher, to_cube
 from lion_triton.surface.network import SurfaceNetwork
