@@ -3,7 +3,7 @@
     python -m bench.few_steps RUN [--steps 1 2 4 8 16 50]
 
 Prints one row per way to sample, with the figures of ``lion_triton.evaluate RUN``: as many samples as held-out shapes,
-of the same classes, seed and points; 1-NNA by Chamfer distance, and thickness of surfaces. For runs on embedded shapes.
+of the same classes, seed and points; 1-NNA by Chamfer distance, thickness and unevenness. For runs on embedded shapes.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ def main(run: tyro.conf.Positional[Path], steps: tuple[int, ...] = (1, 2, 4, 8, 
         return metrics.Comparison({"cd": distances}, metrics.Measures.of(samples), measures).figures()
 
     scored = ScoredRun.load(opened, None, device)
-    print("| priors | steps | 1-NNA | thickness |\n|---|---|---|---|")
+    print("| priors | steps | 1-NNA | thickness | unevenness |\n|---|---|---|---|---|")
     for name, count, lion in ways(load_model(opened).to(device), steps):
         options = SampleArguments(opened.folder, len(held_out), points, "ddim", count, 0.0, seed=seed)
         made, _ = replace(scored, lion=lion).sample(options, held_out, f"{name}, {count} steps")
         found = figures(torch.from_numpy(made).to(device))
-        print(f"| {name} | {count} | {found['1nna_cd']:.3f} | {found['thickness']:.2f} |", flush=True)
+        surfaces = f"{found['thickness']:.2f} | {found['unevenness']:.2f}"
+        print(f"| {name} | {count} | {found['1nna_cd']:.3f} | {surfaces} |", flush=True)
 
 
 if __name__ == "__main__":

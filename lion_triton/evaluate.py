@@ -55,9 +55,9 @@ from lion_triton.sample import SampleArguments, resolved
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Compare generated clouds with held-out ones: MMD, COV, 1-NNA by Chamfer distance and EMD, JSD, thickness. For a
-    run, also reconstruction and the bound of its priors. Each with its interval, and beside it its floor: what shapes
-    as good as the references get.
+    """Compare generated clouds with held-out ones: MMD, COV, 1-NNA by Chamfer distance and EMD, JSD, thickness,
+    unevenness. For a run, also reconstruction and the bound of its priors. Each with its interval, and beside it its
+    floor: what shapes as good as the references get.
 
     DATA is a folder <category>/{train,val,test}/<id>.npy, a folder of clouds, a .npz or .npy of (S, P, 3), or the
     word procedural, for as many embedded shapes as there are samples.
@@ -397,8 +397,8 @@ def _points(
             remarks.notes.append(f"Samples have {samples} to {max(counts)} points: {samples} are drawn of each.")
     references = min(samples, available)
     if references < samples:
-        text = f"References have only {references} points, fewer than the {samples} of the samples: thickness then "
-        text += "does not compare"
+        text = f"References have only {references} points, fewer than the {samples} of the samples: thickness and "
+        text += "unevenness then do not compare"
         if args.emd == "approx":
             text += ", nor does EMD within and between the sets, and 1-NNA by EMD says little"
         remarks.warnings.append(f"{text}. For both alike give --num-points {references}.")

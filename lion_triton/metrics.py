@@ -1,4 +1,5 @@
-"""How good are generated clouds? MMD, COV and 1-NNA by CD and EMD, JSD, thickness; reconstruction, the priors' bound.
+"""How good are generated clouds? MMD, COV and 1-NNA by CD and EMD, JSD, thickness and unevenness; reconstruction, the
+priors' bound.
 
 Notation: S samples (generated), R references, in one and the same unit. Conventions are those of the field since
 Achlioptas et al. 2018 and Yang et al. 2019 (PointFlow): distances are means of SQUARED distances between points,
@@ -39,6 +40,7 @@ Distance = Literal["cd", "approx", "exact"]
 
 F_SCORE_THRESHOLD = 0.001  # of squared distances: 0.032 in length
 THICKNESS_POINTS = 12  # that a plane is fitted to
+UNEVENNESS_NEIGHBOR = 8  # the distance to which tells how dense points lie
 BOUND_TIMESTEPS = 50
 _BOUND_RANGES = 5
 _CLOUDS = 32  # at a time; in the bound part of what decides the noise
@@ -227,8 +229,26 @@ def thickness(clouds: Float[Tensor, "S N 3"], k: int = THICKNESS_POINTS) -> Floa
     return torch.cat(means)
 
 
-def thickness_ratio(samples: Float[Tensor, " S"], references: Float[Tensor, " R"]) -> float:
-    """The median thickness of samples over that of references: 1 is best, above it surfaces are fuzzy.
+@torch.no_grad()
+def unevenness(clouds: Float[Tensor, "S N 3"], k: int = UNEVENNESS_NEIGHBOR) -> Float[Tensor, " S"]:
+    """How unevenly points lie on their surfaces, float64: 0 where all have as much room.
+
+    The standard deviation over a cloud's points of the distance to their k-th nearest other point, over its mean. Of
+    points drawn uniformly from a plane it is 1 / (2 sqrt(k)), .18 for 8, as the disc around a point that reaches to the
+    k-th has an area of Gamma distribution; edges and parts that touch add to it. k: N - 1 where that is less.
+    It depends on neither place, size nor turn. Not differentiable. ValueError: see ``kernels.knn``.
+    """
+    k = min(k, clouds.shape[1] - 1)
+    found = []
+    for some in clouds.split(_CLOUDS):
+        distances = knn(some, some, k + 1)[0][..., -1].double().sqrt()
+        found.append(distances.std(1, correction=0) / distances.mean(1).clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.cat(found)
+
+
+def ratio_of_medians(samples: Float[Tensor, " S"], references: Float[Tensor, " R"]) -> float:
+    """The median thickness or unevenness of samples over that of references: 1 is best. Above it surfaces are fuzzy, or
+    points clumped.
 
     Of clouds of equally many points it depends on neither place, size nor turn of all of them together. 1 where both
     have none, infinite where the references alone have none.
@@ -254,16 +274,17 @@ class Measures:
 
     cells: Int64[np.ndarray, "S N"]  # the grid point that JSD counts each point for
     thickness: Float[Tensor, " S"]
+    unevenness: Float[Tensor, " S"]
 
     @classmethod
     def of(cls, clouds: Float[Tensor, "S N 3"]) -> Measures:
-        return cls(_cells(clouds), thickness(clouds).cpu())
+        return cls(_cells(clouds), thickness(clouds).cpu(), unevenness(clouds).cpu())
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def __getitem__(self, rows: Int64[np.ndarray, " K"]) -> Measures:
-        return Measures(self.cells[rows], self.thickness[rows])
+        return Measures(self.cells[rows], self.thickness[rows], self.unevenness[rows])
 
 
 @dataclass(frozen=True)
@@ -279,8 +300,11 @@ class Comparison:
         results = dict[str, float]()
         for name, distances in self.distances.items():
             results |= figures(distances, name)
-        jsd = _divergence(self.samples.cells, self.references.cells)
-        return results | {"jsd": jsd, "thickness": thickness_ratio(self.samples.thickness, self.references.thickness)}
+        ours, theirs = self.samples, self.references
+        results["jsd"] = _divergence(ours.cells, theirs.cells)
+        results["thickness"] = ratio_of_medians(ours.thickness, theirs.thickness)
+        results["unevenness"] = ratio_of_medians(ours.unevenness, theirs.unevenness)
+        return results
 
     def some(self, samples: Int64[np.ndarray, " K"], references: Int64[np.ndarray, " L"]) -> Comparison:
         """Of these samples and these references alone, by their indices."""
@@ -310,7 +334,8 @@ def evaluate(
     that with an EMD.
 
     Returns:
-        ``mmd_cd, cov_cd, 1nna_cd``, the same with ``emd`` unless that is None, ``jsd``, and ``thickness``: the ratio.
+        ``mmd_cd, cov_cd, 1nna_cd``, the same with ``emd`` unless that is None, ``jsd``, and ``thickness`` and
+        ``unevenness``: the ratios.
 
     Raises:
         ValueError: see ``check_sets``; before anything is computed.

@@ -484,7 +484,8 @@ def test_sets_of_other_sizes_are_all_compared_and_that_is_said(
         assert any(text in remark for remark in record[remarks])
         assert f"{remarks[:-1]:<12}{text}" in out
     (warning,) = score(tmp_path / "s.npy", tmp_path / "none", *given, "--emd", "none")["warnings"]
-    assert warning.endswith("of the samples: thickness then does not compare. For both alike give --num-points 30.")
+    words = "of the samples: thickness and unevenness then do not compare. For both alike give --num-points 30."
+    assert warning.endswith(words)
     line = fails(capsys, evaluate.main, [str(tmp_path / "s.npy"), *given, *"--emd exact --out".split(), "x"])
     assert "exact needs equally many points" in line
     assert "--num-points 30" in line
@@ -543,7 +544,7 @@ def test_figures_stand_beside_their_intervals_and_floors(
     monkeypatch.setattr(intervals, "SUBSETS", 12)
     np.save(tmp_path / "s.npy", clouds(42, 40, 1, 0.3))
     record = score(tmp_path / "s.npy", tmp_path / "out", "--reference", "procedural", "--emd", "none")
-    figures = {"1nna_cd", "cov_cd", "mmd_cd", "jsd", "thickness"}
+    figures = {"1nna_cd", "cov_cd", "mmd_cd", "jsd", "thickness", "unevenness"}
     assert record["figures"].keys() == record["intervals"].keys() == figures
     for name, (low, high) in record["intervals"].items():
         assert low <= record["figures"][name] <= high, name
@@ -558,7 +559,7 @@ def test_figures_stand_beside_their_intervals_and_floors(
     assert record["floors"]["redrawn"] == {
         "mmd_cd": pytest.approx(chamfer_distance(again, references).mean().item(), rel=1e-6),
         "jsd": metrics.jensen_shannon_divergence(again, references),
-        "thickness": metrics.evaluate(again, references, None)["thickness"],
+        **{name: metrics.evaluate(again, references, None)[name] for name in ("thickness", "unevenness")},
     }
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1-NNA, CD"))
     assert line.endswith(f"{record['floors']['fresh']['1nna_cd']:#.4g} fresh")

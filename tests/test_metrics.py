@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,17 +231,60 @@ def test_thickness_within_a_ball() -> None:
 def test_thickness_is_a_ratio_of_medians_whatever_place_size_and_turn() -> None:
     a, b = clouds(5, 60, 1).double(), clouds(4, 60, 2, 0.05).double()
     values = metrics.thickness(a), metrics.thickness(b)
-    ratio = metrics.thickness_ratio(*values)
+    ratio = metrics.ratio_of_medians(*values)
     assert ratio == np.median(values[0]) / np.median(values[1])
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     moved = [3.5 * x @ turn + torch.tensor([1.0, -2, 5]) for x in (a, b)]
-    assert metrics.thickness_ratio(*map(metrics.thickness, moved)) == pytest.approx(ratio, rel=1e-9)
+    assert metrics.ratio_of_medians(*map(metrics.thickness, moved)) == pytest.approx(ratio, rel=1e-9)
     assert metrics.thickness(moved[0]).numpy() == pytest.approx(3.5 * values[0].numpy(), rel=1e-9)
     assert metrics.evaluate(a.float(), b.float(), None)["thickness"] == pytest.approx(ratio, rel=1e-5)
     zero = torch.zeros(2)
-    assert metrics.thickness_ratio(zero, zero) == 1
-    assert metrics.thickness_ratio(zero, values[0]) == 0
-    assert metrics.thickness_ratio(values[0], zero) == np.inf
+    assert metrics.ratio_of_medians(zero, zero) == 1
+    assert metrics.ratio_of_medians(zero, values[0]) == 0
+    assert metrics.ratio_of_medians(values[0], zero) == np.inf
+
+
+def loop_unevenness(cloud: np.ndarray, k: int) -> float:
+    distances = [np.sort(np.linalg.norm(cloud - point, axis=1))[k] for point in cloud]
+    return float(np.std(distances) / np.mean(distances))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("points", [2, 8, 9, 70])
+def test_unevenness_is_that_of_a_loop(points: int, dtype: torch.dtype) -> None:
+    x = clouds(35, points, 1).to(dtype)
+    got = metrics.unevenness(x)
+    assert (got.dtype, got.shape) == (torch.float64, (35,))
+    expected = [loop_unevenness(cloud.double().numpy(), min(8, points - 1)) for cloud in x[:5]]
+    np.testing.assert_allclose(got[:5], expected, rtol=1e-5, atol=1e-6)
+    assert got[34].item() == pytest.approx(metrics.unevenness(x[34:]).item(), rel=1e-12)
+
+
+def test_unevenness_of_a_ring_is_zero_and_of_a_plane_as_the_gamma_distribution_says() -> None:
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    ring = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    assert metrics.unevenness(torch.from_numpy(ring[None])).item() < 1e-6
+    for nothing in (np.zeros((1, 1, 3)), np.zeros((1, 20, 3))):  # one point; all at one place
+        assert metrics.unevenness(torch.from_numpy(nothing)).item() == 0
+    # Uniform on a sphere, which has no edges; the mean and variance of the root of a Gamma variable of shape 8.
+    points = np.random.default_rng(3).normal(size=(1, 6000, 3))
+    points /= np.linalg.norm(points, axis=2, keepdims=True)
+    mean = math.exp(math.lgamma(8.5) - math.lgamma(8))
+    expected = math.sqrt(8 - mean**2) / mean
+    assert expected == pytest.approx(1 / (2 * math.sqrt(8)), rel=0.01)
+    assert metrics.unevenness(torch.from_numpy(points)).item() == pytest.approx(expected, rel=0.04)
+
+
+def test_unevenness_sees_clumps_whatever_place_size_and_turn() -> None:
+    even, clumped = clouds(3, 400, 1).double(), clouds(3, 400, 2).double()
+    clumped[:, :200] = 0.2 * clumped[:, :200]
+    values = metrics.unevenness(even), metrics.unevenness(clumped)
+    ratio = metrics.ratio_of_medians(values[1], values[0])
+    assert ratio > 1.3
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    moved = metrics.unevenness(3.5 * clumped @ turn + torch.tensor([1.0, -2, 5]))
+    assert moved.numpy() == pytest.approx(values[1].numpy(), rel=1e-9)
+    assert metrics.evaluate(clumped.float(), even.float(), None)["unevenness"] == pytest.approx(ratio, rel=1e-5)
 
 
 def test_figures_of_some_clouds_are_those_of_these_clouds() -> None:

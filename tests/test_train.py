@@ -75,7 +75,8 @@ def test_a_run_folder_explains_itself(finished: Path) -> None:
     }
     figures = json.loads((finished / "figures.json").read_text())
     assert {"reconstruction_chamfer", "kl_z_nats", "1nna_cd_generated", "1nna_cd_gaussian"} <= figures.keys()
-    assert {"thickness_generated", "thickness_fresh", "thickness_gaussian"} < figures.keys()
+    for measure in ("thickness", "unevenness"):
+        assert {f"{measure}_{of}" for of in ("generated", "fresh", "gaussian")} < figures.keys()
     kept = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert kept == ["step-00000006", "step-00000008"]
 

@@ -22,7 +22,8 @@ KINDS = {
 def redrawn(
     again: Float[Tensor, "R N 3"], references: Float[Tensor, "R N 3"], measures: Measures, emd: metrics.EMD | None
 ) -> dict[str, float]:
-    """What the references, whose ``measures`` these are, get as samples with other points: MMD, JSD and thickness.
+    """What the references, whose ``measures`` these are, get as samples with other points: MMD, JSD,
+    thickness and unevenness.
 
     Only the noise of drawing points is in it, and each cloud is the nearest to its own shape. So MMD is taken between
     the two of a shape, and 1-NNA and COV, 0 and 1, are left out.

@@ -38,6 +38,7 @@ _BEST = {
     "1nna": "{chance_1nna:.3f} is best",
     "cov": "higher is better",
     "thickness": "1 is best",
+    "unevenness": "1 is best",
     "reconstruction_f_score": "higher is better",
 }
 _MEANING = {
@@ -50,6 +51,9 @@ _MEANING = {
     "of 28 points a side within the sphere of radius 0.5.",
     "thickness": "Are surfaces crisp? How far the 12 nearest points of a point lie from their best plane: the median "
     "of samples over that of references. Above 1, surfaces are fuzzy.",
+    "unevenness": "Do points lie evenly on surfaces? How much the distance to a point's 8th nearest other point varies "
+    "over a cloud, its standard deviation over its mean: the median of samples over that of references. Above 1, "
+    "points are clumped, which nearest neighbours hardly see.",
     "reconstruction_cd": "References encoded and decoded: Chamfer distance to the original.",
     "reconstruction_emd": "References encoded and decoded: EMD to the original.",
     "reconstruction_f_score": "References encoded and decoded: how much of either cloud has a point of the other near, "

@@ -18,6 +18,7 @@ NAMES = {
     "mmd": "MMD",
     "jsd": "JSD",
     "thickness": "thickness",
+    "unevenness": "unevenness",
     "reconstruction_cd": "reconstruction, CD",
     "reconstruction_emd": "reconstruction, EMD",
     "reconstruction_f_score": "reconstruction, F-score",
@@ -72,7 +73,8 @@ def label(name: str, record: Mapping[str, Any]) -> str:
 
 def best(name: str, record: Mapping[str, Any]) -> str:
     """Which value of a figure is best, in a word."""
-    words = {"1nna": f"{record['chance_1nna']:.3f}", "thickness": "1", "cov": "high", "reconstruction_f_score": "high"}
+    words = {"1nna": f"{record['chance_1nna']:.3f}", "thickness": "1", "unevenness": "1"}
+    words |= {"cov": "high", "reconstruction_f_score": "high"}
     return words.get(kind_of(name), "low")
 
 

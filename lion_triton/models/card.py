@@ -25,6 +25,9 @@ NAMES = {
     "thickness": "thickness of surfaces, of samples over references",
     "thickness_generated": "thickness of surfaces, of generated over held-out shapes",
     "thickness_fresh": "thickness of surfaces, of fresh shapes over held-out ones",
+    "unevenness": "unevenness of points, of samples over references",
+    "unevenness_generated": "unevenness of points, of generated over held-out shapes",
+    "unevenness_fresh": "unevenness of points, of fresh shapes over held-out ones",
 }
 
 MESH_NAMES = ("watertight", "chamfer", "normal_consistency")

@@ -31,7 +31,7 @@ PANELS: dict[Stage, dict[str, tuple[str, ...]]] = {
         "loss of both priors": (FIGURE,),
         "shape prior, by noise (1: least)": ("shape", *(f"shape_{i}" for i in PARTS)),
         "point prior, by noise (1: least)": ("point", *(f"point_{i}" for i in PARTS)),
-        "generated shapes": ("1nna_cd", "thickness"),
+        "generated shapes": ("1nna_cd", "thickness", "unevenness"),
     },
 }
 

@@ -42,13 +42,14 @@ def one_nna(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, fl
     return figures
 
 
-def thicknesses(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
-    """``metrics.thickness_ratio`` of each set of clouds to the references."""
-    of_references = metrics.thickness(torch.from_numpy(references))
-    return {
-        name: metrics.thickness_ratio(metrics.thickness(torch.from_numpy(clouds)), of_references)
-        for name, clouds in sets.items()
-    }
+def surfaces(sets: dict[str, np.ndarray], references: np.ndarray) -> dict[str, float]:
+    """``thickness_<name>`` and ``unevenness_<name>`` of each set of clouds, over those of the references."""
+    figures = {}
+    for measure, of in {"thickness": metrics.thickness, "unevenness": metrics.unevenness}.items():
+        of_references = of(torch.from_numpy(references))
+        for name, clouds in sets.items():
+            figures[f"{measure}_{name}"] = metrics.ratio_of_medians(of(torch.from_numpy(clouds)), of_references)
+    return figures
 
 
 def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -81,7 +82,7 @@ def final(
         "kl_z_nats": rebuilt.kl_z,
         "active_z_dimensions": rebuilt.active_dimensions,
         **{f"1nna_cd_{name}": value for name, value in accuracies.items()},
-        **{f"thickness_{name}": value for name, value in thicknesses(sets, references).items()},
+        **surfaces(sets, references),
     }
     stages: tuple[Stage, ...] = ("vae", "priors")
     best = {stage: found.name for stage in stages if (found := run.best(stage)) is not None}
@@ -99,8 +100,10 @@ def final(
     if fresh is not None:
         print(f"    fresh shapes of the generator   {figures['1nna_cd_fresh']:.3f}")
     print(f"    Gaussian clouds                 {figures['1nna_cd_gaussian']:.3f}")
-    floor = "" if fresh is None else f", fresh shapes {figures['thickness_fresh']:.2f}"
-    print(f"  thickness of surfaces             {figures['thickness_generated']:.2f} (held-out shapes 1{floor})")
+    for measure, of in {"thickness": "surfaces", "unevenness": "points"}.items():
+        floor = "" if fresh is None else f", fresh shapes {figures[f'{measure}_fresh']:.2f}"
+        value = figures[f"{measure}_generated"]
+        print(f"  {f'{measure} of {of}':<34}{value:.2f} (held-out shapes 1{floor})")
     if rebuilt.kl_z < 1.0:
         print("  The shape latent has collapsed (KL below 1 nat): lower vae.lambda-z or raise vae.lambda-h.")
     print(f"  pictures: {run.samples / 'overview.png'} and beside it; figures: {run.folder / 'figures.json'}")

@@ -90,15 +90,17 @@ def prior_figures(lion: LION, latents: Posterior, labels: Int[Tensor, " K"] | No
 
 
 def sample_figures(context: Context, clouds: Float[Tensor, "K N 3"], labels: Int[Tensor, " K"]) -> dict[str, float]:
-    """1-NNA by Chamfer distance and thickness of as many generated clouds of the same classes, against ``clouds``."""
+    """1-NNA by Chamfer distance, thickness and unevenness of as many generated clouds of the same classes, against
+    ``clouds``."""
     run = context.run
     args = SampleArguments(run.folder, num_samples=len(clouds), sampler="ddim", steps=SAMPLE_STEPS)
     known = labels if run.config.model.shape_prior.num_classes else torch.full_like(labels, -1)
     made = generate(run, context.lion, args, known.cpu().numpy(), title="measuring")
     sets, references = {"generated": run.normalization.invert(made)}, run.normalization.invert(clouds.cpu().numpy())
+    surfaces = report.surfaces(sets, references)
     return {
         "1nna_cd": report.one_nna(sets, references)["generated"],
-        "thickness": report.thicknesses(sets, references)["generated"],
+        **{measure: surfaces[f"{measure}_generated"] for measure in ("thickness", "unevenness")},
     }
 
 

@@ -24,7 +24,8 @@ def compared(a: np.ndarray, b: np.ndarray) -> Comparison:
         return torch.from_numpy(np.square(x[:, None] - y[None]).sum(-1))
 
     def measures(x: np.ndarray) -> Measures:
-        return Measures(np.digitize(x[:, :1], np.linspace(-2, 2, 9)), torch.from_numpy(np.exp(0.3 * x[:, 0])))
+        lengths = torch.from_numpy(np.exp(0.3 * x))
+        return Measures(np.digitize(x[:, :1], np.linspace(-2, 2, 9)), lengths[:, 0], lengths[:, 1])
 
     return Comparison({"cd": Distances(distances(a, a), distances(a, b), distances(b, b))}, measures(a), measures(b))
 
@@ -39,7 +40,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(monkeypatch: pytest
 
     many = [drawn().figures() for _ in range(300)]
     trials = [intervals.intervals(drawn(), rng, lambda _: None) for _ in range(60)]
-    for name in ("1nna_cd", "cov_cd", "mmd_cd", "jsd", "thickness"):
+    for name in ("1nna_cd", "cov_cd", "mmd_cd", "jsd", "thickness", "unevenness"):
         truth, spread = np.mean([of[name] for of in many]), np.std([of[name] for of in many])
         ends = np.array([of[name] for of in trials])
         held = ((ends[:, 0] <= truth) & (truth <= ends[:, 1])).mean()
@@ -138,6 +139,7 @@ def test_the_floor_of_other_points_is_between_two_draws_of_a_shape() -> None:
         "mmd_emd": pytest.approx(approx_emd(b, a).mean().item(), rel=1e-6),
         "jsd": whole["jsd"],
         "thickness": whole["thickness"],
+        "unevenness": whole["unevenness"],
     }
     assert "mmd_emd" not in floors.redrawn(a, b, Measures.of(b), None)
 

@@ -78,6 +78,7 @@ def test_evaluate(draw: Draw) -> str:
         results = metrics.evaluate(a, b, emd)
         # A ratio, infinite where only the references are flat, and no figure of distances.
         assert results.pop("thickness") >= 0
+        assert results.pop("unevenness") >= 0
         assert all(0 <= v <= 1 + 1e-9 for k, v in results.items() if not k.startswith("mmd")), results
         assert all(v >= 0 for v in results.values()), results
         return [torch.tensor(v, dtype=torch.float64) for v in results.values()]

@@ -78,7 +78,8 @@ def test_measuring_changes_no_bit_and_goes_on_as_if_unbroken(
     assert [(line["stage"], line["step"]) for line in figures] == [("vae", 1), ("vae", 2), ("priors", 1), ("priors", 2)]
     assert [line for line in metrics(watched) if line not in figures] == metrics(unwatched)
     assert {"validation/chamfer_perturbed", "validation/kl_h_xyz"} < figures[0].keys()
-    assert {"validation/point_4", "validation/1nna_cd", "validation/thickness"} < figures[3].keys()
+    measured = {f"validation/{name}" for name in ("point_4", "1nna_cd", "thickness", "unevenness")}
+    assert measured < figures[3].keys()
     assert (watched / "validation-vae.png").is_file() and (watched / "validation-priors.png").is_file()
 
     # Asked to stop while it is being measured: at once, and it is measured when it goes on.
