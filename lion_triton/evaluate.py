@@ -24,6 +24,7 @@ from torch import Tensor
 from lion_triton import metrics
 from lion_triton.cli import run_cli
 from lion_triton.config import check_seed, fewest_points
+from lion_triton.data.clouds import in_turn
 from lion_triton.data.sources import DataConfig, load_sources
 from lion_triton.devices import best_device
 from lion_triton.evaluation import floors, folder, intervals, page, record, table
@@ -80,7 +81,8 @@ class EvaluateArguments:
         emd: approximate matching as published, exact assignment (on the CPU, seconds per pair of clouds of 2048 points:
             for small sets), or none; on a CPU either takes most of the time.
         num_points: points per cloud, drawn at random where there are more; default those of the samples.
-        num_samples: clouds to generate of a run; default as many as there are references.
+        num_samples: clouds to generate of a run; default as many as there are references. With fewer, as many of the
+            run's own held-out shapes are compared with, classes in turn.
         sampler: how to sample a run; default the run's own.
         steps: network evaluations per prior; default the run's own.
         eta: DDIM's stochasticity, 0 to 1.
@@ -369,7 +371,12 @@ def _data(
     else:
         assert own is not None and config is not None
         what = f"held-out shapes of the run's data ({config.data.source})"
-        references = CloudSet("reference", what, own.held_out, generated=own.fresh is not None)
+        held_out = own.held_out
+        if args.num_samples is not None and args.num_samples < len(held_out):
+            text = f"Of {len(held_out)} held-out shapes {args.num_samples} are compared with, as many as there are "
+            remarks.notes.append(f"{text}samples.")
+            held_out = held_out.subset(in_turn(held_out.labels)[: args.num_samples])
+        references = CloudSet("reference", what, held_out, generated=own.fresh is not None)
     if args.training is not None:
         count = DataConfig().num_shapes
         return references, open_clouds("training", args.training, "train", args.categories, count)

@@ -328,6 +328,9 @@ def test_what_only_a_model_has_does_not_depend_on_the_box(finished: Path, tmp_pa
     for name in names:
         assert plain["figures"][name] == boxed["figures"][name], name
     assert plain["figures"]["mmd_cd"] != boxed["figures"]["mmd_cd"]
+    # As many held-out shapes as samples.
+    assert plain["references"]["clouds"] == plain["samples"]["clouds"] == 2
+    assert plain["notes"][0].startswith("Of 6 held-out shapes 2 are compared with")
 
 
 def test_a_figure_that_is_not_finite_is_left_out(

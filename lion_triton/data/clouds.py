@@ -130,6 +130,15 @@ class Clouds:
         return len(_open(item, header_only=True) if isinstance(item, Path) else item)
 
 
+def in_turn(labels: np.ndarray) -> list[int]:
+    """All indices, the classes in turn, each class in its own order: the first few show every class."""
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rank[members] = np.arange(len(members))
+    return [int(i) for i in np.lexsort((labels, rank))]
+
+
 def procedural_clouds(num_shapes: int, num_points: int, seed: int) -> Clouds:
     """``num_shapes`` pieces of procedural furniture of ``num_points`` points each, in memory."""
     points, labels = furniture(num_shapes, num_points, seed)

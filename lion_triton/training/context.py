@@ -9,12 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lion_triton.config import TrainConfig
-from lion_triton.data.clouds import Clouds, fixed_batch
+from lion_triton.data.clouds import Clouds, fixed_batch, in_turn
 from lion_triton.data.embeddings import load_embeddings
 from lion_triton.data.sources import VALIDATION_SHAPES, Sources, load_sources
 from lion_triton.models.lion import LION
 from lion_triton.runs import Run, Stage
-from lion_triton.training import report
 from lion_triton.training.stopping import Stop
 
 FEWEST = 2  # validation shapes that say anything
@@ -76,6 +75,6 @@ class Context:
         return points.to(self.device), labels.to(self.device)
 
     def _fixed(self, clouds: Clouds, count: int) -> tuple[Tensor, Tensor]:
-        order, config = report.in_turn(clouds.labels)[:count], self.config.data
+        order, config = in_turn(clouds.labels)[:count], self.config.data
         points = fixed_batch(clouds, order, config.num_points, self.config.seed, self.run.normalization)
         return points, torch.from_numpy(clouds.labels[order])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lion_triton.config import EncoderTraining, VAETraining, check_encoder
-from lion_triton.data.clouds import Clouds, TrainingStream, draw
+from lion_triton.data.clouds import Clouds, TrainingStream, draw, in_turn
 from lion_triton.data.degraded import VoxelGrid
 from lion_triton.data.sources import load_sources
 from lion_triton.generation.encoders import (
@@ -196,7 +196,7 @@ class _Judged:
     @classmethod
     def of(cls, clouds: Clouds, model: Model, training: EncoderTraining) -> _Judged:
         normalization, count = model.run.normalization, model.run.config.data.num_points
-        chosen = report.in_turn(clouds.labels)[:JUDGED]
+        chosen = in_turn(clouds.labels)[:JUDGED]
         shapes, again, given, grids = [], [], [], []
         for i in chosen:
             rng = np.random.default_rng((model.run.config.seed, STREAM + 1, i))

@@ -59,15 +59,6 @@ def gaussian_clouds(clouds: np.ndarray, seed: int = 0) -> np.ndarray:
     return rng.multivariate_normal(flat.mean(0), np.cov(flat.T), clouds.shape[:2]).astype(np.float32)
 
 
-def in_turn(labels: np.ndarray) -> list[int]:
-    """All indices, the classes in turn, each class in its own order: the first few show every class."""
-    rank = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rank[members] = np.arange(len(members))
-    return [int(i) for i in np.lexsort((labels, rank))]
-
-
 def final(
     run: Run, rebuilt: Reconstruction, samples: np.ndarray, references: np.ndarray, fresh: np.ndarray | None
 ) -> None:
