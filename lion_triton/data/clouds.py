@@ -146,7 +146,7 @@ def procedural_clouds(num_shapes: int, num_points: int, seed: int) -> Clouds:
     return Clouds(points, labels, tuple(CLASSES), names)
 
 
-def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = None) -> Clouds:
+def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = None, *, option: str = "root") -> Clouds:
     """The clouds ``root/<category>/<split>/<id>.npy``, in the order of the names of category and file.
 
     Only names are read here: see :func:`check_all`.
@@ -157,6 +157,7 @@ def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = N
         categories: folder names, or the English names of ShapeNet's folders (``chair`` or ``03001627``), in
             any order. None takes all there are, and then a category without any cloud in this split still
             keeps its place in ``classes``, so that labels agree between splits.
+        option: what errors call ``root``.
 
     Raises:
         ValueError: root missing or without categories, an unknown category, a category not divided into
@@ -167,15 +168,15 @@ def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = N
     if split not in splits:
         raise ValueError(f"split: expected one of {', '.join(splits)}, got {split!r}")
     if not root.is_dir():
-        raise ValueError(f"root: {root} is not a folder: {hint}")
+        raise ValueError(f"{option}: {root} is not a folder: {hint}")
     inside = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
     divided = {f.name for f in inside if any((f / s).is_dir() for s in splits)}
     undivided = {f.name for f in inside if f.name not in divided and _list_npy(f)}
     if undivided and not divided and undivided <= set(splits):
-        raise ValueError(f"root: {root} is a single category: give the folder above it")
+        raise ValueError(f"{option}: {root} is a single category: give the folder above it")
     folders = sorted(divided | undivided)
     if not folders:
-        raise ValueError(f"root: no <category>/{split}/<id>.npy in {root}: {hint}")
+        raise ValueError(f"{option}: no <category>/{split}/<id>.npy in {root}: {hint}")
     # A folder may bear the English name of another one's synset: both then go by their folder names.
     titles = {f: f if SYNSETS.get(f) in folders else SYNSETS.get(f, f) for f in folders}
     if categories is not None:
@@ -192,14 +193,14 @@ def folder_clouds(root: Path, split: Split, categories: Sequence[str] | None = N
     labels: list[int] = []
     for label, folder in enumerate(folders):
         if folder in undivided:
-            raise ValueError(f"root: {root / folder} is not divided into {', '.join(splits)}: {hint}")
+            raise ValueError(f"{option}: {root / folder} is not divided into {', '.join(splits)}: {hint}")
         files = _list_npy(root / folder / split)
         if not files and categories is not None:
-            raise ValueError(f"root: no .npy file in {root / folder / split}")
+            raise ValueError(f"{option}: no .npy file in {root / folder / split}")
         paths += files
         labels += [label] * len(files)
     if not paths:
-        raise ValueError(f"root: no <category>/{split}/<id>.npy in {root}: {hint}")
+        raise ValueError(f"{option}: no <category>/{split}/<id>.npy in {root}: {hint}")
     classes = tuple(titles[f] for f in folders)
     names = tuple(f"{classes[label]}/{path.stem}" for label, path in zip(labels, paths, strict=True))
     return Clouds(tuple(paths), np.array(labels, dtype=np.int64), classes, names)

@@ -80,10 +80,7 @@ def load_sources(config: DataConfig, evaluate_shapes: int) -> Sources:
         }
         return Sources(made["train"], made["validation"], made["held_out"], made["fresh"])
     root, categories = Path(config.source), config.categories or None
-    try:
-        train = folder_clouds(root, "train", categories)
-    except ValueError as error:
-        raise ValueError(str(error).replace("root: ", "data.source: ", 1)) from None
+    train = folder_clouds(root, "train", categories, option="data.source")
     others = []
     for split in ("val", "test"):  # some copies of ShapeNet, and small collections, come without val
         with suppress(ValueError):

@@ -101,10 +101,7 @@ def open_clouds(option: str, path: str, subset: Subset, categories: Sequence[str
     if files:
         _no_categories(option, categories, f"{where} is")
         return CloudSet(option, str(where), _read_folder(option, where, files))
-    try:
-        return CloudSet(option, f"{where}, {subset}", folder_clouds(where, subset, categories or None))
-    except ValueError as error:
-        raise ValueError(f"{option}: {str(error).removeprefix('root: ')}") from None
+    return CloudSet(option, f"{where}, {subset}", folder_clouds(where, subset, categories or None, option=option))
 
 
 def in_units_of(samples: CloudSet, references: CloudSet) -> CloudSet:

@@ -79,7 +79,7 @@ def test_the_subset_and_the_categories_asked_for(tmp_path: Path) -> None:
         opened = open_clouds("reference", str(tmp_path), subset, chosen)  # type: ignore[arg-type]
         assert opened.what == f"{tmp_path}, {subset}"
         np.testing.assert_array_equal(list(opened.clouds), np.concatenate([sets[key] for key in expected]))
-    with pytest.raises(ValueError, match=r"^reference: .*no 'boat' in .*, which holds chair, lamp$"):
+    with pytest.raises(ValueError, match=r"^categories: no 'boat' in .*, which holds chair, lamp$"):
         open_clouds("reference", str(tmp_path), "val", ("boat",))
 
 
