@@ -116,3 +116,19 @@ def upcast(x: Tensor) -> Tensor:
 def sums_dtype(x: Tensor) -> torch.dtype:
     """Of results that are sums over a floating ``x``: that of ``upcast(x)``."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_groups(num_groups: int, C: int) -> int:
+    """A number of groups that C channels can be cut into; anything else raises ``ValueError``."""
+    if not isinstance(num_groups, Integral) or num_groups < 1 or C % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of C = {C}, got {num_groups!r}")
+    return int(num_groups)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, like: str = "x") -> None:
+    """Raise ``ValueError`` unless a tensor has this shape, a floating dtype and the device of x, called ``like``."""
+    check_float(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected the device of {like} ({x.device}), got {tensor.device}")

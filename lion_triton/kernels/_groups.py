@@ -241,3 +241,34 @@ def combine_moments(  # type: ignore[no-untyped-def]
     var = by_group(tl.where(in_c, squares / count, 0.0) + dev * dev, GROUPS, WIDTH) / CG
     rstd = by_channel(tl.div_rn(1.0, tl.sqrt_rn(var + eps)), GROUPS, WIDTH)
     return dev, group, rstd
+
+
+@triton.jit
+def act(z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    if SILU:
+        z *= tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def act_backward(dy, x, slope, shift, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gradient of z = slope x + shift, x already relative to its mean."""
+    if SILU:
+        z = slope[None, :] * x + shift[None, :]
+        sigmoid = tl.sigmoid(z)
+        dy *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return dy
+
+
+@triton.jit
+def group_sums(s1, s2, scale, n, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """m1 and m2."""
+    return by_group(scale * s1, GROUPS, WIDTH) / n, by_group(scale * s2, GROUPS, WIDTH) / n
+
+
+@triton.jit
+def store_sums(dscale_ptr, dshift_ptr, doffset_ptr, at, mask, s1, s2, doffset):  # type: ignore[no-untyped-def]
+    tl.store(dscale_ptr + at, s2.to(dscale_ptr.dtype.element_ty), mask=mask)
+    tl.store(dshift_ptr + at, s1.to(dshift_ptr.dtype.element_ty), mask=mask)
+    if doffset_ptr is not None:
+        tl.store(doffset_ptr + at, doffset.to(doffset_ptr.dtype.element_ty), mask=mask)

@@ -30,7 +30,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_points, check_same, sums_dtype, upcast, use_triton
+from lion_triton.kernels._checks import (
+    Impl,
+    check_groups,
+    check_points,
+    check_same,
+    check_shape,
+    sums_dtype,
+    upcast,
+    use_triton,
+)
 from lion_triton.kernels._groups import (
     RowChunks,
     at_once,
@@ -46,7 +55,6 @@ from lion_triton.kernels._groups import (
 )
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
-from lion_triton.kernels.adagn import check_groups, check_shape
 from lion_triton.kernels.rows import bags, block_of_rows
 from lion_triton.kernels.voxel import (
     VoxelPlan,

@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, sums_dtype, use_triton
+from lion_triton.kernels._checks import Impl, check_float, check_groups, check_shape, sums_dtype, use_triton
 from lion_triton.kernels._groups import (
     RowChunks,
+    act,
+    act_backward,
     as_dtype_of,
     at_once,
     bundle_of_groups,
@@ -40,15 +42,16 @@ from lion_triton.kernels._groups import (
     cloud_buffers,
     combine_moments,
     group_mean,
+    group_sums,
     load,
     load_offset,
     locate,
     moments_kernel,
     per_cloud,
+    store_sums,
 )
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
-from lion_triton.kernels.adagn import act, act_backward, check_groups, check_shape, group_sums, store_sums
 from lion_triton.kernels.rows import block_of_rows
 
 # Chosen by machine code, not by timing: bytes of x per thread and step of the statistics; values that a

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, check_float, use_triton
+from lion_triton.kernels._checks import Impl, check_float, check_groups, check_shape, use_triton
 from lion_triton.kernels._dot import by_matrix_units, dot, factors_like, precise_dot
-from lion_triton.kernels._groups import RowChunks, load, locate, per_cloud
+from lion_triton.kernels._groups import RowChunks, act, act_backward, load, locate, per_cloud
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton, warp_size
-from lion_triton.kernels.adagn import act, act_backward, adagn, check_groups, check_shape
+from lion_triton.kernels.adagn import adagn
 from lion_triton.kernels.adagn_max_neighbors import (
     adagn_max_neighbors,
     empty_maxima,

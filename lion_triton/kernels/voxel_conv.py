@@ -35,11 +35,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lion_triton.kernels._checks import Impl, sums_dtype, use_triton
+from lion_triton.kernels._checks import Impl, check_shape, sums_dtype, use_triton
 from lion_triton.kernels._dot import by_matrix_units, dot, factors_like
 from lion_triton.kernels._op import Gradients, Needs, gradient, op
 from lion_triton.kernels._triton import launch, tl, triton
-from lion_triton.kernels.adagn import check_shape
 from lion_triton.kernels.rows import bags, block_of_rows, product_reference
 from lion_triton.kernels.voxel import (
     VoxelPlan,
