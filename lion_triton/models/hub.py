@@ -168,10 +168,11 @@ class Pretrained(PyTorchModelHubMixin):
                 save_tensors({k: x.to(dtype) if x.is_floating_point() else x for k, x in tensors.items()}, path)
             elif path.resolve() != source:
                 write_whole(path, partial(shutil.copyfile, source))
-        for state in (folder / name for name in self.parts if name.endswith("/state.json") and dtype is not None):
-            content = json.loads(state.read_text())
-            content["files"] |= {p.name: fingerprint(p) for p in state.parent.glob("*.safetensors")}
-            write_text(state, json.dumps(content, indent=2) + "\n")
+        if dtype is not None:
+            for state in (folder / name for name in self.parts if name.endswith("/state.json")):
+                content = json.loads(state.read_text())
+                content["files"] |= {p.name: fingerprint(p) for p in state.parent.glob("*.safetensors")}
+                write_text(state, json.dumps(content, indent=2) + "\n")
 
     def generate_model_card(self, data_licence: str | None = None) -> ModelCard:
         """The card; ``data_licence`` overrides what the index of the run's data says. To give it, pass
