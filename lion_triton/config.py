@@ -115,8 +115,8 @@ class DistillTraining:
     Attributes:
         teacher_steps: of DDIM, by the run's own priors, for the first round to learn from.
         guidance: w of classifier-free guidance of these, which all rounds learn; default as the run samples.
-        counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first of
-            --distill.teacher-steps.
+        counts: steps of DDIM that each round's priors take, each a divisor of the one before, the first one of
+            the teacher's, see --distill.teacher-steps.
         steps: of training in each round.
         batch_size: clouds in each.
         learning_rate: at the start of each round, from where it falls to 0 by a cosine. All else is as in the training

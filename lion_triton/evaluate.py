@@ -373,8 +373,8 @@ def _data(
         what = f"held-out shapes of the run's data ({config.data.source})"
         held_out = own.held_out
         if args.num_samples is not None and args.num_samples < len(held_out):
-            text = f"Of {len(held_out)} held-out shapes {args.num_samples} are compared with, as many as there are "
-            remarks.notes.append(f"{text}samples.")
+            text = f"Compared with {args.num_samples} of {len(held_out)} held-out shapes, as many as there are samples."
+            remarks.notes.append(text)
             held_out = held_out.subset(in_turn(held_out.labels)[: args.num_samples])
         references = CloudSet("reference", what, held_out, generated=own.fresh is not None)
     if args.training is not None:

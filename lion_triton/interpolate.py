@@ -51,7 +51,8 @@ class InterpolateArguments(PromptArguments):
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
-        a, b: the two shapes, see above.
+        a: the shape A to begin with.
+        b: the shape B to end with.
         frames: clouds to generate, A and B included.
         label: class of both; default: that of a file that knows it, otherwise the likeliest; of a seed, the first.
             Runs trained with --clip take one text, image or embedding of both or one of each instead; default: that of

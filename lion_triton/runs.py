@@ -107,8 +107,9 @@ class Run:
         if name == BEST:
             best = self.best("priors") or self.best("vae")
             if best is None:
-                reason = "it has none" if self.pretrained else "none was measured"
-                raise ValueError(f"checkpoint: none of {self.folder} is known as the best, as {reason}")
+                if self.pretrained:
+                    raise ValueError(f"checkpoint: {self.folder} has one set of weights and no checkpoints, got best")
+                raise ValueError(f"checkpoint: none of {self.folder} is known as the best, as none was measured")
             return best
         if name not in folders:
             raise ValueError(f"checkpoint: expected one of {', '.join(folders) or 'none yet'}, got {name}")
@@ -177,8 +178,10 @@ def change_config(run: Run, config: TrainConfig, note: str) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def open_run(name: Path) -> Run:
+def open_run(name: Path, option: str = "run") -> Run:
     """Read a run folder, a folder of ``LION.save_pretrained``, or the shipped model of that name.
+
+    option: what errors call it.
 
     Raises:
         ValueError: if it is none, or its ``config.json`` is damaged or of another version's form.
@@ -187,14 +190,14 @@ def open_run(name: Path) -> Run:
     path = folder / CONFIG
     if not path.is_file():
         known = f", nor a shipped model: {shipped_models()}"
-        raise ValueError(f"run: {folder} is not a run folder (it has no config.json){known}")
+        raise ValueError(f"{option}: {folder} is not a run folder (it has no config.json){known}")
     try:
         content = json.loads(path.read_text())
         config = from_json(content["config"])
         classes = tuple(content["classes"])
         normalization = Normalization.from_json(content["normalization"])
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
-        raise ValueError(f"run: {path} is damaged or of another version ({_line(error)})") from None
+        raise ValueError(f"{option}: {path} is damaged or of another version ({_line(error)})") from None
     return Run(folder, config, classes, normalization, content.get("clip"))
 
 

@@ -20,7 +20,7 @@ from lion_triton.cli import run_cli
 from lion_triton.config import SamplingConfig, check_sampling, check_seed
 from lion_triton.data.find import safe_name
 from lion_triton.devices import autocast, best_device
-from lion_triton.generation.inputs import known_label
+from lion_triton.generation.inputs import check_points, known_label
 from lion_triton.generation.output import check_finite, check_out, record_of, write_results
 from lion_triton.generation.prompts import PromptArguments, own_prompts, read_prompts
 from lion_triton.kernels.noise import new_key
@@ -44,8 +44,8 @@ class SampleArguments(PromptArguments):
         steps: network evaluations per prior; default as the run's configuration. DDIM with eta 0 takes the priors that
             are distilled for so many steps, where the run has such.
         eta: DDIM's stochasticity, 0 to 1.
-        guidance: w of classifier-free guidance by class or words, 0 for none; for runs trained with
-            --priors.drop-condition.
+        guidance: w of classifier-free guidance by class or words, 0 for none; for runs whose training dropped
+            conditions, see --priors.drop-condition.
         label: class of every cloud; default: classes in turn. Class-conditional runs only.
         seed: the same seed and options give the same clouds on the same machine.
         batch_size: clouds generated at a time; another one gives other clouds.
@@ -93,6 +93,7 @@ def sample(args: SampleArguments, lion: LION | None = None, processes: Processes
     out = args.out or run.samples / _default_name(args)
     check_out(out)
     settings = resolved(run, args)  # before anything is loaded
+    check_points(run, args.num_points)
     prompts = read_prompts(run, args)
     asked, newest = args.checkpoint, processes.agreed(run.checkpoint(args.checkpoint))
     if newest is not None:  # by its name: a run that goes on has another newest one when these are done

@@ -78,8 +78,8 @@ class Arguments:
     Attributes:
         out: run folder; default runs/PRESET.
         stage: both stages, or one of them; or, of a run that is trained, the network that ``mesh`` takes (surface), the
-            encoders of coarse, noisy or partial shapes that ``vary`` takes (encoder), or priors for few steps (distill,
-            --distill.*; all else is as the run was trained).
+            encoders of coarse, noisy or partial shapes that ``vary`` takes (encoder), or priors for few steps (distill;
+            apart from --distill.* all is as the run was trained).
         encoder: of --stage encoder, in which the encoders learn to take degraded shapes for whole ones.
         attention: kind of attention in the U-Nets, instead of the preset's.
         denoiser: a transformer as the point prior, instead of the preset's U-Net.

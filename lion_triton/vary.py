@@ -53,13 +53,14 @@ class VaryArguments(PromptArguments):
     again.
 
     SHAPE is a file (obj, ply, off, stl, glb, gltf, npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one of
-    several clouds, or procedural:3 for one of the embedded shapes. With the run's encoders for such inputs (train RUN
-    --stage encoder) it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a noisy
-    cloud or a part.
+    several clouds, or procedural:3 for one of the embedded shapes. If the run has encoders for such inputs (train RUN
+    with --stage encoder) it may also be a coarse grid, an npz with a boolean array voxels (X, Y, Z), or by --input a
+    noisy cloud or a part.
     Writes OUT/clouds.npz (with the shape and its reconstruction), OUT/ply/*.ply, OUT/grid.png and OUT/samples.json.
 
     Attributes:
         run: a run folder, a folder of save_pretrained, or the name of a model that comes with the package.
+        shape: the SHAPE to vary.
         strength: share of the schedule, 0 (the reconstruction) to 1 (a new shape).
         num_samples: variations to generate.
         input: what SHAPE is, if not a whole and clean shape; an npz with an array voxels need not be called so.

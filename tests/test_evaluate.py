@@ -330,7 +330,7 @@ def test_what_only_a_model_has_does_not_depend_on_the_box(finished: Path, tmp_pa
     assert plain["figures"]["mmd_cd"] != boxed["figures"]["mmd_cd"]
     # As many held-out shapes as samples.
     assert plain["references"]["clouds"] == plain["samples"]["clouds"] == 2
-    assert plain["notes"][0].startswith("Of 6 held-out shapes 2 are compared with")
+    assert plain["notes"][0].startswith("Compared with 2 of 6 held-out shapes")
 
 
 def test_a_figure_that_is_not_finite_is_left_out(

@@ -77,7 +77,7 @@ def test_a_runs_samples_become_meshes_and_the_same_seed_the_same_files(folder: P
     assert f"| watertight {watertight:.4g}, chamfer" in (tmp_path / "kept" / "README.md").read_text()
 
 
-def test_clouds_without_a_network_keep_their_units(balls: Path) -> None:
+def test_clouds_without_a_network_keep_their_units(balls: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mesh.main([str(balls), "--resolution", "40"])
     out = balls.with_name("balls-meshes")
     for i in range(3):
@@ -89,6 +89,13 @@ def test_clouds_without_a_network_keep_their_units(balls: Path) -> None:
     record = json.loads((out / "meshes.json").read_text())
     assert (record["normals"], record["network"], record["sigma"]) == ("estimated", None, mesh.DEFAULT_SIGMA)
     assert len(set(record["clouds_sha256"])) == 3
+    # What else lies there is kept.
+    (out / "notes.txt").write_text("mine")
+    before = files(out)
+    line = fails(capsys, mesh.main, [str(balls), "--resolution", "40"])
+    assert line.endswith(f"out: {out} holds notes.txt, which no command made and would be lost: give another --out")
+    assert files(out) == before
+    (out / "notes.txt").unlink()
 
 
 def test_meshes_far_larger_than_their_clouds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +151,7 @@ def test_a_network_takes_as_many_points_as_it_was_trained_on(folder: Path, balls
         (["{balls}", "--num-samples", "2"], "num-samples: is for a run folder, {balls} is not one"),
         (["{balls}", "--class", "chair"], "class: is for a run folder, {balls} is not one"),
         (["{balls}", "--normals", "network"], "normals: a network needs --network RUN, whose surface network is used"),
-        (["{balls}", "--network", "{balls}"], "run: {balls} is not a run folder (it has no config.json)"),
+        (["{balls}", "--network", "{balls}"], "network: {balls} is not a run folder (it has no config.json)"),
         (["{run}", "--network", "{run}", "--normals", "estimated"], "network: is not used with --normals estimated"),
         (["{run}", "--num-samples", "0"], "num-samples: expected at least 1, got 0"),
         (["{run}", "--class", "bed"], "class: expected one of chair, table, sofa, lamp, shelf, got bed"),

@@ -305,7 +305,8 @@ def _memorising(record: Mapping[str, Any], cards: Mapping[str, str]) -> str:
     if 0 < copies * references <= theirs * count:
         verdict = "references are that near at least as often, so this does not tell"
     text.append(
-        f"Two draws of points of one training shape lie {number(floor)} apart (the median). {copies} of "
+        f"Two draws of points of one training shape lie {number(floor)} apart (the median; those of a thin shape less, "
+        f"and each sample is compared with draws of its own nearest shape). {copies} of "
         f"{many(count, 'sample')} and {theirs} of {many(references, 'reference')} are as near to a training shape as "
         f"two draws of its points are to each other: {verdict}."
     )

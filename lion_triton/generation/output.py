@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECORD = "samples.json"
+RESULTS = {"clouds.npz", "ply", "glb", "grid.png", "animation.gif"}  # beside a record
 SHOWN = 64  # clouds in the picture
 
 
@@ -38,11 +39,14 @@ def default_out(run: Run, words: Sequence[str | None], numbers: Mapping[str, obj
 
 
 def check_out(out: Path, record: str = RECORD) -> None:
-    """Raise ``ValueError`` if the folder exists and is no earlier command's, which holds a file ``record``, or if it
-    cannot be made."""
+    """Raise ``ValueError`` if the folder exists and is no earlier command's, which holds a file ``record``, or holds
+    what no command wrote, which would be lost; or if it cannot be made."""
     if out.exists() and not (out / record).is_file():
         what = Path(record).stem
         raise ValueError(f"out: {out} exists and holds no {what} of an earlier command: give another --out")
+    foreign = sorted(p.name for p in out.glob("[!.]*") if p.name not in RESULTS | {record})
+    if foreign:
+        raise ValueError(f"out: {out} holds {foreign[0]}, which no command made and would be lost: give another --out")
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"out: {existing} is no folder that can be written to: give another --out")

@@ -92,6 +92,7 @@ class Pretrained(PyTorchModelHubMixin):
             files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS, *(f"{part.removesuffix('/*')}/*" for part in PARTS)]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
         about = read_about(folder)
+        _check_weights(folder, about.get("weights"))
         try:
             options = dacite.Config(cast=[tuple], strict=True)
             model: Any = cls(dacite.from_dict(cls.config_type, about["config"]["model"], options))
@@ -145,9 +146,9 @@ class Pretrained(PyTorchModelHubMixin):
             name: tensor.to(dtype=self._saved_dtype if name in weights else None)
             for name, tensor in model.state_dict().items()
         }
-        text = json.dumps(about | {"lion_triton": __version__}, indent=2) + "\n"
         save_tensors(tensors, save_directory / WEIGHTS)
-        write_text(save_directory / CONFIG, text)
+        about = about | {"lion_triton": __version__, "weights": fingerprint(save_directory / WEIGHTS)}
+        write_text(save_directory / CONFIG, json.dumps(about, indent=2) + "\n")
         for name, content in ((PICTURE, self.picture), (EMBEDDINGS, self.embeddings)):
             if content is not None:
                 write_whole(save_directory / name, partial(Path.write_bytes, data=content))
@@ -220,6 +221,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in paths:
         weights |= _read_tensors("folder_or_id", path)
     return weights | distilled
+
+
+def _check_weights(folder: Path, expected: dict[str, Any] | None) -> None:
+    """Raise ``ValueError`` if the file of weights is not the one that ``config.json`` was written for, where that says
+    which it is."""
+    path = folder / WEIGHTS
+    if expected is not None and path.is_file() and fingerprint(path) != expected:
+        raise ValueError(f"folder_or_id: {path} is damaged, or of another model (its SHA-256 is not in {CONFIG})")
 
 
 def finished_parts(folder: Path) -> dict[str, tuple[dict[str, Any], list[Path]]]:

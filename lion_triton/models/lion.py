@@ -185,7 +185,7 @@ class LION(nn.Module, Pretrained):
         steps: int | None = None,
         sampler: Sampler = "ddpm",
         eta: float = 0.0,
-        num_points: int = 2048,
+        num_points: int | None = None,
         generator: torch.Generator | None = None,
         labels: Int[Tensor, " B"] | None = None,
         clip: Float[Tensor, "B 512"] | None = None,
@@ -201,9 +201,10 @@ class LION(nn.Module, Pretrained):
                 The ODE solver chooses its own steps and takes none.
             sampler: "ddpm" (ancestral), "ddim", or "ode" (probability flow).
             eta: DDIM's stochasticity, 0 (deterministic) to 1.
-            num_points: P; may differ from training.
+            num_points: P; may differ from training. None: as in training where the model was read from a run or a
+                folder, which say; else 2048.
             generator: source of the randomness, on any device; the same generator state gives the same clouds.
-            labels: class of each cloud, for class-conditional models.
+            labels: class of each cloud, for class-conditional models; -1 for none.
             clip: CLIP embedding of each cloud, for CLIP-conditional models.
             clip_x0: clamp the predicted (standardised) latent to +- this in every step.
             guidance: w of classifier-free guidance, eps + w (eps - eps without the condition); 0 is none. For models
@@ -215,8 +216,13 @@ class LION(nn.Module, Pretrained):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        if num_points is None:
+            num_points = int((self.about or {}).get("config", {}).get("data", {}).get("num_points", 2048))
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
+        classes = self.config.shape_prior.num_classes
+        if classes and labels is None:
+            raise ValueError(f"labels: expected the classes of the clouds, 0 to {classes - 1} or -1 for none, got None")
         config, chosen, lion = self.config.diffusion, None, self.few_step(steps, sampler, eta, guidance)
         if sampler == "ode":
             if config.prediction != "eps":

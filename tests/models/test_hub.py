@@ -246,6 +246,18 @@ def test_a_damaged_folder_is_named(saved: Path, tmp_path: Path, name: str, conte
     assert "\n" not in str(error.value)
 
 
+def test_one_changed_byte_of_the_weights_is_seen(saved: Path, tmp_path: Path) -> None:
+    content = bytearray((saved / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    folder = damaged(saved, tmp_path / "bad", "model.safetensors", bytes(content))
+    with pytest.raises(ValueError, match=r"^folder_or_id: .*model.safetensors is damaged, or of another model"):
+        LION.from_pretrained(folder)
+    config = json.loads((saved / "config.json").read_text())
+    del config["weights"]  # as saved before
+    (folder / "config.json").write_text(json.dumps(config))
+    LION.from_pretrained(folder)
+
+
 def test_weights_of_another_architecture_are_refused(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     config["config"]["model"]["vae"]["shape_dim"] = 4
