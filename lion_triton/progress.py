@@ -38,7 +38,7 @@ class ProgressBar(tqdm):
         if not Processes.launched().main:
             options |= {"disable": True}
         elif not sys.stderr.isatty():
-            options |= {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "file": _Lines()}
+            options |= {"mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "file": _Lines()}
         super().__init__(*args, **options)
 
 
