@@ -612,7 +612,7 @@ def test_both_splits_are_what_either_is(tmp_path: Path) -> None:
     assert "With the other points of the references" in text
     assert text.count('<tr class="mine"><th scope="row">these samples') == 2
     more = score(tmp_path / "s.npy", tmp_path / "more", *given, "both", *"--emd none --num-points 39".split())
-    assert len(more["other_split"]["figures"]) == 5
+    assert len(more["other_split"]["figures"]) == 6
     np.save(tmp_path / "six.npy", clouds(2, 6000, 1))
     six = score(tmp_path / "six.npy", tmp_path / "six", *given, "both", "--emd", "none")
     assert six["references"]["points"] == 5000  # as many as either has

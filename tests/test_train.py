@@ -19,6 +19,7 @@ import lion_triton
 from lion_triton import runs, sample, train
 from lion_triton.__main__ import COMMANDS
 from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
+from lion_triton.models.files import fingerprint
 from lion_triton.models.priors import TransformerConfig
 from lion_triton.training import loop
 
@@ -347,8 +348,7 @@ def test_a_pickle_in_a_checkpoint_runs_no_code(
     out, checkpoint = copy_of(finished, tmp_path)
     torch.save({"state": Touch(tmp_path / "owned")}, checkpoint / "optimizer.pt")
     state = json.loads((checkpoint / "state.json").read_text())
-    path = checkpoint / "optimizer.pt"
-    state["files"]["optimizer.pt"] = {"bytes": path.stat().st_size, "sha256": runs._sha256(path)}
+    state["files"]["optimizer.pt"] = fingerprint(checkpoint / "optimizer.pt")
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="optimizer.pt is damaged"):
         runs.load_checkpoint(runs.open_run(out))

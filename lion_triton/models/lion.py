@@ -220,9 +220,6 @@ class LION(nn.Module, Pretrained):
             num_points = int((self.about or {}).get("config", {}).get("data", {}).get("num_points", 2048))
         if num_points < 1:
             raise ValueError(f"num_points: expected at least 1, got {num_points}")
-        classes = self.config.shape_prior.num_classes
-        if classes and labels is None:
-            raise ValueError(f"labels: expected the classes of the clouds, 0 to {classes - 1} or -1 for none, got None")
         config, chosen, lion = self.config.diffusion, None, self.few_step(steps, sampler, eta, guidance)
         if sampler == "ode":
             if config.prediction != "eps":
@@ -236,6 +233,9 @@ class LION(nn.Module, Pretrained):
             raise ValueError(f'sampler: expected "ddpm", "ddim" or "ode", got {sampler!r}')
         if guidance and labels is None and clip is None:
             raise ValueError(f"guidance: needs labels or clip to guide by, got {guidance:g} without either")
+        classes = self.config.shape_prior.num_classes
+        if classes and labels is None:
+            raise ValueError(f"labels: expected the classes of the clouds, 0 to {classes - 1} or -1 for none, got None")
         sampling = lion._samplings.get(lion, num_samples, num_points, labels, clip, clip_x0, guidance)
         return sampling.run(chosen, lambda: new_key(self.z_mean.device, generator), labels, clip, callback)
 
