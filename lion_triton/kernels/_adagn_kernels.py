@@ -40,7 +40,7 @@ def _drop(x, cloud, row, first_c, c, P, C, key_ptr, threshold, keep_scale, VECTO
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def held_kernel(  # type: ignore[no-untyped-def]
+def adagn_held_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     scale_ptr,
     shift_ptr,
@@ -107,7 +107,7 @@ def _saved(scale_ptr, shift_ptr, offset_ptr, stats_ptr, strides, cloud, group, c
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def held_bwd_kernel(  # type: ignore[no-untyped-def]
+def adagn_held_bwd_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
     x_ptr,
     scale_ptr,
@@ -173,7 +173,7 @@ def held_bwd_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def stats_kernel(  # type: ignore[no-untyped-def]
+def adagn_stats_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     offset_ptr,
     partial_ptr,
@@ -230,7 +230,7 @@ def _combine(partial_ptr, P, G, chunks, chunk_rows, CG: tl.constexpr, GROUPS: tl
 
 
 @triton.jit
-def moments_kernel(  # type: ignore[no-untyped-def]
+def adagn_moments_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,
     offset_ptr,
     stats_ptr,
@@ -261,7 +261,7 @@ def moments_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def fwd_kernel(  # type: ignore[no-untyped-def]
+def adagn_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     scale_ptr,
     shift_ptr,
@@ -318,7 +318,7 @@ def fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def bwd_sums_kernel(  # type: ignore[no-untyped-def]
+def adagn_bwd_sums_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
     x_ptr,
     scale_ptr,
@@ -382,7 +382,7 @@ def bwd_sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def bwd_combine_kernel(  # type: ignore[no-untyped-def]
+def adagn_bwd_combine_kernel(  # type: ignore[no-untyped-def]
     scale_ptr,
     stats_ptr,
     partial_ptr,
@@ -428,7 +428,7 @@ def bwd_combine_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def bwd_kernel(  # type: ignore[no-untyped-def]
+def adagn_bwd_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
     x_ptr,
     scale_ptr,

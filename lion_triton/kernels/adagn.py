@@ -341,17 +341,17 @@ def _adagn_op(
     held = _Held(x, num_groups, _HELD)
     if held.fits:
         sizes = (*strides, eps, *held.sizes, *drop)
-        launch(kernels.held_kernel, held.grid, *tensors, stats, y, *sizes, SILU=silu, **held.block)
+        launch(kernels.adagn_held_kernel, held.grid, *tensors, stats, y, *sizes, SILU=silu, **held.block)
         return y, stats
     cut = RowChunks(x, num_groups, _BYTES_PER_THREAD // x.element_size())
     sizes = (*cut.sizes, cut.chunk_rows)
     if moments is None:
         partials = x.new_empty((cut.B, cut.chunks, 2, num_groups), dtype=torch.float32)
-        launch(kernels.stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
+        launch(kernels.adagn_stats_kernel, cut.grid, x, style[2], partials, strides[2], *sizes, **cut.rows)
     else:
         partials, parts = None, moments.shape[1]
         launch(
-            kernels.moments_kernel,
+            kernels.adagn_moments_kernel,
             (cut.B,),
             moments.contiguous(),
             style[2],
@@ -365,7 +365,7 @@ def _adagn_op(
             **cut.channels,
         )
     launch(
-        kernels.fwd_kernel,
+        kernels.adagn_fwd_kernel,
         cut.grid,
         *tensors,
         partials,
@@ -415,16 +415,16 @@ def _adagn_bwd_op(
     held = _Held(x, num_groups, _HELD_BACKWARD)
     if held.fits:
         sizes = (*strides, *held.sizes, *drop)
-        launch(kernels.held_bwd_kernel, held.grid, *tensors, dx, *gradients, *sizes, SILU=silu, **held.block)
+        launch(kernels.adagn_held_bwd_kernel, held.grid, *tensors, dx, *gradients, *sizes, SILU=silu, **held.block)
         return out
     cut = RowChunks(x, num_groups, _ELEMENTS_PER_THREAD)
     partials = x.new_empty((cut.B, cut.chunks, 3, cut.C), dtype=torch.float32)
     means = torch.empty_like(stats)
     sizes = (*strides, *cut.sizes, cut.chunk_rows, *drop)
     flags = {"SILU": silu, "VECTORS": cut.vectors, **cut.rows}
-    launch(kernels.bwd_sums_kernel, cut.grid, *tensors, partials, *sizes, **flags)
+    launch(kernels.adagn_bwd_sums_kernel, cut.grid, *tensors, partials, *sizes, **flags)
     launch(
-        kernels.bwd_combine_kernel,
+        kernels.adagn_bwd_combine_kernel,
         (cut.B,),
         style[0],
         stats,
@@ -436,7 +436,7 @@ def _adagn_bwd_op(
         CHUNKS=max(_PARTIALS // (cut.rows["GROUPS"] * cut.rows["WIDTH"]), 1),
         **cut.channels,
     )
-    launch(kernels.bwd_kernel, cut.grid, *tensors, means, dx, *sizes, **flags)
+    launch(kernels.adagn_bwd_kernel, cut.grid, *tensors, means, dx, *sizes, **flags)
     return out
 
 

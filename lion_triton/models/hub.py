@@ -92,7 +92,6 @@ class Pretrained(PyTorchModelHubMixin):
             files = [CONFIG, WEIGHTS, PICTURE, EMBEDDINGS, *(f"{part.removesuffix('/*')}/*" for part in PARTS)]
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=files, **download))
         about = read_about(folder)
-        _check_weights(folder, about.get("weights"))
         try:
             options = dacite.Config(cast=[tuple], strict=True)
             model: Any = cls(dacite.from_dict(cls.config_type, about["config"]["model"], options))
@@ -211,7 +210,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         ValueError: there are none, or none of trained priors yet; a damaged file.
     """
     paths, distilled = [folder / WEIGHTS], dict[str, Tensor]()
-    if not paths[0].is_file():
+    if paths[0].is_file():
+        _check_weights(paths[0])
+    else:
         checkpoints = sorted((folder / "checkpoints").glob("step-*"))
         if not checkpoints or not (checkpoints[-1] / "ema.safetensors").is_file():
             raise ValueError(f"folder_or_id: {folder} has no trained priors yet")
@@ -223,11 +224,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights | distilled
 
 
-def _check_weights(folder: Path, expected: dict[str, Any] | None) -> None:
-    """Raise ``ValueError`` if the file of weights is not the one that ``config.json`` was written for, where that says
+def _check_weights(path: Path) -> None:
+    """Raise ``ValueError`` if this is not the file that ``config.json`` beside it was written for, where that says
     which it is."""
-    path = folder / WEIGHTS
-    if expected is not None and path.is_file() and fingerprint(path) != expected:
+    expected = (_read_json(path.with_name(CONFIG)) or {}).get("weights")
+    if expected is not None and fingerprint(path) != expected:
         raise ValueError(f"folder_or_id: {path} is damaged, or of another model (its SHA-256 is not in {CONFIG})")
 
 
