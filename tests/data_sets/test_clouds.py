@@ -24,6 +24,7 @@ from lion_triton.data.clouds import (
     procedural_clouds,
 )
 from lion_triton.data.procedural import CLASSES
+from lion_triton.data.sources import DataConfig, load_sources
 
 KINDS: tuple[Kind, ...] = ("global", "box", "sphere")
 IDENTITY = Normalization("global")
@@ -545,3 +546,8 @@ class TestFixedBatch:
 
     def test_fewer_points_than_asked(self) -> None:
         assert fixed_batch(in_memory(2, 10), [1], 30, 0, IDENTITY).shape == (1, 30, 3)
+
+
+def test_errors_of_a_folder_name_the_option_it_was_given_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.source: .* is not a folder: "):
+        load_sources(DataConfig(source=str(tmp_path / "nowhere")), 2)
