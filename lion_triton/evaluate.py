@@ -48,7 +48,7 @@ from lion_triton.evaluation.sets import (
     in_units_of,
     open_clouds,
 )
-from lion_triton.models.hub import find_run
+from lion_triton.models.hub import find_run, shipped_models
 from lion_triton.processes import ALONE, Processes
 from lion_triton.runs import BEST, note_best, open_run
 from lion_triton.sample import SampleArguments, resolved
@@ -282,7 +282,8 @@ def _inputs(args: EvaluateArguments, device: torch.device, remarks: Remarks, pro
     """Check and read everything; what keeps it from being as asked for is pointed out."""
     target = find_run(args.run_or_samples)
     if not target.exists():
-        raise ValueError(f"samples: {target} does not exist: expected a run folder, or a folder or file of clouds")
+        wanted = f"a run folder, a shipped model ({shipped_models()}), or a folder or file of clouds"
+        raise ValueError(f"samples: {target} does not exist: expected {wanted}")
     is_run = (target / "config.json").is_file()
     check(args, is_run)
     beside = target.with_name(f"{target.stem}-evaluation") if target.is_file() else target / "evaluation"

@@ -22,7 +22,7 @@ from lion_triton.evaluation.sets import fingerprint
 from lion_triton.generation.inputs import numbered, read_clouds
 from lion_triton.generation.output import check_finite, check_out, whole_folder
 from lion_triton.generation.prompts import PromptArguments, read_prompts
-from lion_triton.models.hub import find_run
+from lion_triton.models.hub import find_run, shipped_models
 from lion_triton.pictures import mesh_grid
 from lion_triton.progress import ProgressBar
 from lion_triton.runs import commit, load_model, open_run
@@ -56,6 +56,8 @@ class MeshArguments(PromptArguments):
             npy, npz, h5, pcd, pts, xyz, csv, txt), FILE:3 for one of several, procedural:3 for one of the embedded
             shapes.
         num_samples: clouds to generate of a run, of each text, image and embedding if any is given; default 16.
+        steps: network evaluations per prior of a run; default as its configuration. A run takes the priors that are
+            distilled for so many, where it has such.
         label: class of every cloud of a run; default: classes in turn.
         checkpoint: of the run, which generates, as step-00001000, or best; default the newest.
         network: the run whose surface network is used; default of a run: itself.
@@ -68,6 +70,7 @@ class MeshArguments(PromptArguments):
 
     clouds_or_run: tyro.conf.Positional[Path]
     num_samples: int | None = None
+    steps: int | None = None
     label: Annotated[str | None, tyro.conf.arg(name="class")] = None
     checkpoint: str | None = None
     network: Path | None = None
@@ -138,7 +141,8 @@ def _reaches_far(made: trimesh.Trimesh, cloud: np.ndarray) -> bool:
 
 def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
     if not target.exists() and numbered(str(target)) is None:
-        raise ValueError(f"clouds: {args.clouds_or_run} does not exist: expected a run folder, or clouds")
+        wanted = f"a run folder, a shipped model ({shipped_models()}), or clouds"
+        raise ValueError(f"clouds: {args.clouds_or_run} does not exist: expected {wanted}")
     check_seed(args.seed)
     if not 16 <= args.resolution <= 512:
         raise ValueError(f"resolution: expected 16 to 512, got {args.resolution}")
@@ -147,7 +151,13 @@ def _check(args: MeshArguments, target: Path, is_run: bool) -> None:
     if args.num_samples is not None and args.num_samples < 1:
         raise ValueError(f"num-samples: expected at least 1, got {args.num_samples}")
     if not is_run:
-        given = {"num-samples": args.num_samples, "class": args.label, "checkpoint": args.checkpoint, **args.given}
+        given = {
+            "num-samples": args.num_samples,
+            "steps": args.steps,
+            "class": args.label,
+            "checkpoint": args.checkpoint,
+            **args.given,
+        }
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: is for a run folder, {args.clouds_or_run} is not one")
@@ -165,7 +175,7 @@ def _mesher(args: MeshArguments, is_run: bool) -> tuple[Mesher, int | None, dict
         sigma = DEFAULT_SIGMA if args.sigma is None else args.sigma
         record = {"normals": "estimated", "network": None, "sigma": sigma}
         return Mesher(None, args.resolution, sigma, device), None, record
-    network, training, name = load_surface(open_run(folder, "network"))
+    network, training, name = load_surface(open_run(folder, "network"), "run" if args.network is None else "network")
     sigma = training.sigma if args.sigma is None else args.sigma
     record = {"normals": "network", "network": f"{folder}/surface/checkpoints/{name}", "sigma": sigma}
     return Mesher(network, args.resolution, sigma, device), network.config.num_points, record
@@ -179,7 +189,9 @@ def _generated(args: MeshArguments) -> tuple[list[np.ndarray], MeshArguments, di
     if newest is not None:  # a run that goes on has another newest one when these are done
         args = replace(args, checkpoint=newest.name)
     count = 16 if args.num_samples is None else args.num_samples
-    asked = SampleArguments(run.folder, num_samples=count, label=args.label, seed=args.seed, checkpoint=args.checkpoint)
+    asked = SampleArguments(
+        run.folder, num_samples=count, steps=args.steps, label=args.label, seed=args.seed, checkpoint=args.checkpoint
+    )
     labels, settings, prompts = class_labels(run, asked), resolved(run, asked), read_prompts(run, args)
     clip, record = None, dict[str, Any](sampling=asdict(settings))
     if prompts is not None:

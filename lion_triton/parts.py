@@ -17,6 +17,7 @@ import dacite
 
 from lion_triton import __version__
 from lion_triton.config import differences
+from lion_triton.errors import one_line
 from lion_triton.models.files import write_text
 from lion_triton.models.hub import last_checkpoint
 from lion_triton.runs import Run, commit
@@ -64,8 +65,7 @@ class Part:
             about = json.loads(path.read_text())
             contents: dict[str, Any] = {key: dacite.from_dict(kind, about[key], strict) for key, kind in kinds.items()}
         except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"run: {path} is damaged or of another version ({reason})") from None
+            raise ValueError(f"run: {path} is damaged or of another version ({one_line(error)})") from None
         return cls(replace(run, folder=path.parent), **contents)
 
     @property

@@ -45,12 +45,12 @@ from lion_triton.data.find import (
     find_shapes,
     hash_of,
     normals_path,
-    one_line,
     safe_name,
     split_in_name,
 )
 from lion_triton.data.meshes import SHAPE_SUFFIXES, Z_UP_TO_Y_UP, Part, read_parts
 from lion_triton.data.shape import Shape
+from lion_triton.errors import one_line
 from lion_triton.progress import ProgressBar
 
 if TYPE_CHECKING:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from lion_triton import __version__
 from lion_triton.config import DistillTraining, TrainConfig, differences, from_json
 from lion_triton.data.clouds import Normalization
+from lion_triton.errors import one_line
 from lion_triton.models import hub
 from lion_triton.models.files import fingerprint, partial_of, save_tensors, sha256, write_text
 from lion_triton.models.hub import (
@@ -197,7 +198,7 @@ def open_run(name: Path, option: str = "run") -> Run:
         classes = tuple(content["classes"])
         normalization = Normalization.from_json(content["normalization"])
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
-        raise ValueError(f"{option}: {path} is damaged or of another version ({_line(error)})") from None
+        raise ValueError(f"{option}: {path} is damaged or of another version ({one_line(error)})") from None
     return Run(folder, config, classes, normalization, content.get("clip"))
 
 
@@ -381,7 +382,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], run: Run) -> None
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(f"run: the checkpoint of {run.folder} is of another architecture ({_line(error)})") from None
+        line = one_line(error)
+        raise ValueError(f"run: the checkpoint of {run.folder} is of another architecture ({line})") from None
 
 
 def append_text(path: Path, text: str) -> None:
@@ -404,14 +406,8 @@ def _save_pickle(content: dict[str, Any], path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
-def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else _line(reason)})")
-
-
-def _line(error: object) -> str:
-    """The first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+def _damaged(path: Path, reason: str | Exception) -> ValueError:
+    return ValueError(f"checkpoint: {path} is damaged ({reason if isinstance(reason, str) else one_line(reason)})")
 
 
 def commit() -> str | None:

@@ -866,7 +866,7 @@ def test_bad_input_ends_with_one_line(
     nowhere = tmp_path / "no"
     cases = [
         ([samples], f"reference: expected the clouds to compare {samples} with, which is no run"),
-        ([str(nowhere)], f"samples: {nowhere} does not exist: expected a run folder, or a folder or file of clouds"),
+        ([str(nowhere)], f"samples: {nowhere} does not exist: expected a run folder, a shipped model (furniture), "),
         ([str(nowhere), "--reference", references], f"samples: {nowhere} does not exist"),
         ([samples, "--reference", str(nowhere)], f"reference: {nowhere} does not exist"),
         ([*given, "--training", str(nowhere)], f"training: {nowhere} does not exist"),

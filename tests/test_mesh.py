@@ -55,8 +55,10 @@ def test_a_runs_samples_become_meshes_and_the_same_seed_the_same_files(folder: P
     assert [m["watertight"] for m in record["meshes"]] == [True, True]
     mesh.main([str(folder), *SMALL])
     assert files(folder / "meshes") == first
-    mesh.main([str(folder), *SMALL, "--seed", "1", "--out", str(tmp_path / "other")])
-    assert files(tmp_path / "other")["ply/0000.ply"] != first["ply/0000.ply"]
+    for i, options in enumerate((["--seed", "1"], ["--steps", "3"])):
+        mesh.main([str(folder), *SMALL, *options, "--out", str(tmp_path / f"other-{i}")])
+        assert files(tmp_path / f"other-{i}")["ply/0000.ply"] != first["ply/0000.ply"]
+    assert json.loads((tmp_path / "other-1" / "meshes.json").read_text())["sampling"]["steps"] == 3
     # The clouds that a run made before, by its network: the same meshes.
     shutil.copy(folder / "meshes" / "clouds.npz", tmp_path)
     mesh.main([str(tmp_path / "clouds.npz"), "--network", str(folder), "--resolution", "24"])
@@ -146,14 +148,16 @@ def test_a_network_takes_as_many_points_as_it_was_trained_on(folder: Path, balls
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["missing"], "clouds: missing does not exist: expected a run folder, or clouds"),
+        (["missing"], "clouds: missing does not exist: expected a run folder, a shipped model (furniture), or clouds"),
         (["{balls}:3"], "clouds: expected a cloud 0 to 2 of {balls}, got 3"),
         (["{balls}", "--num-samples", "2"], "num-samples: is for a run folder, {balls} is not one"),
+        (["{balls}", "--steps", "2"], "steps: is for a run folder, {balls} is not one"),
         (["{balls}", "--class", "chair"], "class: is for a run folder, {balls} is not one"),
         (["{balls}", "--normals", "network"], "normals: a network needs --network RUN, whose surface network is used"),
         (["{balls}", "--network", "{balls}"], "network: {balls} is not a run folder (it has no config.json)"),
         (["{run}", "--network", "{run}", "--normals", "estimated"], "network: is not used with --normals estimated"),
         (["{run}", "--num-samples", "0"], "num-samples: expected at least 1, got 0"),
+        (["{run}", "--steps", "0"], "steps: expected 1 to 1000, got 0"),
         (["{run}", "--class", "bed"], "class: expected one of chair, table, sofa, lamp, shelf, got bed"),
         (["{run}", "--resolution", "8"], "resolution: expected 16 to 512, got 8"),
         (["{run}", "--sigma", "0.5"], "sigma: expected 0 to 0.1, got 0.5"),
@@ -185,6 +189,8 @@ def test_a_run_without_a_surface_network_says_how_to_get_one(
     line = fails(capsys, mesh.main, [str(run.folder)])
     assert "has no surface network yet: train it with --stage surface, or give --normals estimated" in line
     assert not (run.folder / "meshes").exists()
+    line = fails(capsys, mesh.main, ["procedural:1", "--network", str(run.folder)])
+    assert line.startswith(f"error: network: {run.folder} has no surface network yet")
 
 
 def test_nothing_is_left_where_writing_fails(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lion_triton.data.procedural import CLASSES, furniture
+from lion_triton.errors import one_line
 from lion_triton.progress import ProgressBar
 
 Split = Literal["train", "val", "test"]
@@ -447,8 +448,7 @@ def _open(path: Path, header_only: bool = False) -> np.ndarray:
             with path.open("rb") as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # A damaged header makes NumPy's parser raise nearly anything.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable .npy of numbers ({reason})") from error
+        raise ValueError(f"{path}: not a readable .npy of numbers ({one_line(error)})") from error
     if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != 3 or len(array) == 0:
         raise ValueError(f"{path}: expected floating-point (P, 3) with P >= 1, got {array.dtype} {array.shape}")
     return array

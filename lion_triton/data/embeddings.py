@@ -23,6 +23,7 @@ from torch import Tensor
 from lion_triton.data.clouds import Clouds, map_clouds
 from lion_triton.data.find import embeddings_path
 from lion_triton.data.sources import DataConfig
+from lion_triton.errors import one_line
 from lion_triton.models.priors import CLIP_DIM
 
 ROUNDING = 1e-3  # what float16 may make of a length of 1
@@ -119,7 +120,7 @@ def read_embeddings(option: str, path: Path) -> Embeddings:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in ("embeddings", "ids", "model") if name in file.files}
     except Exception as error:  # whatever a damaged file makes NumPy raise
-        raise ValueError(f"{option}: {path} is not a readable .npz or .npy ({_line(error)})") from None
+        raise ValueError(f"{option}: {path} is not a readable .npz or .npy ({one_line(error)})") from None
     if not {"embeddings", "ids"} <= held.keys():
         raise ValueError(f"{option}: expected arrays called embeddings and ids, {path} holds others")
     array, ids = _unit(option, path, held["embeddings"]), held["ids"]
@@ -177,7 +178,7 @@ def _read_npy(option: str, path: Path) -> Float32[np.ndarray, "S V 512"]:
     try:
         array = np.load(path, allow_pickle=False)
     except Exception as error:  # whatever a damaged file makes NumPy raise
-        raise ValueError(f"{option}: {path} is not a readable .npy of numbers ({_line(error)})") from None
+        raise ValueError(f"{option}: {path} is not a readable .npy of numbers ({one_line(error)})") from None
     return _unit(option, path, array)
 
 
@@ -192,7 +193,3 @@ def _unit(option: str, path: Path, array: np.ndarray) -> Float32[np.ndarray, "S 
     if not (np.isfinite(length) & (length > 0)).all():
         raise ValueError(f"{option}: expected finite embeddings other than zero, {path} holds others")
     return array / np.where(np.abs(length - 1) < ROUNDING, 1, length)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from numpy import ndarray
 from lion_triton.data.containers import ARCHIVE_SUFFIXES, Container, is_unsafe
 from lion_triton.data.meshes import CLASS_NAMES, SHAPE_SUFFIXES
 from lion_triton.data.sweethome3d import CATALOGUE, Furniture, read_catalogue
+from lion_triton.errors import one_line
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -263,9 +264,3 @@ def embeddings_path(cloud: Path) -> Path:
 def hash_of(text: str) -> int:
     """64 bits that depend on nothing but the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def one_line(error: Exception) -> str:
-    """The error's first line; with the error's kind, unless it is a ValueError, which explains itself."""
-    text = (str(error).splitlines() or [""])[0][:200]
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

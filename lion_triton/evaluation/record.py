@@ -140,7 +140,7 @@ def remark_on_sets(samples: Mapping[str, Any], references: Mapping[str, Any], no
     if max(outside) > OUTSIDE:
         remarks.notes.append(
             f"{outside[0]:.0%} of the points of samples and {outside[1]:.0%} of references lie outside the sphere of "
-            "radius 0.5 that JSD is taken in, and count at its surface."
+            "radius 0.5 that JSD is taken in, and count at its surface: --norm-box fits all in."
         )
     ours, theirs = samples["nearest_other"], references["nearest_other"]
     if min(count) >= ALIKE_CLOUDS and ours < ALIKE * theirs:

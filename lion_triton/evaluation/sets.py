@@ -17,6 +17,7 @@ from lion_triton.data.clouds import Split as Subset
 from lion_triton.data.containers import Container
 from lion_triton.data.meshes import SHAPE_SUFFIXES, read_shape
 from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
+from lion_triton.errors import one_line
 from lion_triton.models.published import read_tensors
 
 SPLIT_POINTS, FIRST, LAST = 15_000, 10_000, 5_000  # of ShapeNetCore.v2.PC15k, and the splits of its points
@@ -164,7 +165,7 @@ def _read_file(option: str, path: Path) -> Clouds:
                 array = loaded[chosen[0]] if len(chosen) == 1 else None
     except Exception as error:  # a damaged file makes NumPy's parsers raise nearly anything
         # Whatever is no NumPy file it takes for a pickle.
-        reason = "it holds no plain numbers" if "pickle" in str(error) else _reason(error)
+        reason = "it holds no plain numbers" if "pickle" in str(error) else one_line(error)
         raise ValueError(f"{option}: {path} is not a readable .npy or .npz of clouds ({reason})") from None
     if array is None:
         found = ", ".join(names) or "none"
@@ -181,7 +182,7 @@ def _read_folder(option: str, folder: Path, files: Sequence[str]) -> Clouds:
         try:
             shape = read_shape(Container(folder), file)
         except Exception as error:  # whatever a parser makes of a bad file
-            raise ValueError(f"{option}: cloud {i}, {folder / file}: {_reason(error)}") from None
+            raise ValueError(f"{option}: cloud {i}, {folder / file}: {one_line(error)}") from None
         if shape.is_mesh:
             raise ValueError(
                 f"{option}: {folder / file} is a mesh: python -m lion_triton.prepare makes clouds of meshes"
@@ -219,10 +220,6 @@ def in_memory(option: str, clouds: Sequence[Array], names: Sequence[str]) -> Clo
         raise ValueError(f"{option}: expected finite coordinates, got NaN or infinity in cloud {bad[0]}{more}")
     labels = np.zeros(len(arrays), dtype=np.int64)
     return Clouds(cast(Any, arrays), labels, ("",), tuple(names))  # a tuple: the arrays may differ in length
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)

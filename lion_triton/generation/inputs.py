@@ -18,11 +18,11 @@ from lion_triton.config import SamplingConfig, check_seed, fewest_points
 from lion_triton.data.clouds import draw
 from lion_triton.data.containers import Container
 from lion_triton.data.degraded import VoxelGrid
-from lion_triton.data.find import one_line
 from lion_triton.data.meshes import SetOfShapes, read_shape
 from lion_triton.data.procedural import CLASSES, oriented_furniture
 from lion_triton.data.sources import PROCEDURAL_POINTS, PROCEDURAL_SEEDS
 from lion_triton.devices import autocast, best_device
+from lion_triton.errors import one_line
 from lion_triton.evaluation.sets import TENSOR_SUFFIXES, open_clouds
 from lion_triton.generation.encoders import EncoderRun
 from lion_triton.generation.latents import Condition, decode, encode, likeliest

@@ -20,8 +20,10 @@ class SurfaceRun(Part):
     config: SurfaceConfig
 
 
-def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
+def load_surface(run: Run, option: str = "run") -> tuple[SurfaceNetwork, SurfaceTraining, str]:
     """The run's surface network at its newest checkpoint, how it is trained, and the checkpoint's name.
+
+    option: what errors call the run.
 
     Raises:
         ValueError: no checkpoint yet, a damaged one, or one of another architecture.
@@ -32,7 +34,7 @@ def load_surface(run: Run) -> tuple[SurfaceNetwork, SurfaceTraining, str]:
         how = "train it with --stage surface, or give --normals estimated"
         if run.pretrained:  # which no stage can be trained of
             how = "mesh the clouds that sample makes, with the --network of a run that knows such shapes"
-        raise ValueError(f"run: {run.folder} has no surface network yet: {how}")
+        raise ValueError(f"{option}: {run.folder} has no surface network yet: {how}")
     checkpoint = load_checkpoint(surface.run, newest.name, with_optimizer=False)
     assert checkpoint is not None
     network = SurfaceNetwork(surface.config)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lion_triton import __version__
 from lion_triton.config import DistillTraining, check_distill, differences
 from lion_triton.diffusion import MergedSteps, Model, merged_steps, merged_v
+from lion_triton.errors import one_line
 from lion_triton.kernels import normal_noise, posterior_q_sample, q_sample
 from lion_triton.kernels.noise import later_key
 from lion_triton.models.files import save_tensors, write_text
@@ -179,8 +180,7 @@ def begin(folder: Path, training: DistillTraining, checkpoint: str) -> None:
         if content["checkpoint"] != checkpoint:
             lines = [f"checkpoint: {checkpoint}, was {content['checkpoint']}"]
     except Exception as error:  # whatever a damaged or foreign file makes the parsers raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"stage: {path} is damaged or of another version ({reason})") from None
+        raise ValueError(f"stage: {path} is damaged or of another version ({one_line(error)})") from None
     if lines:
         raise ValueError(f"stage: {folder} was started with another {lines[0]}: remove it to start anew")
 

@@ -11,8 +11,8 @@ import numpy as np
 import trimesh
 
 from lion_triton.data.containers import Container
-from lion_triton.data.find import one_line
 from lion_triton.data.meshes import SHAPE_SUFFIXES, read_shape
+from lion_triton.errors import one_line
 from lion_triton.evaluation.sets import CloudSet, open_clouds
 from lion_triton.viewer.page import Page
 

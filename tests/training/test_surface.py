@@ -138,7 +138,7 @@ def test_other_settings_and_missing_parts_are_refused(finished: Path, tmp_path: 
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "surface" / "config.json").write_text('{"config": {}}')
-    with pytest.raises(ValueError, match="config.json is damaged or of another version"):
+    with pytest.raises(ValueError, match=r"config.json is damaged or of another version \('training' is missing\)"):
         storage.load_surface(open_run(copy))
     assert not (tmp_path / "vae" / "surface").exists()
 
