@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lion_triton.processes import Processes
 
-SECONDS = 60  # between two lines of a bar that is no terminal's, and before the first
+FIRST, SECONDS = 10, 60  # before the first line of a bar that is no terminal's, and between any two
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Begin = Callable[[], Progress]
@@ -31,15 +31,21 @@ class _Lines:
 
 
 class ProgressBar(tqdm):
-    """tqdm, with its arguments: on a terminal a bar, and elsewhere (a log, a scheduler's file) a line a minute of what
-    lasts longer than one. Of several processes the main one alone shows anything."""
+    """tqdm, with its arguments: on a terminal a bar, and elsewhere (a log, a scheduler's file) a line after
+    ten seconds, and then one a minute. Of several processes the main one alone shows anything."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not Processes.launched().main:
             options |= {"disable": True}
         elif not sys.stderr.isatty():
-            options |= {"mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "file": _Lines()}
+            options |= {"mininterval": FIRST, "miniters": 1, "delay": FIRST, "file": _Lines()}
         super().__init__(*args, **options)
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Show the state as it is."""
+        super().display(*args, **options)
+        if not sys.stderr.isatty():
+            self.mininterval = SECONDS
 
 
 def begin_parts(report: Callable[[float], None]) -> Begin:

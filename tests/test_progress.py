@@ -40,12 +40,18 @@ def test_a_log_gets_a_line_a_minute(clock: Clock, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().err
     assert "\r" not in text and "\x1b" not in text
     lines = text.splitlines()
-    assert [line.split("%")[0] for line in lines] == [f"meshes: {share:>3}" for share in (21, 42, 63, 84, 100)]
-    assert "21/100 [01:00<03:49" in lines[0]
+    assert [line.split("%")[0] for line in lines] == [f"meshes: {share:>3}" for share in (4, 25, 46, 67, 88, 100)]
+    assert "25/100 [01:12<03:37" in lines[1]
+
+
+def test_a_log_gets_two_lines_of_what_lasts_half_a_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    work(clock, 30)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("%")[0] for line in lines] == ["meshes:  34", "meshes: 100"]
 
 
 def test_a_log_gets_nothing_of_what_is_over_soon(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    work(clock, 59)
+    work(clock, 9)
     assert capsys.readouterr().err == ""
 
 
@@ -70,7 +76,8 @@ def test_the_main_process_alone_shows_bars(
 
 
 def test_parts_tell_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS", 0)
+    for name in ("FIRST", "SECONDS"):
+        monkeypatch.setattr(progress, name, 0)
     with progress_bar("clouds", 2) as begin:
         for _ in range(2):
             begin()(1, 2)
