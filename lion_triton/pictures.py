@@ -211,11 +211,13 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     dx, dy = (d[np.hypot(*np.meshgrid(steps, steps)) <= reach] for d in np.meshgrid(steps, steps))
     facing = np.stack((dx, dy, np.sqrt(reach**2 - dx**2 - dy**2)), 1) / reach @ LIGHT
     roundness, gloss = 0.8 + 0.45 * facing.clip(-0.3, 1), 0.22 * facing.clip(0, 1) ** 24
-    column, row = (np.rint(points[:, :2] * SUPERSAMPLE).astype(int) + size // 2).T
-    x, y = column[:, None] + dx, row[:, None] + dy
-    inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-    painted = np.full((size, size), -1)
-    painted[y[inside], x[inside]] = np.flatnonzero(inside)
+    margin = len(steps) // 2  # centres lie in the cell, and no ball reaches further out
+    side = size + 2 * margin
+    column, row = (np.rint(points[:, :2] * SUPERSAMPLE).astype(int) + size // 2 + margin).T
+    place = (row * side + column)[:, None] + (dy * side + dx)
+    painted = np.full(side * side, -1)
+    painted[place] = np.arange(place.size).reshape(place.shape)
+    painted = painted.reshape(side, side)[margin : margin + size, margin : margin + size]
 
     hit = painted >= 0
     ball, pixel = np.divmod(painted[hit], len(dx))
@@ -229,13 +231,15 @@ def _paper(foot: Float[Array, "N 3"], radius: float) -> Float[Array, "S S 3"]:
     column, row = (foot[:, :2] + CELL / 2).astype(int).clip(0, CELL - 1).T
     shadow[row, column] = 1
     shadow = 1 - np.exp(-((2 * radius) ** 2) * gaussian_filter(shadow, CELL / 40))
-    image = np.repeat(1 - 0.18 * shadow[..., None], 3, -1)
-    return image.repeat(SUPERSAMPLE, 0).repeat(SUPERSAMPLE, 1)
+    paper = (1 - 0.18 * shadow).astype(np.float32)[:, None, :, None, None]
+    size = CELL * SUPERSAMPLE
+    return np.broadcast_to(paper, (CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3)).reshape(size, size, 3)  # a copy
 
 
 def _develop(image: Float[Array, "S S 3"]) -> UInt8[Array, "CELL CELL 3"]:
-    image = image.clip(0, 1).reshape(CELL, SUPERSAMPLE, CELL, SUPERSAMPLE, 3).mean((1, 3))
-    return np.rint(255 * image[::-1]).astype(np.uint8)
+    np.clip(image, 0, 1, out=image)
+    parts = [image[i::SUPERSAMPLE, j::SUPERSAMPLE] for i in range(SUPERSAMPLE) for j in range(SUPERSAMPLE)]
+    return np.rint(255 * np.mean(parts, axis=0)[::-1]).astype(np.uint8)
 
 
 def balls(cloud: Float[Array, "N 3"]) -> tuple[float, UInt8[Array, "N 3"]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import lion_triton
@@ -21,6 +22,8 @@ from lion_triton.__main__ import COMMANDS
 from lion_triton.config import PRESETS, differences, from_json, quickstart, with_networks
 from lion_triton.models.files import fingerprint
 from lion_triton.models.priors import TransformerConfig
+from lion_triton.pictures import CELL
+from lion_triton.train import shipped_clouds
 from lion_triton.training import loop
 
 TINY = (
@@ -45,16 +48,12 @@ def fails(capsys: pytest.CaptureFixture[str], command: object, *args: object) ->
     return lines[0]
 
 
-@pytest.fixture(autouse=True)
-def without_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes as long as all else; ``finished`` below, made before, has it in its picture."""
-    monkeypatch.setattr(train, "shipped_clouds", lambda count: np.random.default_rng(0).normal(size=(count, 9, 3)))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    run(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "shipped_clouds", shipped_clouds)  # see conftest.py
+        run(out)
     return out
 
 
@@ -74,6 +73,8 @@ def test_a_run_folder_explains_itself(finished: Path) -> None:
         "step-00000004-vae.png",
         "step-00000008-generated.png",
     }
+    with Image.open(finished / "samples" / "overview.png") as picture:
+        assert picture.height == 4 * CELL  # held out, reconstructed, generated, by the shipped model
     figures = json.loads((finished / "figures.json").read_text())
     assert {"reconstruction_chamfer", "kl_z_nats", "1nna_cd_generated", "1nna_cd_gaussian"} <= figures.keys()
     for measure in ("thickness", "unevenness"):
