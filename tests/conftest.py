@@ -11,6 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+    from tests.interpreter import speed_up
+
+    speed_up()
+
 
 def pytest_collection_finish() -> None:
     """Collections of garbage, of which Accelerate asks for one after every training, pass over all that is imported."""
