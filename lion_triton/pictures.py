@@ -211,17 +211,14 @@ def _render(cloud: Float[Array, "N 3"], scale: float) -> UInt8[Array, "CELL CELL
     dx, dy = (d[np.hypot(*np.meshgrid(steps, steps)) <= reach] for d in np.meshgrid(steps, steps))
     facing = np.stack((dx, dy, np.sqrt(reach**2 - dx**2 - dy**2)), 1) / reach @ LIGHT
     roundness, gloss = 0.8 + 0.45 * facing.clip(-0.3, 1), 0.22 * facing.clip(0, 1) ** 24
-    margin = len(steps) // 2  # centres lie in the cell, and no ball reaches further out
-    side = size + 2 * margin
-    column, row = (np.rint(points[:, :2] * SUPERSAMPLE).astype(int) + size // 2 + margin).T
-    place = (row * side + column)[:, None] + (dy * side + dx)
-    painted = np.full(side * side, -1)
+    column, row = (np.rint(points[:, :2] * SUPERSAMPLE).astype(int) + size // 2).T
+    place = (row * size + column)[:, None] + (dy * size + dx)  # of balls within the cell, see _scale and radius
+    painted = np.full(size * size, -1)
     painted[place] = np.arange(place.size).reshape(place.shape)
-    painted = painted.reshape(side, side)[margin : margin + size, margin : margin + size]
 
     hit = painted >= 0
     ball, pixel = np.divmod(painted[hit], len(dx))
-    image[hit] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
+    image[hit.reshape(size, size)] = colour[ball] * roundness[pixel, None] + (gloss[pixel] * sky[ball])[:, None]
     return _develop(image)
 
 
