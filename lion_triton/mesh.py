@@ -175,7 +175,8 @@ def _mesher(args: MeshArguments, is_run: bool) -> tuple[Mesher, int | None, dict
         sigma = DEFAULT_SIGMA if args.sigma is None else args.sigma
         record = {"normals": "estimated", "network": None, "sigma": sigma}
         return Mesher(None, args.resolution, sigma, device), None, record
-    network, training, name = load_surface(open_run(folder, "network"), "run" if args.network is None else "network")
+    option = "run" if args.network is None else "network"
+    network, training, name = load_surface(open_run(folder, option), option)
     sigma = training.sigma if args.sigma is None else args.sigma
     record = {"normals": "network", "network": f"{folder}/surface/checkpoints/{name}", "sigma": sigma}
     return Mesher(network, args.resolution, sigma, device), network.config.num_points, record

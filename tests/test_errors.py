@@ -18,6 +18,7 @@ from lion_triton.errors import one_line
         (lambda: [].pop(), "IndexError: pop from empty list"),
         (lambda: exec("raise ValueError"), "ValueError"),
         (lambda: exec("raise KeyError"), "KeyError"),
+        (lambda: exec("raise ValueError('it ends here:')"), "it ends here:"),  # all that there is
         (
             lambda: torch.nn.Linear(1, 1).load_state_dict({}),  # a heading, and then what it is about
             'RuntimeError: Missing key(s) in state_dict: "weight", "bias".',
